@@ -1,0 +1,341 @@
+"""The target grid: fine cells nested exactly in coarse cells, cut into shards.
+
+A :class:`Grid` is a value. It wraps the fine ``odc.geo.GeoBox`` with the number of fine cells along one side of a
+coarse cell (``factor``) and of a shard (``shard``); everything else (coarse GeoBox, shards, windows, coordinates, true
+cell areas) follows from it. Only this module knows the sphere, the dateline and the poles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import xarray as xr
+from affine import Affine
+from numpy.typing import NDArray
+from odc.geo.geobox import GeoBox
+
+from ai4land.errors import ConfigError
+
+WGS84_A = 6378137.0
+"""Semi-major axis of the WGS 84 ellipsoid in metres."""
+WGS84_E2 = 6.69437999014e-3
+"""First eccentricity squared of the WGS 84 ellipsoid."""
+
+FINE_DIMS = ("latitude", "longitude")
+COARSE_DIMS = ("coarse_latitude", "coarse_longitude")
+
+
+class Readable(Protocol):
+    """Anything that is cut by slices into numpy: a numpy, zarr or dask array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Array shape."""
+        ...
+
+    def __getitem__(self, key: Any) -> Any:
+        """Cut a piece."""
+        ...
+
+
+@dataclass(frozen=True, order=True)
+class Window:
+    """A rectangle of fine cells: first row and column, height and width. It may reach beyond the grid.
+
+    >>> Window(0, 0, 4, 8).pad(2)
+    Window(row=-2, col=-2, height=8, width=12)
+    """
+
+    row: int
+    col: int
+    height: int
+    width: int
+
+    def pad(self, margin: int) -> Window:
+        """Grow by ``margin`` cells on each side."""
+        return Window(self.row - margin, self.col - margin, self.height + 2 * margin, self.width + 2 * margin)
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Row and column slices, for a window inside the grid."""
+        return slice(self.row, self.row + self.height), slice(self.col, self.col + self.width)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Fine cells nested in coarse cells.
+
+    Parameters
+    ----------
+    fine
+        GeoBox of the fine cells, north up.
+    factor
+        Fine cells along one side of a coarse cell.
+    shard
+        Fine cells along one side of a shard: the unit of writing and of inference. A multiple of ``factor``; the
+        grid is a whole number of shards.
+    """
+
+    fine: GeoBox
+    factor: int
+    shard: int
+
+    def __post_init__(self) -> None:
+        """Check that everything nests."""
+        if self.factor < 1 or self.shard % self.factor:
+            raise ConfigError(
+                f"shard is {self.shard} fine cells, expected a multiple of the coarse cell ({self.factor} fine cells); "
+                f"try shard={self.factor * max(1, round(self.shard / self.factor))}"
+            )
+        if any(n % self.shard for n in self.fine.shape):
+            raise ConfigError(
+                f"grid is {tuple(self.fine.shape)} fine cells, expected whole shards of {self.shard}; build it with make_grid()"
+            )
+        a = self.fine.affine
+        if a.e >= 0 or a.a <= 0 or a.b or a.d:
+            raise ConfigError("grid is not north up; rows must run from north to south and columns from west to east")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Fine rows and columns."""
+        return int(self.fine.shape[0]), int(self.fine.shape[1])
+
+    @cached_property
+    def coarse(self) -> GeoBox:
+        """GeoBox of the coarse cells."""
+        rows, cols = self.shape
+        return GeoBox((rows // self.factor, cols // self.factor), self.fine.affine * Affine.scale(self.factor), self.fine.crs)
+
+    @property
+    def geographic(self) -> bool:
+        """Whether the coordinates are degrees."""
+        return bool(self.fine.crs is not None and self.fine.crs.geographic)
+
+    @cached_property
+    def wraps(self) -> bool:
+        """Whether the grid goes all the way round, so that its west and east edges touch."""
+        return self.geographic and math.isclose(self.shape[1] * self.fine.affine.a, 360.0, abs_tol=1e-6)
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """West, south, east, north."""
+        return edges(self.fine)
+
+    def coords(self) -> dict[str, Any]:
+        """Cell centres of the fine and of the coarse grid, computed from integers so that they are always equal."""
+        return {
+            **dict(zip(FINE_DIMS, centres(self.fine), strict=True)),
+            **dict(zip(COARSE_DIMS, centres(self.coarse), strict=True)),
+        }
+
+    def shards(self) -> list[Window]:
+        """Return all shards, row by row from the north-west."""
+        return list(tiles(self.shape, self.shard))
+
+    def cell_areas(self) -> NDArray[np.float64]:
+        """Area of one fine cell of each row in square metres, shape ``(rows,)``."""
+        return cell_areas(self.fine)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values from which :meth:`from_dict` makes the same grid."""
+        return {
+            "crs": str(self.fine.crs),
+            "shape": list(self.shape),
+            "transform": [float(v) for v in self.fine.affine[:6]],
+            "factor": self.factor,
+            "shard": self.shard,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Grid:
+        """Make the grid that :meth:`to_dict` described."""
+        fine = GeoBox(tuple(values["shape"]), Affine(*values["transform"]), values["crs"])
+        return cls(fine, int(values["factor"]), int(values["shard"]))
+
+
+def make_grid(
+    bbox: tuple[float, float, float, float],
+    *,
+    coarse_cell: float,
+    factor: int,
+    shard: int,
+    origin: tuple[float, float] = (-180.0, 90.0),
+    crs: str = "EPSG:4326",
+) -> Grid:
+    """Cover a region with whole shards of one fixed lattice.
+
+    Parameters
+    ----------
+    bbox
+        West, south, east, north in the units of ``crs``.
+    coarse_cell
+        Side of a coarse cell in the units of ``crs``.
+    factor, shard
+        As in :class:`Grid`.
+    origin
+        Upper-left corner of the lattice of shards; regions made with the same origin share their shards.
+
+    Raises
+    ------
+    ConfigError
+        If the box is empty, or the lattice of shards reaches beyond a pole or more than once round the globe.
+
+    Examples
+    --------
+    >>> grid = make_grid((9.0, 47.3, 13.8, 50.5), coarse_cell=100 / 360, factor=100, shard=400)
+    >>> grid.shape, [round(v, 3) for v in grid.bounds]
+    ((1600, 2000), [8.889, 46.667, 14.444, 51.111])
+    >>> make_grid((-180, -90, 180, 90), coarse_cell=0.25, factor=25, shard=1200).shape
+    (18000, 36000)
+    """
+    west, south, east, north = bbox
+    if not (west < east and south < north):
+        raise ConfigError(f"bbox is {bbox}, expected west < east and south < north; split a box that crosses the dateline")
+    if factor < 1 or shard % factor:
+        raise ConfigError(
+            f"shard is {shard} fine cells, expected a multiple of the coarse cell ({factor} fine cells); "
+            f"try shard={factor * max(1, round(shard / max(factor, 1)))}"
+        )
+    side = coarse_cell * shard / factor
+    tiny = 1e-9
+    first_col = math.floor((west - origin[0]) / side + tiny)
+    last_col = math.ceil((east - origin[0]) / side - tiny)
+    first_row = math.floor((origin[1] - north) / side + tiny)
+    last_row = math.ceil((origin[1] - south) / side - tiny)
+    res = coarse_cell / factor
+    transform = Affine(res, 0.0, origin[0] + first_col * side, 0.0, -res, origin[1] - first_row * side)
+    grid = Grid(GeoBox(((last_row - first_row) * shard, (last_col - first_col) * shard), transform, crs), factor, shard)
+    if grid.geographic:
+        w, s, e, n = grid.bounds
+        if n > 90 + 1e-6 or s < -90 - 1e-6 or e - w > 360 + 1e-6:
+            raise ConfigError(
+                f"whole shards of {side:g} degrees reach from {s:g} to {n:g} degrees of latitude and over {e - w:g} of longitude, "
+                "expected at most -90..90 and 360; choose a shard that divides the globe, or another origin"
+            )
+    return grid
+
+
+def edges(box: GeoBox) -> tuple[float, float, float, float]:
+    """West, south, east and north edge of a north-up GeoBox."""
+    a = box.affine
+    rows, cols = box.shape
+    return a.c, a.f + rows * a.e, a.c + cols * a.a, a.f
+
+
+def centres(box: GeoBox) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Centres of the rows and of the columns of a north-up GeoBox."""
+    a = box.affine
+    rows, cols = box.shape
+    return a.f + (np.arange(rows, dtype=np.float64) + 0.5) * a.e, a.c + (np.arange(cols, dtype=np.float64) + 0.5) * a.a
+
+
+def cell_areas(box: GeoBox) -> NDArray[np.float64]:
+    """Area of one cell of each row in square metres, on the WGS 84 ellipsoid for a geographic grid.
+
+    The zone between the equator and latitude φ has, per radian of longitude, the area
+    b²/2 · (sin φ / (1 − e² sin² φ) + artanh(e sin φ) / e)  (Snyder 1987, Map Projections, eq. 3-12).
+
+    >>> whole = make_grid((-180, -90, 180, 90), coarse_cell=5, factor=1, shard=36)
+    >>> round(float(whole.cell_areas().sum()) * 72 / 1e12, 3)
+    510.066
+    """
+    a = box.affine
+    rows = box.shape[0]
+    if box.crs is None or not box.crs.geographic:
+        return np.full(rows, abs(a.a * a.e))
+    lat = np.deg2rad(np.clip(a.f + np.arange(rows + 1) * a.e, -90, 90))
+    e = math.sqrt(WGS84_E2)
+    sin = np.sin(lat)
+    zone = 0.5 * WGS84_A**2 * (1 - WGS84_E2) * (sin / (1 - WGS84_E2 * sin**2) + np.arctanh(e * sin) / e)
+    areas: NDArray[np.float64] = -np.diff(zone) * math.radians(a.a)
+    return areas
+
+
+def tiles(shape: tuple[int, int], size: int) -> Iterator[Window]:
+    """Cut ``shape`` into squares of ``size``; the last row and column may be smaller."""
+    for row in range(0, shape[0], size):
+        for col in range(0, shape[1], size):
+            yield Window(row, col, min(size, shape[0] - row), min(size, shape[1] - col))
+
+
+def read_window(array: Readable, window: Window, *, fill: float, wrap: bool) -> NDArray[Any]:
+    """Read a window that may reach beyond the array's last two dimensions.
+
+    Rows and columns outside hold ``fill``, except that columns wrap round where ``wrap`` is set (the dateline).
+
+    >>> read_window(np.arange(8).reshape(2, 4), Window(-1, 3, 2, 3), fill=-9, wrap=True)
+    array([[-9, -9, -9],
+           [ 3,  0,  1]])
+    """
+    rows, cols = array.shape[-2:]
+    lead = array.shape[:-2]
+    top, bottom = max(window.row, 0), min(window.row + window.height, rows)
+    out: NDArray[Any] | None = None
+    for shift in (-cols, 0, cols) if wrap else (0,):
+        left, right = max(window.col, shift), min(window.col + window.width, shift + cols)
+        if top >= bottom or left >= right:
+            continue
+        part = np.asarray(array[..., top:bottom, left - shift : right - shift])
+        if part.shape[-2:] == (window.height, window.width):
+            return part
+        if out is None:
+            out = np.full((*lead, window.height, window.width), fill, dtype=part.dtype)
+        out[..., top - window.row : bottom - window.row, left - window.col : right - window.col] = part
+    if out is None:
+        dtype = getattr(array, "dtype", np.float32)
+        out = np.full((*lead, window.height, window.width), fill, dtype=dtype)
+    return out
+
+
+def coarse_window(window: Window, factor: int) -> tuple[Window, tuple[int, int]]:
+    """Find the coarse cells that interpolation to a fine window needs.
+
+    Returns
+    -------
+    window
+        Coarse cells: one more on each side than the fine window touches. Its size depends on the size of the fine
+        window alone, so that windows of one size make one batch.
+    offset
+        Row and column of the first fine cell of ``window``, counted in fine cells from the upper-left corner of the
+        coarse window.
+
+    >>> coarse_window(Window(30, 0, 32, 32), 16)
+    (Window(row=0, col=-1, height=5, width=5), (30, 16))
+    """
+    row, col = window.row // factor - 1, window.col // factor - 1
+    size = [-(-n // factor) + 3 for n in (window.height, window.width)]
+    return Window(row, col, size[0], size[1]), (window.row - row * factor, window.col - col * factor)
+
+
+def read_coarse(array: Readable, window: Window, *, wrap: bool) -> NDArray[Any]:
+    """Read coarse cells of the last two dimensions, repeating the edge beyond the grid, or wrapping at the dateline."""
+    rows, cols = array.shape[-2:]
+    r = np.clip(np.arange(window.row, window.row + window.height), 0, rows - 1)
+    c = np.arange(window.col, window.col + window.width)
+    c = c % cols if wrap else np.clip(c, 0, cols - 1)
+    part = np.asarray(array[..., int(r.min()) : int(r.max()) + 1, :])
+    return part[..., r - int(r.min()), :][..., c]
+
+
+def block_sum(values: NDArray[Any], factor: int) -> NDArray[Any]:
+    """Sum fine cells into coarse cells over the last two dimensions.
+
+    >>> block_sum(np.ones((4, 4), int), 2).tolist()
+    [[4, 4], [4, 4]]
+    """
+    *lead, rows, cols = values.shape
+    return values.reshape(*lead, rows // factor, factor, cols // factor, factor).sum(axis=(-3, -1))
+
+
+def spatial_ref(box: GeoBox) -> xr.DataArray:
+    """Make the scalar CF grid-mapping coordinate that xarray, GDAL and rioxarray read."""
+    if box.crs is None:
+        raise ConfigError("grid has no coordinate reference system; give one, for example crs=EPSG:4326")
+    attrs = {**box.crs.proj.to_cf(), "spatial_ref": box.crs.to_wkt()}
+    attrs["GeoTransform"] = " ".join(repr(float(v)) for v in box.affine.to_gdal())
+    return xr.DataArray(np.int32(0), attrs=attrs)

@@ -1,0 +1,263 @@
+"""Class schemes: the codes, names and colours of a land-cover map, and how coarse states become its classes.
+
+A :class:`Legend` is read from YAML and a :class:`Crosswalk` from CSV. The built-in ones lie in ``ai4land/data``; a
+user's own file of the same form works by its path. This is the only module that knows class codes.
+
+Inside the model a class is its *index* (0 … n − 1, in the order of the legend); ``MISSING`` stands for no class.
+"""
+
+from __future__ import annotations
+
+import csv
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ai4land.errors import ConfigError, DataError
+
+MISSING = 255
+"""Class index of a cell without a class."""
+_UNKNOWN = 254
+
+
+class LandClass(BaseModel):
+    """One class: its code in the files, a name without blanks, and a colour as ``#rrggbb``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    code: int = Field(ge=0, le=255)
+    name: str = Field(pattern=r"^[A-Za-z0-9_.+-]+$")
+    colour: str = Field(pattern=r"^#[0-9a-fA-F]{6}$")
+
+
+class Legend(BaseModel):
+    """A class scheme.
+
+    Attributes
+    ----------
+    name
+        Short name, as given to :func:`load_legend`.
+    fill
+        The code that means "no land here": ocean or no data. It is the fill value of every map of this legend.
+    classes
+        The classes that a map can hold and the model predicts, in the order of their indices.
+    nodata
+        Further codes that count as no data in input files.
+    aliases
+        Codes in input files that are read as another code (sub-classes that this legend merges).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    title: str
+    references: str = ""
+    fill: LandClass
+    classes: tuple[LandClass, ...] = Field(min_length=2, max_length=200)
+    nodata: tuple[int, ...] = ()
+    aliases: dict[int, int] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Legend:
+        codes = [self.fill.code, *(c.code for c in self.classes)]
+        if len(set(codes)) != len(codes):
+            twice = sorted({c for c in codes if codes.count(c) > 1})
+            raise ValueError(f"legend {self.name} gives codes {twice} twice, expected each code once")
+        unknown = sorted(set(self.aliases.values()) - set(codes))
+        if unknown:
+            raise ValueError(f"legend {self.name} has aliases for codes {unknown}, which it does not define; add these classes")
+        return self
+
+    @property
+    def n(self) -> int:
+        """Number of classes, the fill left out."""
+        return len(self.classes)
+
+    @property
+    def names(self) -> list[str]:
+        """Class names in the order of their indices."""
+        return [c.name for c in self.classes]
+
+    @cached_property
+    def codes(self) -> NDArray[np.uint8]:
+        """Class codes in the order of their indices, shape ``(n,)``."""
+        return np.array([c.code for c in self.classes], dtype=np.uint8)
+
+    @cached_property
+    def _index(self) -> NDArray[np.uint8]:
+        table = np.full(256, _UNKNOWN, dtype=np.uint8)
+        table[[self.fill.code, *self.nodata]] = MISSING
+        table[self.codes] = np.arange(self.n, dtype=np.uint8)
+        for code, target in self.aliases.items():
+            table[code] = table[target]
+        return table
+
+    def encode(self, codes: NDArray[Any], *, source: str = "map") -> NDArray[np.uint8]:
+        """Turn codes into class indices; fill and no-data codes become ``MISSING``.
+
+        Raises
+        ------
+        DataError
+            If a code is not in the legend.
+
+        >>> load_legend("hildaplus").encode(np.array([0, 11, 45, 77, 99])).tolist()
+        [255, 0, 3, 6, 255]
+        """
+        if codes.dtype != np.uint8:
+            bad = ~((codes >= 0) & (codes <= 255))
+            if bad.any():
+                raise DataError(f"{source} holds class code {codes[bad].flat[0]}, expected 0..255; {self._hint()}")
+            codes = codes.astype(np.uint8)
+        index = self._index[codes]
+        if (index == _UNKNOWN).any():
+            values, counts = np.unique(codes[index == _UNKNOWN], return_counts=True)
+            listed = ", ".join(f"{v} ({c} cells)" for v, c in zip(values[:8], counts[:8], strict=True))
+            raise DataError(f"{source} holds class codes {listed} that legend {self.name} does not know; {self._hint()}")
+        return index
+
+    def decode(self, index: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Turn class indices into codes; ``MISSING`` becomes the fill code."""
+        table = np.full(256, self.fill.code, dtype=np.uint8)
+        table[: self.n] = self.codes
+        return table[index]
+
+    def _hint(self) -> str:
+        return f"known: {sorted({self.fill.code, *self.nodata, *self.codes.tolist(), *self.aliases})}; choose another legend, or add aliases"
+
+    def flag_attrs(self) -> dict[str, Any]:
+        """CF attributes of a map of this legend: ``flag_values``, ``flag_meanings`` and the colours beside them."""
+        every = (self.fill, *self.classes)
+        return {
+            "flag_values": np.array([c.code for c in every], dtype=np.uint8),
+            "flag_meanings": " ".join(c.name for c in every),
+            "flag_colors": " ".join(c.colour for c in every),
+        }
+
+
+def _builtin(folder: str, suffix: str) -> list[str]:
+    return sorted(p.name.removesuffix(suffix) for p in files("ai4land").joinpath("data", folder).iterdir())
+
+
+def _locate(name: str | Path, folder: str, suffix: str) -> Path:
+    path = Path(name)
+    if path.suffix == suffix:
+        if not path.is_file():
+            raise ConfigError(f"{folder[:-1]} file {path} does not exist; give the path of a {suffix} file")
+        return path
+    inside = Path(str(files("ai4land").joinpath("data", folder, f"{name}{suffix}")))
+    if not inside.is_file():
+        raise ConfigError(
+            f"{folder[:-1]} is {str(name)!r}, expected one of {_builtin(folder, suffix)} or the path of a {suffix} file"
+        )
+    return inside
+
+
+def load_legend(name: str | Path) -> Legend:
+    """Load a built-in legend by name (``hildaplus``, ``lccs_level1``, …) or a user's own YAML file by path.
+
+    >>> load_legend("lccs_level1").n
+    22
+    """
+    path = _locate(name, "legends", ".yaml")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Legend(**{"name": path.stem, **values})
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"legend file {path} is not valid: {error}; see ai4land/data/legends for the form") from error
+
+
+class Crosswalk(BaseModel):
+    """Weights that spread coarse states over the classes of a legend.
+
+    Attributes
+    ----------
+    states
+        Names of the coarse states, the rows.
+    weights
+        ``weights[s][k]`` is the share of state *s* that is expected as class index *k*; every row sums to 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    states: tuple[str, ...]
+    weights: tuple[tuple[float, ...], ...]
+
+    @field_validator("weights")
+    @classmethod
+    def _rows(cls, rows: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+        for number, row in enumerate(rows):
+            if any(not 0 <= v <= 1 for v in row) or abs(sum(row) - 1) > 1e-6:
+                raise ValueError(f"crosswalk row {number + 1} sums to {sum(row):g}, expected weights of 0..1 that sum to 1")
+        return rows
+
+    @cached_property
+    def matrix(self) -> NDArray[np.float64]:
+        """Weights as an array, shape ``(state, class)``."""
+        return np.array(self.weights, dtype=np.float64)
+
+    def select(self, states: list[str]) -> Crosswalk:
+        """Keep these states, in this order."""
+        lacking = [s for s in states if s not in self.states]
+        if lacking:
+            raise ConfigError(
+                f"crosswalk {self.name} has no row for the states {lacking}; it knows {list(self.states)}; add rows to the CSV file"
+            )
+        order = [self.states.index(s) for s in states]
+        return Crosswalk(name=self.name, states=tuple(states), weights=tuple(self.weights[i] for i in order))
+
+    def to_classes(self, shares: NDArray[Any]) -> NDArray[np.float64]:
+        """Turn shares of states ``(state, …)`` into shares of classes ``(class, …)``."""
+        return np.tensordot(self.matrix.T, shares.astype(np.float64), axes=1)
+
+
+def load_crosswalk(name: str | Path, legend: Legend) -> Crosswalk:
+    """Load the crosswalk from coarse states to a legend.
+
+    Parameters
+    ----------
+    name
+        ``identity`` (coarse shares of the same legend, states named by their codes), a built-in name such as
+        ``luh2_to_hildaplus``, or the path of a CSV file: a row a state, a column a class code, ``#`` for comments.
+    legend
+        The legend whose codes the columns are. Classes without a column get weight 0.
+
+    Raises
+    ------
+    ConfigError
+        If a column is not a code of the legend, a weight is not a number, or a row does not sum to 1.
+    """
+    if str(name) == "identity":
+        unit = np.eye(legend.n)
+        return Crosswalk(name="identity", states=tuple(str(c) for c in legend.codes), weights=tuple(map(tuple, unit.tolist())))
+    path = _locate(name, "crosswalks", ".csv")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
+    rows = list(csv.reader(lines))
+    try:
+        columns = [int(c) for c in rows[0][1:]]
+        unknown = [c for c in columns if c not in legend.codes]
+        if unknown:
+            raise ValueError(f"columns {unknown} are not codes of legend {legend.name} ({legend.codes.tolist()})")
+        place = {int(code): k for k, code in enumerate(legend.codes)}
+        states, weights = [], []
+        for row in rows[1:]:
+            if len(row) != len(rows[0]):
+                raise ValueError(f"row {row[0]!r} has {len(row)} cells, expected {len(rows[0])}")
+            line = [0.0] * legend.n
+            for code, value in zip(columns, row[1:], strict=True):
+                line[place[code]] = float(value)
+            if abs(sum(line) - 1) > 1e-6:
+                raise ValueError(f"row {row[0]!r} sums to {sum(line):g}, expected 1")
+            states.append(row[0])
+            weights.append(tuple(line))
+        return Crosswalk(name=path.stem, states=tuple(states), weights=tuple(weights))
+    except (ValueError, IndexError) as error:
+        raise ConfigError(
+            f"crosswalk {path} is not valid: {error}; the form is a header 'state,code,code,…' and a row a state"
+        ) from error
