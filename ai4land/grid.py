@@ -109,7 +109,8 @@ class Grid:
     def coarse(self) -> GeoBox:
         """GeoBox of the coarse cells."""
         rows, cols = self.shape
-        return GeoBox((rows // self.factor, cols // self.factor), self.fine.affine * Affine.scale(self.factor), self.fine.crs)
+        a, f = self.fine.affine, self.factor
+        return GeoBox((rows // f, cols // f), Affine(a.a * f, 0.0, a.c, 0.0, a.e * f, a.f), self.fine.crs)
 
     @property
     def geographic(self) -> bool:

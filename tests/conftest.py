@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import xarray as xr
+from scipy import ndimage
+
+from ai4land.align import Layer, write_store
+from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, block_sum, make_grid
+from ai4land.legend import Legend, load_legend
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,3 +27,57 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real test data not found at {folder}; set AI4LAND_TEST_DATA")
     return folder
+
+
+@dataclass(frozen=True)
+class TinyStore:
+    """A global analysis-ready store small enough to train and map in a second."""
+
+    path: Path
+    grid: Grid
+    legend: Legend
+    years: tuple[int, ...]
+
+
+def write_tiny_store(path: Path, *, shard: int = 32, years: tuple[int, ...] = (2000, 2001, 2002, 2003), seed: int = 0) -> TinyStore:
+    """Write a store of 64 x 128 fine cells (factor 8): smooth random land cover that drifts, two static maps, 7 states."""
+    rng = np.random.default_rng(seed)
+    grid = make_grid((-180, -90, 180, 90), coarse_cell=22.5, factor=8, shard=shard)
+    legend = load_legend("hildaplus")
+    noise = rng.standard_normal((legend.n, *grid.shape))
+    noise = ndimage.gaussian_filter(noise, (0, 3, 3), mode=("nearest", "nearest", "wrap"))
+    noise /= noise.std()
+    trend = np.linspace(-1, 1, legend.n)[:, None, None] * 0.3
+    land = ndimage.gaussian_filter(rng.standard_normal(grid.shape), 5, mode=("nearest", "wrap")) > -0.02
+    land[:, 32:64] &= np.arange(64)[:, None] < 32
+    maps = {y: legend.decode(np.where(land, (noise + i * trend).argmax(0), 255).astype(np.uint8)) for i, y in enumerate(years)}
+    index = {y: legend.encode(m) for y, m in maps.items()}
+    shares = np.stack([[block_sum((index[y] == k).astype(float), grid.factor) for k in range(legend.n)] for y in years]) / grid.factor**2
+    coords = grid.coords()
+    coarse = xr.DataArray(
+        shares.astype(np.float32),
+        dims=("year", "state", *COARSE_DIMS),
+        coords={"year": list(years), "state": [str(c) for c in legend.codes], **{d: coords[d] for d in COARSE_DIMS}},
+    )
+    fine = {d: coords[d] for d in FINE_DIMS}
+    layers = [
+        Layer("height", False, lambda: xr.DataArray(noise[0].astype(np.float32) * 100, dims=FINE_DIMS, coords=fine)),
+        Layer("zone", True, lambda: xr.DataArray((noise[1] > 0).astype(np.float32) + 1, dims=FINE_DIMS, coords=fine)),
+    ]
+    write_store(
+        path,
+        grid=grid,
+        legend=legend,
+        mask=land,
+        maps=iter(maps.items()),
+        observed_years=list(years),
+        coarse=coarse,
+        layers=layers,
+        identity={"made": "by the tests"},
+    )
+    return TinyStore(path, grid, legend, years)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
+    return write_tiny_store(tmp_path_factory.mktemp("tiny") / "store.zarr")

@@ -1,0 +1,32 @@
+# AI4Land: every target does its own set-up. PYTHON picks the interpreter (3.11-3.13).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: install demo test lint bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: install  ## the whole path on a synthetic planet: a model, a cube, a table, pictures in runs/demo
+	$(BIN)/ai4land demo
+
+test: install  ## the fast tests
+	$(BIN)/python -m pytest
+
+lint: install  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## side-by-side timings into benchmarks/results.json
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## everything that can be made again, results in runs/ excepted
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

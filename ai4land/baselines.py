@@ -1,0 +1,176 @@
+"""What any model must beat: the map that stays as it is, and the scenario's change put down at random.
+
+:func:`proportional_allocation` follows the scenario as exactly as whole cells allow, but knows nothing about where in a
+coarse cell the change takes place. Its random numbers are a hash of the seed and the position of a cell on the globe, so
+the result does not depend on how the map is cut into tiles.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ai4land.errors import DataError
+from ai4land.legend import MISSING
+
+
+def persistence(reference: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Predict that nothing changes: return a copy of the reference map."""
+    return reference.copy()
+
+
+def integer_quotas(counts: NDArray[np.floating]) -> NDArray[np.int64]:
+    """Round along the first axis by largest remainder, so that the sums stay.
+
+    Every number is rounded down, then the numbers with the largest remainders get one more each until the sum is that of
+    ``counts``, rounded (Hamilton's method of apportionment). Of equal remainders the first comes first.
+
+    Parameters
+    ----------
+    counts
+        ``(class, ...)``, finite and not negative.
+
+    Returns
+    -------
+    numpy.ndarray
+        Whole numbers of the same shape, each ``floor(counts)`` or ``ceil(counts)``.
+
+    >>> integer_quotas(np.array([1.4, 2.5, 0.1, 4.0])).tolist()
+    [1, 3, 0, 4]
+    """
+    values = counts.astype(np.float64)
+    if not (np.isfinite(values) & (values >= 0)).all():
+        raise DataError("counts hold negative or missing numbers, expected finite ones of 0 or more; clip them first")
+    low = np.floor(values)
+    rest = values - low
+    more = np.rint(rest.sum(axis=0))
+    order = np.argsort(-rest, axis=0, kind="stable")
+    rank = np.empty_like(order)
+    places = np.arange(values.shape[0]).reshape(-1, *[1] * (values.ndim - 1))
+    np.put_along_axis(rank, order, np.broadcast_to(places, order.shape), axis=0)
+    return low.astype(np.int64) + (rank < more)
+
+
+def class_quotas(
+    counts: NDArray[np.int64], *, wanted: NDArray[np.floating], start: NDArray[np.floating]
+) -> NDArray[np.int64]:
+    """Apply the scenario's change to the number of cells of each class.
+
+    A class gives up at most the cells that it has. Where the classes cannot give up as much as the others are to gain, or
+    the other way round, the larger side is cut down proportionally; a class whose share the scenario does not change
+    keeps its cells.
+
+    Parameters
+    ----------
+    counts
+        Cells of each class in each coarse cell of the reference map, ``(class, ...)``.
+    wanted, start
+        Shares of each class that the scenario has, and had in the year of the reference map, ``(class, ...)``. No change
+        where either has a NaN.
+
+    Returns
+    -------
+    numpy.ndarray
+        Cells of each class to have, same shape and same sums as ``counts``.
+    """
+    mapped = counts.sum(axis=0)
+    change = (wanted.astype(np.float64) - start.astype(np.float64)) * mapped
+    change = np.where(np.isfinite(change).all(axis=0), change, 0.0)
+    loss = np.minimum(np.maximum(-change, 0.0), counts)
+    gain = np.maximum(change, 0.0)
+    lost, gained = loss.sum(axis=0), gain.sum(axis=0)
+    moved = np.minimum(lost, gained)
+    loss *= np.divide(moved, lost, out=np.zeros_like(lost), where=lost > 0)
+    gain *= np.divide(moved, gained, out=np.zeros_like(gained), where=gained > 0)
+    return integer_quotas(np.maximum(counts - loss + gain, 0.0))
+
+
+def proportional_allocation(
+    reference: NDArray[np.uint8],
+    *,
+    wanted: NDArray[np.floating],
+    start: NDArray[np.floating],
+    factor: int,
+    seed: int,
+    origin: tuple[int, int] = (0, 0),
+) -> NDArray[np.uint8]:
+    """Change the reference map by the scenario's change of class shares, at random places within the coarse cells.
+
+    In each coarse cell the losing classes give up as many cells as :func:`class_quotas` says, drawn at random, and these
+    go at random to the gaining classes.
+
+    Parameters
+    ----------
+    reference
+        Class indices of whole coarse cells, ``(rows, columns)``; ``MISSING`` cells stay.
+    wanted, start
+        Class shares of the scenario in the predicted year and in the year of the reference map, in the same definition,
+        ``(class, rows / factor, columns / factor)``. A coarse cell with a NaN does not change.
+    factor
+        Fine cells along one side of a coarse cell.
+    seed
+        Of the draw.
+    origin
+        Row and column of the first cell on the grid, so that tiles give the same map as the whole.
+
+    Returns
+    -------
+    numpy.ndarray
+        Class indices, same shape.
+
+    Raises
+    ------
+    DataError
+        If the shapes do not fit, or an index is neither a class nor ``MISSING``.
+    """
+    rows, cols = reference.shape
+    n = wanted.shape[0]
+    crows, ccols = rows // factor, cols // factor
+    if rows % factor or cols % factor or any(v % factor for v in origin):
+        raise DataError(
+            f"window is {reference.shape} from {origin}, expected whole coarse cells of {factor}; use multiples of the factor"
+        )
+    if wanted.shape != (n, crows, ccols) or start.shape != wanted.shape:
+        raise DataError(
+            f"shares are {wanted.shape} and {start.shape}, expected twice {(n, crows, ccols)}; cut them from the same window"
+        )
+    row, col = np.arange(rows)[:, None], np.arange(cols)[None, :]
+    coarse = (row // factor * ccols + col // factor).ravel()
+    mapped = np.flatnonzero(reference.ravel() != MISSING)
+    classes = reference.ravel()[mapped].astype(np.intp)
+    if classes.max(initial=0) >= n:
+        raise DataError(f"class index is {int(classes.max())}, expected 0..{n - 1} or {MISSING}; encode the codes with the legend")
+    group = coarse[mapped] * n + classes
+    counts = np.bincount(group, minlength=crows * ccols * n).reshape(-1, n).T
+    flat_wanted, flat_start = wanted.reshape(n, -1), start.reshape(n, -1)
+    step = class_quotas(counts, wanted=flat_wanted, start=flat_start) - counts
+    losses = np.maximum(-step, 0).T.ravel()
+
+    maybe = losses[group] > 0
+    cells, group = mapped[maybe], group[maybe]
+    place = (row + origin[0] << 32 | col + origin[1] & 0xFFFFFFFF).ravel()[cells].astype(np.uint64)
+    order = np.lexsort((_hash(place, seed, 0), group))
+    cells, place, group = cells[order], place[order], group[order]
+    first = np.searchsorted(group, group, side="left")
+    drawn = np.arange(group.size) - first < losses[group]
+
+    cells, place = cells[drawn], place[drawn]
+    cells = cells[np.lexsort((_hash(place, seed, 1), coarse[cells]))]
+    gains = np.maximum(step, 0).T.ravel()
+    result = reference.copy()
+    result.ravel()[cells] = np.repeat(np.tile(np.arange(n, dtype=np.uint8), crows * ccols), gains)
+    return result
+
+
+def _hash(place: NDArray[np.uint64], seed: int, stream: int) -> NDArray[np.uint64]:
+    """Hash positions into independent 64-bit numbers; different positions never give the same one."""
+    key = _splitmix64(np.array([seed % 2**64], dtype=np.uint64) + np.uint64(stream))
+    return _splitmix64(_splitmix64(place) ^ key)
+
+
+def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Mix 64 bits, one to one (Steele, Lea & Flood 2014, Fast splittable pseudorandom number generators)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

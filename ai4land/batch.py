@@ -1,0 +1,245 @@
+"""From the analysis-ready store to batches of patches.
+
+The loader reads whole shards through xbatcher from the lazily opened store, in a thread, and cuts patches from memory by
+xbatcher's selectors with a random origin. Its sequence depends on the seed and the step alone, so that training goes on
+exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from xbatcher import BatchGenerator
+from xbatcher.generators import BatchSchema
+
+from ai4land.errors import DataError
+from ai4land.features import FeatureSpec, features
+from ai4land.grid import FINE_DIMS, Grid, Window, coarse_window, read_coarse
+from ai4land.legend import MISSING, Legend
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of patches as tensors; ``target`` is ``MISSING`` where a cell is not scored."""
+
+    static: torch.Tensor
+    reference: torch.Tensor
+    coarse: torch.Tensor
+    offset: torch.Tensor
+    target: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Move to a device."""
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A shard in memory; ``maps`` holds class indices by year, ``scored`` the cells that may be a target."""
+
+    window: Window
+    static: NDArray[np.float16]
+    maps: dict[int, NDArray[np.uint8]]
+    scored: NDArray[np.bool_]
+
+
+class PatchLoader:
+    """Batches of random patches from the store.
+
+    A *visit* draws ``mix`` shards (with odds by the cells that may be targets), reads them, and cuts ``visit`` batches
+    from them. Patches lie within a shard; those with more cells to score are drawn more often.
+
+    Parameters
+    ----------
+    open_store
+        Opens the store lazily, without Dask.
+    grid, legend, spec
+        Of the store and the model.
+    cells
+        Coarse cells whose fine cells may be targets, bool.
+    pairs
+        (reference year, year) to draw from.
+    patch, batch
+        Fine cells along the side of a patch, and patches of a batch.
+    mask_all, mask_some
+        Shares of patches that do not see the reference map, and that see it with holes.
+    visit, mix, keep
+        Batches of a visit, shards of a visit, and shards that are kept in memory.
+    rank, world
+        This process takes the patches ``rank::world`` of every batch.
+
+    Raises
+    ------
+    DataError
+        If no cell may be a target.
+    """
+
+    def __init__(
+        self,
+        open_store: Callable[[], xr.Dataset],
+        *,
+        grid: Grid,
+        legend: Legend,
+        spec: FeatureSpec,
+        cells: NDArray[np.bool_],
+        pairs: tuple[tuple[int, int], ...],
+        patch: int,
+        batch: int,
+        seed: int = 0,
+        mask_all: float = 0.0,
+        mask_some: float = 0.0,
+        visit: int = 8,
+        mix: int = 4,
+        keep: int = 16,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.grid, self.legend, self.spec = grid, legend, spec
+        self.pairs, self.patch, self.batch, self.seed = pairs, patch, batch, seed
+        self.mask_all, self.mask_some = mask_all, mask_some
+        self.visit, self.mix, self.keep = visit, mix, max(keep, mix)
+        self.rank, self.world = rank, world
+        self.years = sorted({year for pair in pairs for year in pair})
+        store = open_store()
+        ds = store[["static", "land_cover", "mask"]].sel(observed_year=self.years)
+        sizes = {**dict.fromkeys(FINE_DIMS, grid.shard), "feature": ds.sizes["feature"], "observed_year": len(self.years)}
+        self._shards = BatchGenerator(ds, input_dims=sizes)
+        self._windows = grid.shards()
+        self._cells = np.kron(cells, np.ones((grid.factor, grid.factor), dtype=bool)) & store["mask"].values.astype(bool)
+        counts = np.array([self._cells[w.slices].sum() for w in self._windows], dtype=np.float64)
+        if not counts.any():
+            raise DataError("no fine cell may be a target, expected some; widen the land mask or the split")
+        self._odds = counts / counts.sum()
+        self._coarse = dict(zip(self.years, store["coarse"].sel(year=self.years).values, strict=True))
+        self._cache: OrderedDict[int, _Tile] = OrderedDict()
+
+    def _read(self, index: int) -> _Tile:
+        """Read a shard with xbatcher: all static maps and all years in one go."""
+        if index in self._cache:
+            self._cache.move_to_end(index)
+            return self._cache[index]
+        data, window = self._shards[index], self._windows[index]
+        codes = data["land_cover"].transpose("observed_year", *FINE_DIMS).values
+        tile = _Tile(
+            window,
+            self.spec.static_channels(data["static"].transpose("feature", *FINE_DIMS).values),
+            {year: self.legend.encode(m, source=f"map of {year}") for year, m in zip(self.years, codes, strict=True)},
+            self._cells[window.slices],
+        )
+        self._cache[index] = tile
+        while len(self._cache) > self.keep:
+            self._cache.popitem(last=False)
+        return tile
+
+    def _patches(self, visit: int) -> Iterator[tuple[_Tile, Window, tuple[int, int], np.random.Generator]]:
+        """Draw the patches of a visit, in order."""
+        rng = np.random.default_rng([self.seed, 1, visit])
+        drawn = rng.choice(len(self._windows), size=self.mix, p=self._odds)
+        places: list[tuple[int, Window]] = []
+        odds: list[float] = []
+        for index in drawn:
+            tile = self._read(int(index))
+            jitter = [int(rng.integers(0, min(self.patch, self.grid.shard - self.patch + 1))) for _ in FINE_DIMS]
+            inside = xr.Dataset({"scored": (FINE_DIMS, tile.scored)}).isel(
+                {d: slice(j, None) for d, j in zip(FINE_DIMS, jitter, strict=True)}
+            )
+            for selector in BatchSchema(inside, input_dims=dict.fromkeys(FINE_DIMS, self.patch)).selectors.values():
+                row, col = (selector[0][d].start + j for d, j in zip(FINE_DIMS, jitter, strict=True))
+                place = Window(row, col, self.patch, self.patch)
+                places.append((int(index), place))
+                odds.append(float(tile.scored[place.slices].sum()))
+        weights = np.array(odds)
+        weights = weights / weights.sum() if weights.any() else np.full(len(odds), 1 / len(odds))
+        for number in rng.choice(len(places), size=self.visit * self.batch, p=weights):
+            index, place = places[number]
+            pair = self.pairs[int(rng.integers(len(self.pairs)))]
+            yield self._read(index), place, pair, np.random.default_rng(rng.integers(2**63))
+
+    def _cut(self, tile: _Tile, place: Window, pair: tuple[int, int], rng: np.random.Generator) -> tuple[Any, ...]:
+        """Cut one patch and make its input."""
+        year0, year = pair
+        cut = place.slices
+        reference: NDArray[np.uint8] | None = tile.maps[year0][cut]
+        draw = rng.random()
+        if draw < self.mask_all:
+            reference = None
+        elif draw < self.mask_all + self.mask_some and reference is not None:
+            reference = np.where(holes(reference.shape, rng), MISSING, reference).astype(np.uint8)
+        window = Window(tile.window.row + place.row, tile.window.col + place.col, place.height, place.width)
+        cells, offset = coarse_window(window, self.grid.factor)
+        wanted = read_coarse(self._coarse[year], cells, wrap=self.grid.wraps)
+        start = read_coarse(self._coarse[year0], cells, wrap=self.grid.wraps)
+        made = features(
+            tile.static[(slice(None), *cut)], reference=reference, wanted=wanted, start=start, lead=year - year0, spec=self.spec
+        )
+        target = np.where(tile.scored[cut], tile.maps[year][cut], MISSING).astype(np.uint8)
+        return made.static, made.reference, made.coarse, offset, target
+
+    def batches(self, first: int = 0, last: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of steps ``first`` to ``last`` (exclusive; without end where None)."""
+        step = first
+        while last is None or step < last:
+            visit, skip = divmod(step, self.visit)
+            patches = list(self._patches(visit))[skip * self.batch :]
+            for start in range(0, len(patches), self.batch):
+                if last is not None and step >= last:
+                    return
+                chosen = patches[start + self.rank : start + self.batch : self.world]
+                columns = list(zip(*(self._cut(*patch) for patch in chosen), strict=True))
+                static, reference, coarse, target = (torch.from_numpy(np.stack(columns[i])) for i in (0, 1, 2, 4))
+                yield Batch(static.float(), reference, coarse, torch.tensor(columns[3], dtype=torch.int64), target)
+                step += 1
+
+
+def holes(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Draw rectangular holes that cover about half of a patch, as a mask of the missing cells."""
+    out = np.zeros(shape, dtype=bool)
+    while out.mean() < 0.3:
+        row, col = (int(rng.integers(0, n)) for n in shape)
+        height, width = (int(rng.integers(n // 8 + 1, n // 2 + 2)) for n in shape)
+        out[row : row + height, col : col + width] = True
+    return out
+
+
+def prefetched(batches: Iterator[Batch], *, depth: int = 4) -> Iterator[Batch]:
+    """Make the batches in a thread, up to ``depth`` ahead; an error there is raised here."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put(batch):
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,171 @@
+"""Trained models on disk: safetensors weights beside a JSON card; nothing is ever unpickled.
+
+The card says all that a user of the weights needs: legend, channels and their normalisation, grid, network, split, and
+how the training went. The state that training resumes from is another file, and loads with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+import ai4land
+from ai4land.errors import DataError, MismatchError
+from ai4land.features import FeatureSpec
+from ai4land.legend import Legend
+from ai4land.unet import UNet
+
+WEIGHTS = "model.safetensors"
+CARD = "model.json"
+
+
+class Card(BaseModel):
+    """What a model is.
+
+    Attributes
+    ----------
+    network
+        Arguments of :class:`ai4land.unet.UNet`.
+    cell
+        Width and height of a fine cell in the units of the grid.
+    weights
+        SHA-256 of the weights file.
+    split, store
+        Fingerprints of the split and of the analysis-ready store it was trained on.
+    training
+        Steps taken, best step and validation loss, class weights, training years.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    version: str = ai4land.__version__
+    legend: Legend
+    spec: FeatureSpec
+    network: dict[str, Any]
+    cell: tuple[float, float]
+    weights: str
+    split: str
+    store: str
+    training: dict[str, Any]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old or the new content, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def save_model(folder: Path, weights: dict[str, torch.Tensor], card: Card) -> Card:
+    """Write weights and card; return the card with the checksum of the weights."""
+    data = save({name: value.detach().cpu().contiguous() for name, value in sorted(weights.items())})
+    card = card.model_copy(update={"weights": hashlib.sha256(data).hexdigest()})
+    write_atomically(folder / WEIGHTS, data)
+    write_atomically(folder / CARD, (json.dumps(card.model_dump(mode="json"), indent=1) + "\n").encode())
+    return card
+
+
+def load_card(folder: Path) -> Card:
+    """Read the card of a model.
+
+    Raises
+    ------
+    DataError
+        If there is no model in the folder, or the card is not one.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise DataError(f"no model in {folder} ({CARD} is missing); train one first: ai4land train RUN.yaml")
+    try:
+        return Card.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise DataError(f"model card {path} is not valid: {error}; train again") from error
+
+
+def load_model(folder: Path) -> tuple[UNet, Card]:
+    """Load a model for inference.
+
+    Raises
+    ------
+    DataError
+        If a file is missing or damaged.
+    MismatchError
+        If the weights are not those that the card describes.
+    """
+    card = load_card(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise DataError(f"no weights at {path}; train the model again")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != card.weights:
+        raise MismatchError(
+            f"weights {path} do not have the checksum of {CARD}; the files are of two trainings, or damaged: train again"
+        )
+    model = UNet(**card.network)
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise MismatchError(f"weights {path} do not fit the network of {CARD}: {error}") from error
+    return model.eval(), card
+
+
+@lru_cache(maxsize=1)
+def cached_model(folder: str, checksum: str) -> tuple[UNet, Card]:
+    """Load a model once a process; ``checksum`` is that of the weights, so that a new model is loaded anew."""
+    model, card = load_model(Path(folder))
+    if card.weights != checksum:
+        raise MismatchError(
+            f"model in {folder} has weights {card.weights[:16]}, expected {checksum[:16]}; it changed while the job ran"
+        )
+    return model, card
+
+
+def check_fits(card: Card, *, legend: Legend, feature_names: list[str], states: list[str], factor: int) -> None:
+    """Refuse a model of another legend, channel list or nesting than the store at hand.
+
+    Raises
+    ------
+    MismatchError
+        Naming what differs.
+    """
+    pairs = (
+        ("legend", (card.legend.name, card.legend.codes.tolist()), (legend.name, legend.codes.tolist())),
+        ("static maps", [f.name for f in card.spec.features], feature_names),
+        ("coarse states", list(card.spec.states), states),
+        ("fine cells in a coarse cell", card.network["factor"], factor),
+    )
+    for what, has, wants in pairs:
+        if has != wants:
+            raise MismatchError(
+                f"checkpoint has {what} {has}, expected {wants} as in the store; train a model for this store, or align the store it was trained on"
+            )
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write the state that training resumes from."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read the state that training resumes from; only tensors and plain values are accepted."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DataError(f"training state {path} cannot be read ({error}); delete it to start the training anew") from error
+    return state

@@ -1,0 +1,224 @@
+"""The command line: one verb a stage, ``run`` for all that is not done yet, ``demo`` for a planet of its own."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import ai4land
+from ai4land.config import RunConfig, load_run
+from ai4land.errors import AI4LandError
+
+app = typer.Typer(
+    help="Annual high-resolution land cover from coarse land-use scenarios.\n\n"
+    "A run file says what to map and from what; every command takes key=value to change it:\n\n"
+    "    ai4land run pipelines/bavaria.yaml train.steps=500",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_console = Console(stderr=True, highlight=False)
+_out = Console(highlight=False)
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file, or the name of one that comes with the package.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, e.g. train.steps=200.")]
+SCORES = {
+    "overall_accuracy": "overall accuracy",
+    "macro_f1": "macro F1",
+    "mean_iou": "mean IoU",
+    "figure_of_merit": "Figure of Merit",
+    "change_f1": "change F1",
+    "quantity_disagreement": "quantity dis.",
+    "allocation_disagreement": "allocation dis.",
+    "coarse_error": "coarse error",
+}
+
+
+def _tell(line: str) -> None:
+    _console.print(line, markup=False)
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on a terminal; a line now and then elsewhere."""
+    if not _console.is_terminal:
+        last = -1
+
+        def line(done: int, total: int, note: str) -> None:
+            nonlocal last
+            tenth = 10 * done // max(total, 1)
+            if tenth != last:
+                last = tenth
+                _tell(f"{label}: {done} of {total} {note}")
+
+        yield line
+        return
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=_console, transient=True) as progress:
+        task = progress.add_task(label, total=None, note="")
+        yield lambda done, total, note: progress.update(task, completed=done, total=total, note=note)
+
+
+def _train(run: RunConfig) -> None:
+    from ai4land import stages
+
+    with _bar("train") as bar:
+
+        def step(number: int, row: dict[str, float]) -> None:
+            bar(number, run.train.steps, f"loss {row['loss']:.4f}")
+
+        stages.train(run, tell=_tell, progress=step)
+
+
+def _reconstruct(run: RunConfig) -> None:
+    from ai4land import stages
+
+    with _bar("reconstruct") as bar:
+        stages.reconstruct(run, tell=_tell, progress=lambda done, total: bar(done, total, "blocks"))
+
+
+def _evaluate(run: RunConfig) -> dict[str, Any]:
+    from ai4land import results
+
+    scores = results.evaluate(run, tell=_tell)
+    for split in ("validation", "test"):
+        if split in scores:
+            _out.print(score_table(scores[split], title=f"{run.name}: {split} {_span(scores[split]['years'])}"))
+    return scores
+
+
+def _span(years: list[int]) -> str:
+    return str(years[0]) if len(years) == 1 else f"{years[0]}-{years[-1]}"
+
+
+def score_table(scores: dict[str, Any], *, title: str) -> Table:
+    """Lay out the scores of one split: a row a method, a column a score."""
+    table = Table(title=title)
+    table.add_column("method")
+    for name in SCORES.values():
+        table.add_column(name, justify="right")
+    for method in scores:
+        if isinstance(scores[method], dict) and "overall_accuracy" in scores[method]:
+            values = [scores[method].get(key) for key in SCORES]
+            table.add_row(method, *("-" if v is None else f"{v:.4f}" for v in values))
+    return table
+
+
+@app.command()
+def plan(run: RunFile, overrides: Overrides = None) -> None:
+    """Say what a run will do, and what is done, without doing it.
+
+    Example: ai4land plan pipelines/bavaria.yaml
+    """
+    from ai4land import results
+
+    table = Table(title=f"plan of {run}", show_header=False)
+    for name, value in results.plan(load_run(run, overrides or [])):
+        table.add_row(name, value)
+    _out.print(table)
+
+
+@app.command()
+def align(run: RunFile, overrides: Overrides = None) -> None:
+    """Bring maps, static layers and the scenario onto one grid, in one store.
+
+    Example: ai4land align pipelines/bavaria.yaml
+    """
+    from ai4land import stages
+
+    _out.print(str(stages.align(load_run(run, overrides or []), tell=_tell)))
+
+
+@app.command()
+def train(run: RunFile, overrides: Overrides = None) -> None:
+    """Train the network; a training that was stopped goes on where it was.
+
+    Example: ai4land train pipelines/bavaria.yaml train.steps=500
+    """
+    config = load_run(run, overrides or [])
+    _train(config)
+    _out.print(str(config.folder / "model.safetensors"))
+
+
+@app.command()
+def reconstruct(run: RunFile, overrides: Overrides = None) -> None:
+    """Map every year into the cube; blocks that are done are not done again.
+
+    Example: ai4land reconstruct pipelines/bavaria.yaml reconstruct.workers=2
+    """
+    config = load_run(run, overrides or [])
+    _reconstruct(config)
+    _out.print(str(config.folder / "cube.zarr"))
+
+
+@app.command()
+def evaluate(run: RunFile, overrides: Overrides = None) -> None:
+    """Score the cube against held-out years and against simple baselines, and draw the figures.
+
+    Example: ai4land evaluate pipelines/bavaria.yaml
+    """
+    _evaluate(load_run(run, overrides or []))
+
+
+@app.command(name="run")
+def run_all(run: RunFile, overrides: Overrides = None) -> None:
+    """Do every stage that is not done yet: align, train, reconstruct, evaluate.
+
+    Example: ai4land run pipelines/bavaria.yaml train.steps=500 name=bavaria_short
+    """
+    _whole(load_run(run, overrides or []))
+
+
+def _whole(config: RunConfig) -> None:
+    _train(config)
+    _reconstruct(config)
+    _evaluate(config)
+    _out.print(f"Results are in {config.folder}: cube.zarr, evaluation.json, figures/")
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    runs: Annotated[str, typer.Option(help="Folder for the results.")] = "runs",
+) -> None:
+    """Make a synthetic planet in the real formats and run the whole path on it, in a few minutes on two cores.
+
+    Example: ai4land demo train.steps=200
+    """
+    from ai4land.synthetic_files import make_planet
+
+    config = load_run("demo.yaml", [f"runs={runs}", *(overrides or [])])
+    planet = config.folder / "planet"
+    _tell(f"planet: {planet}")
+    make_planet(planet, seed=config.seed)
+    _whole(config.model_copy(update={"data": str(planet)}))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log what the package does.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    if version:
+        _out.print(ai4land.__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; an error of the package is one readable text, not a traceback."""
+    try:
+        app()
+    except AI4LandError as error:
+        _console.print(f"error: {error}", markup=False, style="red")
+        sys.exit(1)

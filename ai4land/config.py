@@ -1,0 +1,326 @@
+"""A run as values: pydantic models of a run file, its ``key=value`` overrides and its fingerprints.
+
+A run file is YAML. Relative paths in it start at ``data``; ``${NAME:-default}`` in ``data`` is replaced from the
+environment. The resolved run is saved with its results. No function below the command line takes these models: the
+stages (``stages.py``) pass on the few values that each needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ai4land.errors import ConfigError
+
+
+def expand_years(value: Any) -> Any:
+    """Expand ``1992-1999``, a number, or a list of both, into a sorted list of years.
+
+    >>> expand_years(["1992-1994", 2001])
+    [1992, 1993, 1994, 2001]
+    """
+    years: set[int] = set()
+    for part in value if isinstance(value, list | tuple | range) else [value]:
+        if isinstance(part, str) and (match := re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part)):
+            first, last = int(match[1]), int(match[2])
+            if first > last:
+                raise ValueError(f"years are {part!r}, expected the first year first")
+            years.update(range(first, last + 1))
+        else:
+            years.add(int(part))
+    return sorted(years)
+
+
+Years = Annotated[list[int], BeforeValidator(expand_years), Field(min_length=1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GridConfig(_Model):
+    """The target grid; see :func:`ai4land.grid.make_grid`."""
+
+    bbox: tuple[float, float, float, float]
+    coarse_cell: float = Field(gt=0)
+    factor: int = Field(ge=1)
+    shard: int = Field(ge=1)
+    origin: tuple[float, float] = (-180.0, 90.0)
+    crs: str = "EPSG:4326"
+
+
+class LandCoverConfig(_Model):
+    """Annual land-cover maps: one file, a pattern with ``{year}``, or a path a year."""
+
+    source: str | dict[int, str]
+    legend: str
+    variable: str | None = None
+    resampling: Literal["exact", "nearest", "mode"] = "exact"
+    years: Years | None = None
+
+
+class Luh2Config(_Model):
+    """LUH2 or LUH3 states; see :func:`ai4land.luh2.open_states`."""
+
+    kind: Literal["luh2"]
+    paths: list[str] = Field(min_length=1)
+    static: str | None = None
+    crosswalk: str = "luh2_to_hildaplus"
+    units: str | None = None
+    time_units: str | None = None
+    cell_degrees: float | None = None
+    weights: Literal["area", "cells"] = "area"
+
+
+class SharesConfig(_Model):
+    """Coarse class shares of a map product; see :func:`ai4land.scenario.open_shares`."""
+
+    kind: Literal["shares"]
+    path: str
+    variable: str
+    crosswalk: str = "identity"
+    weights: Literal["area", "cells"] = "cells"
+
+
+class ChangeConfig(_Model):
+    """Coarse yearly change of class areas on top of the map of ``base_year``; see :func:`ai4land.scenario.open_change`."""
+
+    kind: Literal["change"]
+    paths: dict[int, str]
+    base_year: int
+    crosswalk: str = "identity"
+    weights: Literal["area", "cells"] = "area"
+
+
+class StaticLayer(_Model):
+    """One static map: a raster file (``path``) or an asset of a STAC collection (``catalog``, ``collection``, ``asset``)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_]+$")
+    path: str | None = None
+    band: int | str | None = None
+    variable: str | None = None
+    catalog: str | None = None
+    collection: str | None = None
+    asset: str | None = None
+    categorical: bool = False
+    resampling: Literal["exact", "nearest", "bilinear", "average", "mode"] | None = None
+
+    @model_validator(mode="after")
+    def _source(self) -> StaticLayer:
+        stac = (self.catalog, self.collection, self.asset)
+        if (self.path is None) == (stac == (None, None, None)) or (self.path is None and None in stac):
+            raise ValueError(f"static layer {self.name} needs either a path, or catalog, collection and asset")
+        return self
+
+    @property
+    def method(self) -> str:
+        """How it is brought onto the grid: nearest for categories and bilinear for the rest, unless said."""
+        return self.resampling or ("nearest" if self.categorical else "bilinear")
+
+
+class Experiment(_Model):
+    """Years to score, and the year of the map that they are predicted from."""
+
+    reference: int
+    years: Years
+
+
+class SpaceConfig(_Model):
+    """Hold whole blocks of coarse cells out of training."""
+
+    block: int = Field(default=4, ge=1, description="coarse cells along the side of a block")
+    validation: float = Field(default=0.1, ge=0, lt=1)
+    test: float = Field(default=0.2, ge=0, lt=1)
+    buffer: int = Field(default=1, ge=0, description="coarse cells around held-out blocks that nothing uses")
+
+
+class SplitConfig(_Model):
+    """Which cells and years train, validate and test."""
+
+    train: Years
+    max_lead: int = Field(default=10, ge=0, description="longest lead of a training pair in years; 0: only a year with itself")
+    backward: bool = Field(default=True, description="train on pairs that go back in time too")
+    validation: Experiment | None = None
+    test: Experiment | None = None
+    space: SpaceConfig | None = None
+
+
+class ModelConfig(_Model):
+    """Size of the U-Net."""
+
+    base: int = Field(default=16, ge=1)
+    depth: int = Field(default=3, ge=1, le=5)
+    coarse_features: int = Field(default=16, ge=1)
+
+
+class TrainConfig(_Model):
+    """How long and how the network learns."""
+
+    steps: int = Field(default=1000, ge=1)
+    batch: int = Field(default=16, ge=1)
+    patch: int = Field(default=128, ge=8, description="fine cells along the side of a patch")
+    learning_rate: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=1e-2, ge=0)
+    warmup: int = Field(default=50, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.99, ge=0, lt=1)
+    change_weight: float = Field(default=5.0, ge=1, description="weight of a cell that changes, against one that stays")
+    class_balance: float = Field(default=0.25, ge=0, le=1, description="class weights are frequency to the minus this power")
+    mask_all: float = Field(default=0.1, ge=0, le=1, description="share of patches that do not see the reference map")
+    mask_some: float = Field(default=0.1, ge=0, le=1, description="share of patches that see it with holes")
+    validate_every: int = Field(default=100, ge=1)
+    validation_batches: int = Field(default=8, ge=1)
+    patience: int = Field(default=10, ge=1, description="validations without improvement before training stops")
+    checkpoint_every: int = Field(default=100, ge=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int | None = None
+    seed: int = 0
+
+
+class ReconstructConfig(_Model):
+    """What is predicted, from which map, by how many workers."""
+
+    reference: int
+    years: Years
+    workers: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, description="threads of a worker; default: the cores shared by the workers")
+    window: int = Field(default=10, ge=1, description="years that one task walks")
+
+
+class RunConfig(_Model):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    title: str = ""
+    runs: str = "runs"
+    data: str = "."
+    seed: int = 0
+    grid: GridConfig
+    landcover: LandCoverConfig
+    scenario: Annotated[Luh2Config | SharesConfig | ChangeConfig, Field(discriminator="kind")]
+    static: list[StaticLayer] = Field(min_length=1)
+    split: SplitConfig
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    reconstruct: ReconstructConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        names = [layer.name for layer in self.static]
+        if len(set(names)) != len(names):
+            raise ValueError(f"static layers are named {names}, expected each name once")
+        stride = 2**self.model.depth
+        for what, size in (("grid.shard", self.grid.shard), ("train.patch", self.train.patch)):
+            if size % stride:
+                raise ValueError(
+                    f"{what} is {size}, expected a multiple of {stride} (2 to the power of model.depth={self.model.depth}); "
+                    f"try {stride * max(1, round(size / stride))}"
+                )
+        if self.train.patch > self.grid.shard:
+            raise ValueError(f"train.patch is {self.train.patch}, expected at most the shard of {self.grid.shard} fine cells")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the run leaves its results."""
+        return Path(self.runs) / self.name
+
+    def path(self, value: str) -> str:
+        """Resolve a path or URL of the run file against ``data``."""
+        return value if "://" in value or Path(value).is_absolute() else str(Path(self.data) / value)
+
+    def fingerprint(self, *sections: str) -> str:
+        """Hash the named sections: equal hashes mean equal settings."""
+        values = self.model_dump(mode="json")
+        return digest({name: values[name] for name in sections})
+
+    def save(self, path: Path) -> None:
+        """Write the resolved run as YAML."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def digest(value: Any) -> str:
+    """Hash any JSON value to 16 hexadecimal digits.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def pipelines() -> Path:
+    """Folder of the run files that come with the package."""
+    inside = Path(str(files("ai4land"))) / "pipelines"
+    return inside if inside.is_dir() else Path(str(files("ai4land"))).parent / "pipelines"
+
+
+def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Load a run file and apply ``key=value`` overrides.
+
+    Parameters
+    ----------
+    path
+        A YAML file, or the name of one that comes with the package (``demo.yaml``, ``pipelines/bavaria.yaml``).
+    overrides
+        Dotted keys and YAML values, for example ``train.steps=200`` or ``reconstruct.years=1992-1999``.
+
+    Raises
+    ------
+    ConfigError
+        If the file does not exist or is not YAML, or a key or value is not what a run takes.
+    """
+    file = Path(path)
+    if not file.is_file():
+        known = pipelines() / file.name
+        if not known.is_file():
+            names = sorted(p.name for p in pipelines().glob("*.yaml"))
+            raise ConfigError(f"run file {path} does not exist; give a YAML file, or one that comes with the package: {names}")
+        file = known
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"run file {file} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"run file {file} holds {type(values).__name__}, expected keys such as name, grid and train")
+    for item in overrides:
+        key, found, text = item.partition("=")
+        if not found:
+            raise ConfigError(f"override is {item!r}, expected key=value, for example train.steps=200")
+        _set(values, key.split("."), yaml.safe_load(text), item)
+    if isinstance(values.get("data"), str):
+        values["data"] = _environment(values["data"])
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(p) for p in e['loc']) or 'run'}: {e['msg']} (got {str(e['input'])[:60]!r})" for e in error.errors()
+        ]
+        raise ConfigError(f"run file {file} is not valid:\n  " + "\n  ".join(lines)) from error
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any, item: str) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {item!r} goes below {key!r}, which is not a section")
+    values[keys[-1]] = value
+
+
+def _environment(text: str) -> str:
+    def replace(match: re.Match[str]) -> str:
+        value = os.environ.get(match[1]) or match[3]
+        if value is None:
+            raise ConfigError(f"environment variable {match[1]} is not set; set it, or write ${{{match[1]}:-default}}")
+        return value
+
+    return re.sub(r"\$\{(\w+)(:-([^}]*))?\}", replace, text)

@@ -1,0 +1,187 @@
+"""Model input: the channels, their normalisation, and ``features()``, which makes them.
+
+:func:`features` is the one function that makes model input: training, reconstruction and coupling all call it, so that
+they cannot differ. What it needs to know is a :class:`FeatureSpec`, fitted on training cells and years alone, which lives
+in the checkpoint card. It takes and gives plain arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from ai4land.errors import DataError
+from ai4land.legend import MISSING
+
+LEAD_SCALE = 10.0
+"""Years of lead that make one unit of the lead channel."""
+
+
+class Feature(BaseModel):
+    """One static map: standardised with ``mean`` and ``std``, or one channel for each of its ``codes``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    mean: float = 0.0
+    std: float = 1.0
+    codes: tuple[int, ...] = ()
+
+
+class FeatureSpec(BaseModel):
+    """Channels of the model input, in order, and their normalisation.
+
+    Attributes
+    ----------
+    features
+        Static maps in the order of the store.
+    states
+        Coarse states in the order of the store.
+    codes
+        Class codes in the order of their indices.
+    difference_std
+        Typical size of the change of each state over the training pairs; differences are divided by it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    features: tuple[Feature, ...]
+    states: tuple[str, ...]
+    codes: tuple[int, ...]
+    difference_std: tuple[float, ...]
+
+    @property
+    def static_names(self) -> list[str]:
+        """Names of the static channels."""
+        return [n for f in self.features for n in ([f"{f.name}={c}" for c in f.codes] or [f.name])]
+
+    @property
+    def coarse_names(self) -> list[str]:
+        """Names of the coarse channels."""
+        return [f"{s}:{what}" for what in ("wanted", "reference", "difference") for s in self.states] + ["lead", "known"]
+
+    def static_channels(self, raw: NDArray[Any]) -> NDArray[np.float16]:
+        """Normalise static maps ``(feature, rows, columns)`` to ``(channel, rows, columns)``; missing values become 0."""
+        out = np.empty((len(self.static_names), *raw.shape[1:]), dtype=np.float16)
+        channel = 0
+        for feature, field in zip(self.features, raw, strict=True):
+            if feature.codes:
+                for code in feature.codes:
+                    out[channel] = field == code
+                    channel += 1
+            else:
+                out[channel] = np.nan_to_num((field - feature.mean) / feature.std, nan=0.0).clip(-20, 20)
+                channel += 1
+        return out
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Model input of one window, as :meth:`ai4land.unet.UNet.forward` takes it, without the batch dimension.
+
+    ``static`` is float16 ``(channel, rows, columns)``, ``reference`` uint8 class indices ``(rows, columns)`` with
+    ``MISSING`` where unknown, ``coarse`` float32 ``(channel, coarse rows, coarse columns)``.
+    """
+
+    static: NDArray[np.float16]
+    reference: NDArray[np.uint8]
+    coarse: NDArray[np.float32]
+
+
+def features(
+    static: NDArray[np.float16],
+    *,
+    reference: NDArray[np.uint8] | None,
+    wanted: NDArray[Any],
+    start: NDArray[Any],
+    lead: int,
+    spec: FeatureSpec,
+) -> Inputs:
+    """Make the model input of one window and year.
+
+    Parameters
+    ----------
+    static
+        Channels from :meth:`FeatureSpec.static_channels`.
+    reference
+        Class indices of the reference map, or None where there is no map: then ``start`` and ``lead`` are not used.
+    wanted, start
+        Shares of the coarse states ``(state, coarse rows, coarse columns)`` in the wanted year and in the year of the
+        reference map; NaN where the scenario has no data.
+    lead
+        Wanted year minus reference year.
+    spec
+        Channels and normalisation.
+    """
+    if reference is None:
+        reference = np.full(static.shape[1:], MISSING, dtype=np.uint8)
+        start, lead = wanted, 0
+    known = np.isfinite(wanted).all(axis=0) & np.isfinite(start).all(axis=0)
+    now, then = np.where(known, wanted, 0.0), np.where(known, start, 0.0)
+    scale = np.array(spec.difference_std)[:, None, None]
+    lead_channel = np.full((1, *known.shape), lead / LEAD_SCALE)
+    stack = [now, then, ((now - then) / scale).clip(-20, 20), lead_channel, known[None]]
+    return Inputs(static, reference, np.concatenate(stack).astype(np.float32))
+
+
+def fit_spec(
+    store: xr.Dataset,
+    *,
+    cells: NDArray[np.bool_],
+    pairs: Iterable[tuple[int, int]],
+    codes: Iterable[int],
+    factor: int,
+) -> FeatureSpec:
+    """Fit the normalisation on the training cells and training years alone.
+
+    Parameters
+    ----------
+    store
+        The analysis-ready store, opened lazily.
+    cells
+        Coarse cells of training, bool.
+    pairs
+        (reference year, year) of training.
+    codes
+        Class codes in the order of their indices.
+    factor
+        Fine cells along one side of a coarse cell.
+
+    Raises
+    ------
+    DataError
+        If a static map has no value on the training cells.
+    """
+    mask = store["mask"].values.astype(bool) & np.kron(cells, np.ones((factor, factor), dtype=bool))
+    made = []
+    for index, (name, categorical) in enumerate(zip(store["feature"].values, store["categorical"].values, strict=True)):
+        values = store["static"][index].values[mask]
+        values = values[np.isfinite(values)]
+        if not values.size:
+            raise DataError(f"static map {name} has no value on the training cells, expected some; drop it or widen the split")
+        if categorical:
+            made.append(Feature(name=str(name), codes=tuple(int(c) for c in np.unique(values))))
+        else:
+            std = float(values.std(dtype=np.float64))
+            made.append(Feature(name=str(name), mean=float(values.mean(dtype=np.float64)), std=std if std > 1e-6 else 1.0))
+    squares, count = np.zeros(store.sizes["state"]), 0
+    years = [int(y) for y in store["year"].values]
+    chosen = store["coarse"].values[:, :, cells]
+    for start, year in pairs:
+        change = (chosen[years.index(year)] - chosen[years.index(start)]).astype(np.float64)
+        change = change[:, np.isfinite(change).all(axis=0)]
+        squares += (change**2).sum(axis=1)
+        count += change.shape[1]
+    spread = np.sqrt(squares / max(count, 1)).clip(1e-3)
+    return FeatureSpec(
+        features=tuple(made),
+        states=tuple(str(s) for s in store["state"].values),
+        codes=tuple(int(c) for c in codes),
+        difference_std=tuple(float(v) for v in spread),
+    )

@@ -1,0 +1,439 @@
+"""Write the synthetic planet in the formats of the real data.
+
+Scenario states and static data as LUH2 v2h NetCDF files, annual maps as HILDA+ GeoTIFFs, terrain, climate and soil as
+cloud-optimised GeoTIFFs behind a static STAC catalogue, leaf area index as CF NetCDF. The quirks of the originals are
+kept, since readers have to live with them: years that no library decodes, 1e20 as missing value under a mis-cased
+attribute, latitudes from north to south.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import netCDF4
+import numpy as np
+import pystac
+import rasterio
+from affine import Affine
+from numpy.typing import NDArray
+
+from ai4land.errors import ConfigError
+from ai4land.grid import Grid, block_sum, cell_areas, centres
+
+FORMAT_VERSION = 1
+TITLE = "AI4Land synthetic planet"
+MISSING_VALUE = np.float32(1e20)
+"""What LUH2 writes where there is no land."""
+PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
+
+STATES = {
+    "primf": "forested primary land",
+    "primn": "non-forested primary land",
+    "secdf": "potentially forested secondary land",
+    "secdn": "potentially non-forested secondary land",
+    "pastr": "managed pasture",
+    "range": "rangeland",
+    "urban": "urban land",
+    "c3ann": "C3 annual crops",
+    "c4ann": "C4 annual crops",
+    "c3per": "C3 perennial crops",
+    "c4per": "C4 perennial crops",
+    "c3nfx": "C3 nitrogen-fixing crops",
+}
+"""LUH2 states and their long names."""
+
+_CLASSES = np.array([0, 11, 22, 33, 44, 55, 66, 77])
+_CROP_TYPES = np.array(
+    [
+        [0.30, 0.35, 0.15, 0.10, 0.10],
+        [0.55, 0.20, 0.10, 0.05, 0.10],
+        [0.60, 0.15, 0.10, 0.02, 0.13],
+        [0.70, 0.10, 0.05, 0.00, 0.15],
+        [0.80, 0.00, 0.10, 0.00, 0.10],
+    ]
+)
+"""Shares of the five crop types in each climate zone."""
+_MANAGED = np.array([0.5, 0.1, 0.8, 0.6, 0.0])
+"""Share of pasture that is managed in each climate zone."""
+_BIOMASS = {44: 14.0, 55: 2.5, 66: 0.2}
+"""Carbon of natural vegetation in kg m-2."""
+
+_LAYERS = {
+    # asset: (collection, unit, description)
+    "elevation": ("terrain", "m", "Height above sea level; below 0 is ocean"),
+    "slope": ("terrain", "deg", "Slope between neighbouring cells"),
+    "temperature": ("climate", "degC", "Annual mean temperature"),
+    "precipitation": ("climate", "mm yr-1", "Annual precipitation"),
+    "climate_zone": ("climate", "1", "1 tropical, 2 dry, 3 temperate, 4 continental, 5 polar"),
+    "soil_depth": ("soil", "m", "Depth of the soil; land only"),
+}
+
+
+@dataclass(frozen=True)
+class PlanetPaths:
+    """Where the parts of a planet lie.
+
+    Attributes
+    ----------
+    folder
+        The planet.
+    states, static_data
+        LUH2 states and static data.
+    landcover, lai
+        Annual files, with ``{year}`` in the name.
+    catalog
+        STAC catalogue of the static layers.
+    static
+        Folder of the static layers.
+    readme, marker
+        What this is; the parameters and files of a complete planet, written last.
+    """
+
+    folder: Path
+    states: Path
+    static_data: Path
+    landcover: Path
+    lai: Path
+    catalog: Path
+    static: Path
+    readme: Path
+    marker: Path
+
+    @classmethod
+    def inside(cls, folder: str | Path) -> PlanetPaths:
+        """Name the parts of a planet in ``folder``."""
+        root = Path(folder)
+        return cls(
+            folder=root,
+            states=root / "luh2" / "states.nc",
+            static_data=root / "luh2" / "staticData_quarterdeg.nc",
+            landcover=root / "landcover" / "HILDAplus_{year}.tif",
+            lai=root / "lai" / "lai_{year}.nc",
+            catalog=root / "catalog" / "catalog.json",
+            static=root / "static",
+            readme=root / "README.txt",
+            marker=root / "planet.json",
+        )
+
+
+def _files(paths: PlanetPaths) -> list[Path]:
+    """List every file of a planet, the marker left out."""
+    inner = ("luh2/*.nc", "landcover/HILDAplus_*.tif", "lai/lai_*.nc", "static/*.tif", "catalog/**/*.json")
+    found = {p for pattern in inner for p in paths.folder.glob(pattern)} | {paths.readme}
+    return sorted(p for p in found if p.is_file())
+
+
+def is_complete(paths: PlanetPaths, parameters: Mapping[str, Any]) -> bool:
+    """Whether the folder holds a planet of these parameters with all its files at their full size."""
+    try:
+        marker = json.loads(paths.marker.read_text(encoding="utf-8"))
+        wanted = {"format_version": FORMAT_VERSION, **parameters}
+        if any(marker[key] != value for key, value in wanted.items()):
+            return False
+        return all((paths.folder / name).stat().st_size == size for name, size in marker["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def prepare(paths: PlanetPaths) -> None:
+    """Make the folders, and remove what is left of an earlier planet.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds files and is not a planet's: these are not ours to overwrite.
+    """
+    if paths.folder.is_dir() and any(paths.folder.iterdir()):
+        ours = paths.readme.is_file() and paths.readme.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
+        if not ours:
+            raise ConfigError(
+                f"folder {paths.folder} holds files that are not a synthetic planet, expected an empty folder; choose another one"
+            )
+    paths.marker.unlink(missing_ok=True)
+    for path in _files(paths):
+        if path != paths.readme:
+            path.unlink()
+    for part in (paths.states, paths.landcover, paths.lai, paths.static / "x", paths.catalog):
+        part.parent.mkdir(parents=True, exist_ok=True)
+    paths.readme.write_text(
+        f"{TITLE}\n\n"
+        "Everything here is SYNTHETIC: made from a seed by ai4land.synthetic to try and test the software.\n"
+        "It is no observation of the Earth; scores on it say nothing about real data.\n\n"
+        "luh2/states.nc                   land-use states, as LUH2 v2h\n"
+        "luh2/staticData_quarterdeg.nc    static data, as LUH2 v2h\n"
+        "landcover/HILDAplus_<year>.tif   annual land cover in the codes of HILDA+ (0 is ocean)\n"
+        "catalog/catalog.json             STAC catalogue of the terrain, climate and soil layers in static/\n"
+        "lai/lai_<year>.nc                monthly leaf area index of the last years\n"
+        "planet.json                      parameters and files; without it the planet is incomplete\n",
+        encoding="utf-8",
+    )
+
+
+def write_marker(paths: PlanetPaths, parameters: Mapping[str, Any]) -> None:
+    """Write the marker that says that the planet is complete; the last step."""
+    files = {p.relative_to(paths.folder).as_posix(): p.stat().st_size for p in _files(paths)}
+    content = {"title": TITLE, "format_version": FORMAT_VERSION, **parameters, "files": files}
+    part = paths.marker.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(paths.marker)
+
+
+def write_map(paths: PlanetPaths, year: int, codes: NDArray[np.uint8], *, grid: Grid) -> None:
+    """Write one annual map as a HILDA+ GeoTIFF."""
+    profile = {"driver": "GTiff", "dtype": "uint8", "count": 1, "nodata": 99, "crs": "EPSG:4326", "transform": grid.fine.affine}
+    layout = {"height": grid.shape[0], "width": grid.shape[1], "compress": "deflate", "tiled": True}
+    with rasterio.open(str(paths.landcover).format(year=year), "w", **profile, **layout, blockxsize=256, blockysize=256) as file:
+        file.write(codes, 1)
+        file.set_band_description(1, "LULC_states")
+
+
+def _coarse_axes(file: Any, grid: Grid) -> None:
+    """Define the latitudes, from north to south, and the longitudes of an LUH2 file."""
+    names = (("lat", "latitude", "degrees_north", "Y"), ("lon", "longitude", "degrees_east", "X"))
+    for (name, standard_name, units, axis), values in zip(names, centres(grid.coarse), strict=True):
+        file.createDimension(name, len(values))
+        variable = file.createVariable(name, "f8", (name,), fill_value=False)
+        variable.setncatts({"standard_name": standard_name, "long_name": standard_name, "units": units, "axis": axis})
+        variable[:] = values
+
+
+def _coarse_variable(file: Any, name: str, dims: tuple[str, ...], attrs: Mapping[str, Any]) -> Any:
+    variable = file.createVariable(name, "f4", dims, fill_value=False, compression="zlib", complevel=4)
+    variable.setncatts({**attrs, "missing_value": MISSING_VALUE, "_Fillvalue": MISSING_VALUE})
+    return variable
+
+
+class StatesFile:
+    """The LUH2 states of a planet, filled year by year; a context manager.
+
+    A state is its area-weighted share of the whole coarse cell, so that the states of a cell sum to 1 − icwtr (ocean and
+    lakes). Natural land is primary until its first use.
+    """
+
+    def __init__(
+        self,
+        paths: PlanetPaths,
+        *,
+        climate_zone: NDArray[np.uint8],
+        natural: NDArray[np.uint8],
+        grid: Grid,
+        years: Sequence[int],
+    ) -> None:
+        rows, cols = grid.coarse.shape
+        self._areas = np.broadcast_to(grid.cell_areas()[:, None], grid.shape)
+        row, col = np.indices(grid.shape) // grid.factor
+        self._cell = row * cols + col
+        self._zone = np.maximum(climate_zone.astype(np.int64), 1) - 1
+        self._natural = natural
+        self._shape = (rows, cols)
+        self._first = years[0]
+        self._dry = block_sum((natural != 0).astype(np.int64), grid.factor) == 0
+        self._total = np.broadcast_to(cell_areas(grid.coarse)[:, None], self._shape)
+        self._file: Any = netCDF4.Dataset(paths.states, "w", format="NETCDF4")
+        self._file.setncatts(
+            {"title": f"{TITLE}: land-use states", "Conventions": "CF-1.6", "source": "ai4land.synthetic", "frequency": "yr"}
+        )
+        self._file.createDimension("time", None)
+        time = self._file.createVariable("time", "f8", ("time",), fill_value=False)
+        time.setncatts({"standard_name": "time", "units": "years since 850-01-01 0:0:0", "calendar": "noleap", "axis": "T"})
+        _coarse_axes(self._file, grid)
+        fraction = {"standard_name": "area_fraction", "units": "1", "cell_methods": "time: mean"}
+        names: dict[str, dict[str, str]] = {name: {**fraction, "long_name": text} for name, text in STATES.items()}
+        names["secma"] = {"long_name": "secondary mean age", "units": "years", "cell_methods": "time: mean"}
+        names["secmb"] = {"long_name": "secondary mean biomass density", "units": "kg C m-2", "cell_methods": "time: mean"}
+        self._variables = {
+            name: _coarse_variable(self._file, name, ("time", "lat", "lon"), attrs) for name, attrs in names.items()
+        }
+
+    def __enter__(self) -> StatesFile:
+        """Return the file itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def write(self, year: int, codes: NDArray[np.uint8], last_used: NDArray[np.int16]) -> None:
+        """Append the states of a year."""
+        used = last_used > self._first - 1000
+        kind = np.searchsorted(_CLASSES, codes)
+        key = ((self._cell * 8 + kind) * 5 + self._zone) * 2 + used
+        total = self._shape[0] * self._shape[1]
+        summed: NDArray[np.float64] = np.bincount(key.ravel(), self._areas.ravel(), total * 80).astype(np.float64)
+        table = summed.reshape(total, 8, 5, 2) / self._total.reshape(-1, 1, 1, 1)
+        by_zone, by_use = table.sum(axis=3), table.sum(axis=2)
+        bare = by_use[:, 5] + by_use[:, 6]
+        states = [
+            by_use[:, 4, 0],
+            bare[:, 0],
+            by_use[:, 4, 1],
+            bare[:, 1],
+            by_zone[:, 3] @ _MANAGED,
+            by_zone[:, 3] @ (1 - _MANAGED),
+        ]
+        states += [by_zone[:, 1].sum(axis=1), *(by_zone[:, 2] @ _CROP_TYPES).T]
+
+        secondary = used & np.isin(codes, (44, 55, 66))
+        age = np.where(secondary, year - last_used.astype(np.int64), 0)
+        carbon = np.select([self._natural == code for code in _BIOMASS], list(_BIOMASS.values())) * (1 - np.exp(-age / 30))
+        area = np.maximum(np.bincount(self._cell.ravel(), (self._areas * secondary).ravel(), total), 1e-9)
+        states += [np.bincount(self._cell.ravel(), (self._areas * v).ravel(), total) / area for v in (age, carbon)]
+
+        at = len(self._file.dimensions["time"])
+        self._file["time"][at] = year - 850
+        for variable, values in zip(self._variables.values(), states, strict=True):
+            variable[at] = np.where(self._dry, MISSING_VALUE, values.reshape(self._shape).astype(np.float32))
+
+
+def write_static(
+    paths: PlanetPaths,
+    layers: Mapping[str, NDArray[Any]],
+    *,
+    natural: NDArray[np.uint8],
+    grid: Grid,
+    years: Sequence[int],
+    seed: int,
+) -> None:
+    """Write the LUH2 static data, the static layers as COGs and their STAC catalogue.
+
+    Terrain is cut into a western and an eastern half; climate and soil are whole.
+    """
+    _write_luh2_static(paths, natural, grid, seed)
+    half = grid.shape[1] // 2
+    pieces = {
+        "terrain": {"west": slice(0, half), "east": slice(half, None)},
+        "climate": {"globe": slice(None)},
+        "soil": {"globe": slice(None)},
+    }
+    catalog = pystac.Catalog("ai4land-planet", f"{TITLE}: static layers", title=TITLE)
+    first, last = dt.datetime(years[0], 1, 1, tzinfo=dt.UTC), dt.datetime(years[-1], 12, 31, tzinfo=dt.UTC)
+    extent = pystac.Extent(pystac.SpatialExtent([[-180.0, -90.0, 180.0, 90.0]]), pystac.TemporalExtent([[first, last]]))
+    for name, parts in pieces.items():
+        collection = pystac.Collection(
+            name, f"{TITLE}: {name}, made from a seed", extent, title=name.capitalize(), license="CC0-1.0"
+        )
+        catalog.add_child(collection)
+        for part, columns in parts.items():
+            a = grid.fine.affine
+            transform = Affine(a.a, 0.0, a.c + (columns.start or 0) * a.a, 0.0, a.e, a.f)
+            assets = {}
+            for layer in (key for key, entry in _LAYERS.items() if entry[0] == name):
+                target = paths.static / (f"{layer}.tif" if part == "globe" else f"{layer}_{part}.tif")
+                assets[layer] = _write_cog(target, layer, layers[layer][:, columns], transform)
+            west, east = transform.c, transform.c + (half if part != "globe" else grid.shape[1]) * transform.a
+            ring = [[west, -90.0], [east, -90.0], [east, 90.0], [west, 90.0], [west, -90.0]]
+            item = pystac.Item(
+                f"{name}-{part}",
+                {"type": "Polygon", "coordinates": [ring]},
+                [west, -90.0, east, 90.0],
+                first,
+                {"title": f"{name.capitalize()}, {part}"},
+                start_datetime=first,
+                end_datetime=last,
+                stac_extensions=[PROJECTION],
+                assets=assets,
+            )
+            collection.add_item(item)
+    catalog.normalize_hrefs(str(paths.catalog.parent.resolve()))
+    catalog.make_all_asset_hrefs_relative()
+    catalog.save(pystac.CatalogType.SELF_CONTAINED)
+
+
+def _write_cog(path: Path, layer: str, values: NDArray[Any], transform: Affine) -> pystac.Asset:
+    """Write one static layer as a cloud-optimised GeoTIFF and describe it as a STAC asset."""
+    _, unit, text = _LAYERS[layer]
+    nodata = 0 if values.dtype == np.uint8 else float("nan")
+    profile = {
+        "driver": "COG",
+        "dtype": values.dtype.name,
+        "count": 1,
+        "nodata": nodata,
+        "crs": "EPSG:4326",
+        "transform": transform,
+    }
+    layout = {"height": values.shape[0], "width": values.shape[1], "compress": "deflate", "blocksize": 128}
+    sampling = "nearest" if values.dtype == np.uint8 else "average"
+    with rasterio.open(path, "w", **profile, **layout, overview_resampling=sampling) as file:
+        file.write(values, 1)
+        file.set_band_description(1, layer)
+    # JSON has no NaN: STAC writes the word.
+    described = {"data_type": values.dtype.name, "nodata": nodata if nodata == 0 else "nan", "unit": unit}
+    extra = {
+        **described,
+        "bands": [{"name": layer, "description": text}],
+        "proj:code": "EPSG:4326",
+        "proj:shape": list(values.shape),
+        "proj:transform": [float(v) for v in transform[:6]],
+    }
+    return pystac.Asset(str(path.resolve()), layer, text, pystac.MediaType.COG, ["data"], extra)
+
+
+def _write_luh2_static(paths: PlanetPaths, natural: NDArray[np.uint8], grid: Grid, seed: int) -> None:
+    """Write potential biomass, potential forest, cell area, ice and water share and country codes."""
+    areas = np.broadcast_to(grid.cell_areas()[:, None], grid.shape)
+    whole = np.broadcast_to(cell_areas(grid.coarse)[:, None], grid.coarse.shape)
+    biomass = np.select([natural == code for code in _BIOMASS], list(_BIOMASS.values()))
+    forest = block_sum(areas * (natural == 44), grid.factor) / whole
+    water = block_sum(areas * np.isin(natural, (0, 77)), grid.factor) / whole
+    lat, lon = (np.deg2rad(v) for v in np.meshgrid(*centres(grid.coarse), indexing="ij"))
+    here = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=-1)
+    capitals = np.random.default_rng([seed, 99]).standard_normal((24, 3))
+    country = 1 + np.argmax(here @ (capitals / np.linalg.norm(capitals, axis=1, keepdims=True)).T, axis=-1)
+    fields = {
+        "ptbio": (block_sum(areas * biomass, grid.factor) / whole, "potential biomass carbon content", "kg C m-2"),
+        "fstnf": (forest > 0.5 * (1 - water), "mask denoting forest (1) or non-forest (0)", "1"),
+        "carea": (whole / 1e6, "area of grid cell", "km2"),
+        "icwtr": (water, "ice/water fraction", "1"),
+        "ccode": (np.where(water < 1, country, 0), "country codes", "1"),
+    }
+    with netCDF4.Dataset(paths.static_data, "w", format="NETCDF4") as file:
+        file.setncatts({"title": f"{TITLE}: static data", "Conventions": "CF-1.6", "source": "ai4land.synthetic"})
+        _coarse_axes(file, grid)
+        for name, (values, text, units) in fields.items():
+            attrs = {"long_name": text, "units": units}
+            _coarse_variable(file, name, ("lat", "lon"), attrs)[:] = np.asarray(values, dtype=np.float32)
+
+
+def write_lai(
+    paths: PlanetPaths, year: int, codes: NDArray[np.uint8], *, temperature: NDArray[Any], precipitation: NDArray[Any], grid: Grid
+) -> None:
+    """Write the monthly leaf area index of a year, as bytes of 1/30 m² m⁻² like the Copernicus product.
+
+    The peak depends on class and rain, the season on a yearly cycle of temperature that grows with latitude. Ocean and
+    lakes are missing.
+    """
+    lat, lon = centres(grid.fine)
+    peak_of = np.zeros(256)
+    peak_of[[11, 22, 33, 44, 55, 66]] = [0.8, 4.0, 2.5, 5.2, 1.9, 0.2]
+    peak = peak_of[codes] * np.clip(1.3 * precipitation / (precipitation + 350), 0, 1.2)
+    least = np.where(codes == 44, 0.3, 0.1)
+    swing = 18 * np.sin(np.deg2rad(lat))[:, None]
+    dry = np.isin(codes, (0, 77))
+    with netCDF4.Dataset(str(paths.lai).format(year=year), "w", format="NETCDF4") as file:
+        file.setncatts({"title": f"{TITLE}: leaf area index", "Conventions": "CF-1.8", "source": "ai4land.synthetic"})
+        months = [(dt.date(year, m, 15) - dt.date(1970, 1, 1)).days for m in range(1, 13)]
+        axes: dict[str, tuple[Any, dict[str, str]]] = {
+            "time": (months, {"standard_name": "time", "units": "days since 1970-01-01", "calendar": "standard", "axis": "T"}),
+            "latitude": (lat, {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"}),
+            "longitude": (lon, {"standard_name": "longitude", "units": "degrees_east", "axis": "X"}),
+        }
+        for name, (values, attrs) in axes.items():
+            file.createDimension(name, len(values))
+            variable = file.createVariable(name, "f8", (name,), fill_value=False)
+            variable.setncatts(attrs)
+            variable[:] = values
+        lai = file.createVariable("lai", "u1", tuple(axes), fill_value=255, compression="zlib", complevel=1)
+        lai.setncatts(
+            {"standard_name": "leaf_area_index", "units": "1", "scale_factor": np.float32(1 / 30), "cell_methods": "time: mean"}
+        )
+        lai.set_auto_scale(False)
+        for month in range(12):
+            warmth = temperature + swing * np.cos(2 * np.pi * (month - 6.5) / 12)
+            value = peak * np.clip(warmth / 14, least, 1)
+            lai[month] = np.where(dry, 255, np.rint(30 * value).clip(0, 210)).astype(np.uint8)

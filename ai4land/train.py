@@ -1,0 +1,264 @@
+"""The training loop of one process.
+
+Batches follow from the seed and the step alone and the state is saved every few steps, so that a run that was killed
+goes on to the same weights, bit for bit, on the same number of threads. The best weights by validation loss, of an
+exponential moving average, are what is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ai4land.batch import Batch, prefetched
+from ai4land.checkpoint import load_state, save_state, write_atomically
+from ai4land.errors import DataError, MismatchError
+from ai4land.legend import MISSING
+from ai4land.losses import weighted_cross_entropy
+from ai4land.unet import UNet
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the network learns; the fields are those of :class:`ai4land.config.TrainConfig`."""
+
+    steps: int
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-2
+    warmup: int = 50
+    clip: float = 1.0
+    ema: float = 0.99
+    change_weight: float = 5.0
+    validate_every: int = 100
+    patience: int = 10
+    checkpoint_every: int = 100
+    precision: str = "auto"
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate: linear warm-up, then half a cosine down to 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        part = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The best weights and how they came about."""
+
+    weights: dict[str, Tensor]
+    best_step: int
+    best_loss: float
+    steps: int
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX; Ampere or later)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported is not None and supported())
+
+
+def fit(
+    model: UNet,
+    *,
+    batches: Callable[[int], Iterator[Batch]],
+    validation: list[Batch],
+    weights: Tensor,
+    schedule: Schedule,
+    folder: Path,
+    fingerprint: str,
+    device: torch.device | None = None,
+    progress: Callable[[int, dict[str, float]], None] | None = None,
+) -> Trained:
+    """Train a network, from the start or from where it stopped.
+
+    Parameters
+    ----------
+    model
+        The network; trained in place.
+    batches
+        Makes the batches from a given step on.
+    validation
+        Batches that are scored every ``validate_every`` steps.
+    weights
+        Class weights of the loss, ``(class,)``.
+    schedule
+        How long and how.
+    folder
+        Where ``metrics.jsonl`` and ``resume.pt`` are kept.
+    fingerprint
+        Of everything that shapes the result; a state with another one is refused.
+    device
+        Default: the first CUDA device, else the CPU.
+    progress
+        Called after each step with the step and its numbers.
+
+    Raises
+    ------
+    MismatchError
+        If ``resume.pt`` is of another configuration.
+    DataError
+        If a loss is not finite.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = bfloat16_pays(device) if schedule.precision == "auto" else schedule.precision == "bfloat16"
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    weights = weights.to(device)
+    validation = [b.to(device) for b in validation]
+    optimiser = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.learning_rate)
+    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    best = {k: v.clone() for k, v in average.items()}
+    step, best_step, best_loss, waited = 0, 0, math.inf, 0
+    resume = folder / "resume.pt"
+    if resume.is_file():
+        state = load_state(resume)
+        if state["fingerprint"] != fingerprint:
+            raise MismatchError(
+                f"training in {folder} was begun with another configuration ({state['fingerprint']}, expected {fingerprint}); "
+                "restore the run file, choose another name, or delete the folder's resume.pt"
+            )
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        average, best = ({k: v.to(device) for k, v in state[name].items()} for name in ("average", "best"))
+        step, best_step, best_loss, waited = state["step"], state["best_step"], state["best_loss"], state["waited"]
+        _log.info("training goes on from step %d", step)
+    rows = _Rows(folder / "metrics.jsonl", keep=step)
+
+    def score(parameters: dict[str, Tensor]) -> dict[str, float]:
+        return _validate(model, parameters, validation, weights, schedule.change_weight, half)
+
+    if step == 0:
+        first = score(average)
+        best_loss = first["validation_loss"]
+        rows.add({"step": 0, **first})
+    source = prefetched(batches(step))
+    try:
+        while step < schedule.steps and waited < schedule.patience:
+            began = time.perf_counter()
+            batch = next(source).to(device)
+            arrived = time.perf_counter()
+            for group in optimiser.param_groups:
+                group["lr"] = schedule.rate(step)
+            model.train()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+                logits = model(batch.static, batch.reference, batch.coarse, batch.offset)
+            loss = weighted_cross_entropy(logits, batch.target, batch.reference, weights, change_weight=schedule.change_weight)
+            if not torch.isfinite(loss):
+                raise DataError(
+                    f"training loss is {loss.item()} at step {step}, expected a number; lower train.learning_rate or look for NaN in the inputs"
+                )
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+            optimiser.step()
+            step += 1
+            _average(average, model, min(schedule.ema, step / (step + 10)))
+            now = time.perf_counter()
+            row = {
+                "step": step,
+                "loss": round(loss.item(), 6),
+                "lr": schedule.rate(step - 1),
+                "gradient_norm": round(float(norm), 5),
+                "seconds": round(now - began, 4),
+                "waited": round(arrived - began, 4),
+            }
+            if step % schedule.validate_every == 0 or step == schedule.steps:
+                row |= score(average)
+                waited += 1
+                if row["validation_loss"] < best_loss:
+                    best_loss, best_step, waited = row["validation_loss"], step, 0
+                    best = {k: v.clone() for k, v in average.items()}
+            rows.add(row)
+            if progress is not None:
+                progress(step, row)
+            if step % schedule.checkpoint_every == 0 or step == schedule.steps or waited >= schedule.patience:
+                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "best": best}
+                numbers = {
+                    "step": step,
+                    "best_step": best_step,
+                    "best_loss": best_loss,
+                    "waited": waited,
+                    "fingerprint": fingerprint,
+                }
+                save_state(resume, {**state, **numbers})
+    finally:
+        source.close()  # type: ignore[attr-defined]
+    _log.info("trained %d steps; best validation loss %.5f at step %d", step, best_loss, best_step)
+    return Trained({k: v.cpu() for k, v in best.items()}, best_step, best_loss, step)
+
+
+def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Weight decay for the kernels of convolutions only, not for biases, normalisation and embeddings."""
+    kernels = [p for p in model.parameters() if p.ndim == 4]
+    others = [p for p in model.parameters() if p.ndim != 4]
+    return [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def _average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    for name, value in model.state_dict().items():
+        if value.dtype.is_floating_point:
+            average[name].lerp_(value, 1 - decay)
+        else:
+            average[name].copy_(value)
+
+
+@torch.no_grad()
+def _validate(
+    model: UNet, parameters: dict[str, Tensor], batches: list[Batch], weights: Tensor, change_weight: float, half: bool
+) -> dict[str, float]:
+    """Score weights on the validation batches: loss, accuracy, and Figure of Merit against the reference map."""
+    own = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(parameters)
+    model.eval()
+    loss, cells, right, hits, union = 0.0, 0, 0, 0, 0
+    for batch in batches:
+        with torch.autocast(batch.static.device.type, dtype=torch.bfloat16, enabled=half):
+            logits = model(batch.static, batch.reference, batch.coarse, batch.offset)
+        loss += float(weighted_cross_entropy(logits, batch.target, batch.reference, weights, change_weight=change_weight))
+        guess, scored = logits.argmax(1), batch.target != MISSING
+        truly, guessed = batch.target != batch.reference, guess != batch.reference
+        right += int(((guess == batch.target) & scored).sum())
+        cells += int(scored.sum())
+        hits += int((truly & guessed & (guess == batch.target) & scored).sum())
+        union += int(((truly | guessed) & scored).sum())
+    model.load_state_dict(own)
+    return {
+        "validation_loss": round(loss / max(1, len(batches)), 6),
+        "validation_accuracy": round(right / max(1, cells), 6),
+        "validation_figure_of_merit": round(hits / max(1, union), 6),
+    }
+
+
+class _Rows:
+    """``metrics.jsonl``: a row a step; rows after the step that training resumes from are dropped."""
+
+    def __init__(self, path: Path, *, keep: int) -> None:
+        old = path.read_text(encoding="utf-8").splitlines() if path.is_file() and keep else []
+        kept = []
+        for line in old:
+            try:
+                if json.loads(line)["step"] <= keep:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                break
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        self._path = path
+
+    def add(self, row: dict[str, float]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import itertools
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from ai4land.align import open_store
+from ai4land.batch import Batch, PatchLoader, holes, prefetched
+from ai4land.errors import DataError
+from ai4land.features import fit_spec
+from ai4land.legend import MISSING
+
+PAIRS = ((2000, 2001), (2000, 2002), (2002, 2000))
+
+
+def make(tiny, *, cells=None, pairs=PAIRS, **changes):
+    cells = np.ones(tiny.grid.coarse.shape, bool) if cells is None else cells
+    store = open_store(tiny.path)
+    spec = fit_spec(store, cells=cells, pairs=pairs, codes=tiny.legend.codes.tolist(), factor=tiny.grid.factor)
+    settings = {"patch": 16, "batch": 4, "seed": 3, **changes}
+    return PatchLoader(partial(open_store, tiny.path), grid=tiny.grid, legend=tiny.legend, spec=spec, cells=cells, pairs=pairs, **settings)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    names = ("static", "reference", "coarse", "offset", "target")
+    return all(torch.equal(getattr(a, n), getattr(b, n)) for n in names)
+
+
+def test_shapes_and_types(tiny_store):
+    loader = make(tiny_store)
+    batch = next(loader.batches())
+    assert batch.static.shape == (4, 3, 16, 16) and batch.static.dtype == torch.float32
+    assert batch.reference.shape == batch.target.shape == (4, 16, 16)
+    assert batch.coarse.shape == (4, len(loader.spec.coarse_names), 5, 5)
+    assert batch.offset.shape == (4, 2)
+    assert torch.isfinite(batch.static).all() and torch.isfinite(batch.coarse).all()
+
+
+def test_sequence_depends_on_seed_and_step_alone(tiny_store):
+    whole = list(make(tiny_store).batches(0, 20))
+    assert all(same(a, b) for a, b in zip(whole, make(tiny_store, keep=4).batches(0, 20), strict=True))
+    for first in (1, 7, 8, 19):
+        assert same(whole[first], next(make(tiny_store).batches(first)))
+    assert not same(whole[0], next(make(tiny_store, seed=4).batches()))
+    assert not same(whole[0], whole[1])
+
+
+def test_ranks_share_the_batch_of_one_process(tiny_store):
+    whole = next(make(tiny_store).batches())
+    parts = [next(make(tiny_store, rank=rank, world=2).batches()) for rank in (0, 1)]
+    for rank, part in enumerate(parts):
+        assert torch.equal(part.target, whole.target[rank::2])
+
+
+def test_patches_hold_what_the_store_holds(tiny_store):
+    """Find each patch's reference map in the store again by brute force."""
+    store = open_store(tiny_store.path)
+    loader = make(tiny_store, pairs=((2000, 2002),))
+    maps = {year: tiny_store.legend.encode(store["land_cover"].sel(observed_year=year).values) for year in (2000, 2002)}
+    mask = store["mask"].values.astype(bool)
+    batch = next(loader.batches())
+    for reference, target in zip(batch.reference.numpy(), batch.target.numpy(), strict=True):
+        places = [
+            (r, c)
+            for r in range(0, 64 - 15)
+            for c in range(0, 128 - 15)
+            if np.array_equal(maps[2000][r : r + 16, c : c + 16], reference)
+        ]
+        assert len(places) == 1
+        r, c = places[0]
+        assert r // 32 == (r + 15) // 32 and c // 32 == (c + 15) // 32
+        truth = np.where(mask, maps[2002], MISSING)[r : r + 16, c : c + 16]
+        assert np.array_equal(truth, target)
+
+
+def test_targets_stay_within_the_given_cells(tiny_store):
+    cells = np.zeros(tiny_store.grid.coarse.shape, bool)
+    cells[:, :6] = True
+    allowed = make(tiny_store, cells=cells)._cells
+    assert not allowed[:, 48:].any()
+    scored = sum(int((b.target != MISSING).sum()) for b in make(tiny_store, cells=cells).batches(0, 8))
+    assert 0 < scored
+    store = open_store(tiny_store.path)
+    land = np.kron(cells, np.ones((8, 8), bool)) & store["mask"].values.astype(bool)
+    for batch in make(tiny_store, cells=cells, pairs=((2000, 2000),), patch=8).batches(0, 8):
+        for target in batch.target.numpy():
+            assert (target != MISSING).sum() <= land.sum()
+
+
+def test_masking_hides_the_reference_map(tiny_store):
+    hidden = next(make(tiny_store, mask_all=1.0).batches())
+    assert (hidden.reference == MISSING).all()
+    names = make(tiny_store).spec.coarse_names
+    assert (hidden.coarse[:, names.index("lead")] == 0).all()
+    seen, some = next(make(tiny_store).batches()), next(make(tiny_store, mask_some=1.0).batches())
+    extra = (some.reference == MISSING) & (seen.reference != MISSING)
+    assert extra.any() and torch.equal(some.reference[~extra], seen.reference[~extra])
+    assert torch.equal(some.target, seen.target)
+
+
+def test_holes_cover_a_good_part_but_not_all():
+    shares = [holes((32, 32), np.random.default_rng(i)).mean() for i in range(50)]
+    assert min(shares) >= 0.3 and np.mean(shares) < 0.8
+
+
+def test_no_target_cell_is_an_error(tiny_store):
+    nothing = np.zeros(tiny_store.grid.coarse.shape, bool)
+    every = np.ones_like(nothing)
+    spec = make(tiny_store, cells=every).spec
+    with pytest.raises(DataError, match="no fine cell may be a target"):
+        PatchLoader(
+            partial(open_store, tiny_store.path), grid=tiny_store.grid, legend=tiny_store.legend, spec=spec, cells=nothing, pairs=PAIRS, patch=16, batch=2
+        )
+
+
+def test_prefetching_keeps_the_order_passes_errors_and_ends_its_thread(tiny_store):
+    loader = make(tiny_store)
+    before = threading.active_count()
+    for a, b in zip(prefetched(loader.batches(0, 6)), loader.batches(0, 6), strict=True):
+        assert same(a, b)
+    stream = prefetched(loader.batches())
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
+
+    def broken():
+        yield from itertools.islice(loader.batches(), 1)
+        raise OSError("disk gone")
+
+    stream = prefetched(broken())
+    next(stream)
+    with pytest.raises(OSError, match="disk gone"):
+        next(stream)

@@ -1,0 +1,239 @@
+"""Class shares, shares of map products and yearly changes, on the real files where they are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import rasterio
+import xarray as xr
+from affine import Affine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ai4land.errors import ConfigError, DataError, MismatchError
+from ai4land.grid import make_grid
+from ai4land.legend import Crosswalk, load_crosswalk, load_legend
+from ai4land.luh2 import STATES, as_scenario, open_states
+from ai4land.scenario import class_shares, open_change, open_shares
+
+GRID = make_grid((0, 40, 20, 50), coarse_cell=5, factor=2, shard=4)
+BAVARIA = make_grid((9.0, 47.3, 13.8, 50.5), coarse_cell=100 / 360, factor=100, shard=400)
+HILDA = load_legend("hildaplus_forest")
+
+
+def scenario(states, *, seed=0, left=0.2):
+    shares = np.random.default_rng(seed).dirichlet(np.ones(len(states)), size=(3, *GRID.coarse.shape)) * (1 - left)
+    shares[:, 0, 0] = np.nan
+    return as_scenario(np.moveaxis(shares, -1, 1), years=[2000, 2001, 2002], states=states, grid=GRID)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 1))
+def test_classes_take_all_of_the_cell(seed, left):
+    coarse = scenario(STATES, seed=seed, left=left)
+    shares = class_shares(coarse, crosswalk=load_crosswalk("luh2_to_ipcc", load_legend("ipcc")))
+    assert shares.dims == ("year", "class", "coarse_latitude", "coarse_longitude") and shares.dtype == np.float64
+    valid = np.isfinite(coarse.values).all(axis=1)
+    np.testing.assert_allclose(shares.sum("class").values[valid], 1, atol=1e-6)
+    assert np.isnan(shares.values[~np.broadcast_to(valid[:, None], shares.shape)]).all() and not valid.all()
+    np.testing.assert_allclose(shares.sel({"class": 6}).values[valid], left, atol=1e-6)
+    np.testing.assert_allclose(shares.sel({"class": 4}).values, coarse.sel(state="urban").values, rtol=1e-6)
+
+
+def test_without_a_row_for_the_rest_it_is_left_out():
+    coarse = scenario(["a", "b"])
+    walk = Crosswalk(name="w", states=("b", "a"), weights=((0, 1), (0.5, 0.5)))
+    shares = class_shares(coarse, crosswalk=walk)
+    np.testing.assert_allclose(shares.sel({"class": 0}), coarse.sel(state="a") / 2, rtol=1e-6)
+    np.testing.assert_allclose(shares.sum("class", skipna=False).values[:, 1:], 0.8, atol=1e-6)
+    with pytest.raises(ConfigError, match="no row for the states"):
+        class_shares(scenario(["a", "c"]), crosswalk=walk)
+
+
+def product(path, *, units="percent", off=0.0, dims=("year", "class_code", "lat", "lon"), zarr=False):
+    rng = np.random.default_rng(3)
+    lat, lon = np.arange(-87.5, 90, 5.0), np.arange(2.5, 360, 5.0)
+    shares = np.moveaxis(rng.dirichlet(np.ones(3), size=(4, 36, 72)), -1, 1)
+    shares[:, :, 27, 1] = np.nan
+    shares[2, 1, 26, 2] += off
+    coords = {"year": [2003, 2000, 2001, 2002], "class_code": [10, 20, 30], "lat": lat, "lon": lon}
+    data = xr.DataArray(shares, dims=("year", "class_code", "lat", "lon"), coords=coords, name="cover")
+    stored = (data * (100 if "percent" in units or units == "%" else 1)).transpose(*dims).assign_attrs(units=units).to_dataset()
+    if zarr:
+        stored.to_zarr(path, zarr_format=3, consolidated=False)
+    else:
+        stored.to_netcdf(path)
+    return data.sel(lat=GRID.coords()["coarse_latitude"], lon=GRID.coords()["coarse_longitude"])
+
+
+@pytest.mark.parametrize("units", ["percent", "%", "percent of grid cell", "1"])
+@pytest.mark.parametrize("zarr", [False, True])
+def test_shares_of_a_product_come_back(tmp_path, units, zarr):
+    path = tmp_path / ("p.zarr" if zarr else "p.nc")
+    dims = ("class_code", "lat", "year", "lon") if zarr else ("year", "class_code", "lat", "lon")
+    want = product(path, units=units, zarr=zarr, dims=dims)
+    coarse = open_shares(path, variable="cover", grid=GRID, years=[2003, 2001])
+    assert coarse.state.values.tolist() == ["10", "20", "30"] and coarse.year.values.tolist() == [2001, 2003]
+    np.testing.assert_allclose(coarse.values, want.sel(year=[2001, 2003]).values, atol=1e-6)
+    named = open_shares(path, variable="cover", grid=GRID, years=[2000], state_names=["x", "y", "z"])
+    assert named.state.values.tolist() == ["x", "y", "z"] and np.isnan(named.values).any()
+    turned = open_shares(path, variable="cover", grid=GRID, years=[2000], state_names=["30", "10", "20"])
+    np.testing.assert_array_equal(turned.values, named.sel(state=["z", "x", "y"]).values)
+
+
+def test_products_with_faults_are_refused(tmp_path):
+    path = tmp_path / "p.nc"
+    product(path, off=0.01)
+    assert open_shares(path, variable="cover", grid=GRID, years=[2002]).shape[0] == 1
+    with pytest.raises(DataError, match=r"is 1\.01 in 2001 at 42\.5 N 12\.5 E, expected classes that sum to 1"):
+        open_shares(path, variable="cover", grid=GRID)
+    with pytest.raises(DataError, match="expected lc_percent"):
+        open_shares(path, variable="lc_percent", grid=GRID)
+    with pytest.raises(DataError, match="give year_dim and class_dim"):
+        open_shares(path, variable="cover", grid=GRID, class_dim="lccs_class")
+    with pytest.raises(DataError, match=r"expected the classes \['10', '20', '30'\]"):
+        open_shares(path, variable="cover", grid=GRID, state_names=["a", "b"])
+    with pytest.raises(DataError, match="in any order, or a new name for each"):
+        open_shares(path, variable="cover", grid=GRID, state_names=["10", "20", "40"])
+    with pytest.raises(DataError, match=r"years are \[1990\]"):
+        open_shares(path, variable="cover", grid=GRID, years=[1990])
+    product(tmp_path / "close.nc", off=0.0015)
+    assert open_shares(tmp_path / "close.nc", variable="cover", grid=GRID).shape[0] == 4
+    product(tmp_path / "q.nc", units="hectare")
+    with pytest.raises(DataError, match="wrong units"):
+        open_shares(tmp_path / "q.nc", variable="cover", grid=GRID)
+
+
+def test_real_cci_shares_are_nested(real_data):
+    path = real_data / "europe_cci_fractions" / "cci_lc_fractions_europe_0.2778deg_1992-2018.nc"
+    coarse = open_shares(path, variable="lc_percent", grid=BAVARIA, years=range(1992, 1995))
+    y, x = coarse.coarse_latitude.values, coarse.coarse_longitude.values
+    with xr.open_dataset(path) as raw:
+        want = raw.lc_percent.sel(year=[1992, 1993, 1994]).sel(lat=y, lon=x, method="nearest", tolerance=1e-3).values / 100
+    np.testing.assert_allclose(coarse.values, want, atol=1e-7)
+    shares = class_shares(coarse, crosswalk=load_crosswalk("identity", load_legend("lccs_level1")))
+    np.testing.assert_allclose(shares.values, want, atol=1e-7)
+
+
+def test_real_scenario_and_real_map_agree_on_cropland(real_data):
+    cci = real_data / "europe_cci_fractions" / "cci_lc_fractions_europe_0.2778deg_1992-2018.nc"
+    luh = real_data / "europe_luh2_states_2015-2100" / "luh2_states_europe_0.5deg_2015-2100.nc"
+    grid = make_grid((-8, 38, 26, 54), coarse_cell=0.5, factor=1, shard=4)
+    crops = open_states(luh, grid=grid, years=[2015], cell_degrees=0.25).sel(state="crops").values.ravel()
+    seen = (
+        open_shares(cci, variable="lc_percent", grid=grid, years=[2015]).sel(state=["10", "20", "30"]).sum("state", skipna=False)
+    )
+    both = np.isfinite(crops) & np.isfinite(seen.values.ravel())
+    assert both.sum() > 1000 and np.corrcoef(crops[both], seen.values.ravel()[both])[0, 1] > 0.85
+
+
+def write_change(path, bands, transform, *, crs="EPSG:4326"):
+    first = next(iter(bands.values()))
+    profile = {"driver": "GTiff", "height": first.shape[0], "width": first.shape[1], "count": len(bands), "dtype": "float32"}
+    with rasterio.open(path, "w", crs=crs, transform=transform, nodata=np.nan, **profile) as file:
+        for number, (label, values) in enumerate(bands.items(), start=1):
+            file.write(values.astype("float32"), number)
+            file.set_band_description(number, label)
+    return path
+
+
+def base_of(grid, seed=0):
+    shares = np.random.default_rng(seed).dirichlet(np.ones(HILDA.n), size=grid.coarse.shape)
+    return np.moveaxis(shares, -1, 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 60000))
+def test_change_keeps_shares(tmp_path_factory, seed, size):
+    folder = tmp_path_factory.mktemp("change")
+    rng = np.random.default_rng(seed)
+    rows, cols = GRID.coarse.shape
+    change = rng.normal(size=(rows, cols)) * size / 4
+    change = np.clip(change, -size, size)
+    path = write_change(folder / "a.tif", {"LC11": change, "LC22": -change, "cell_area": change}, GRID.coarse.affine)
+    area = np.full((rows, cols), 2e5)
+    area[0, 0] = 0
+    base = base_of(GRID, seed)
+    coarse = open_change({2001: path}, base=base, base_year=2000, area=area, legend=HILDA, grid=GRID)
+    assert coarse.year.values.tolist() == [2000, 2001] and np.isnan(coarse.values[:, :, 0, 0]).all()
+    np.testing.assert_allclose(coarse.values[0][:, area > 0], base[:, area > 0], atol=1e-6)
+    valid = coarse.values[1][:, area > 0]
+    np.testing.assert_allclose(valid.sum(axis=0), 1, atol=1e-5)
+    assert valid.min() >= 0
+    part = change / 2e5
+    kept = (base[0] + part > 0) & (base[1] - part > 0) & (area > 0)
+    np.testing.assert_allclose(coarse.values[1, 0][kept], (base[0] + part)[kept], atol=1e-5)
+
+
+def test_change_of_other_cells_is_conserved(tmp_path):
+    rng = np.random.default_rng(0)
+    change = rng.uniform(-100, 100, (3, 6))
+    change[0, 0] = np.nan
+    path = write_change(tmp_path / "a.tif", {"LC11": change, "LC22": -change}, Affine(3, 0, 1, 0, -3, 49.5))
+    area, base = np.full(GRID.coarse.shape, 2e5), np.zeros((HILDA.n, *GRID.coarse.shape))
+    base[:2] = 0.5
+    coarse = open_change({2001: path}, base=base, base_year=2000, area=area, legend=HILDA, grid=GRID)
+    gained = (coarse.values[1, 0].astype(np.float64) - 0.5) * area
+    assert gained.sum() == pytest.approx(np.nansum(change), abs=0.5)
+    assert np.abs(gained).max() > 10
+
+
+def test_changes_with_faults_are_refused(tmp_path):
+    change, a = np.ones(GRID.coarse.shape), GRID.coarse.affine
+    area, base = np.full(change.shape, 1e5), base_of(GRID)
+
+    def read(path, *, years=(2001,), base=base):
+        return open_change(dict.fromkeys(years, path), base=base, base_year=2000, area=area, legend=HILDA, grid=GRID)
+
+    good = write_change(tmp_path / "good.tif", {"LC11": change}, a)
+    assert read(good, years=(2001, 2002)).shape[0] == 3
+    with pytest.raises(DataError, match="expected every year from 2001"):
+        read(good, years=(2001, 2003))
+    with pytest.raises(MismatchError, match="expected shares that sum to 1"):
+        read(good, base=base / 2)
+    with pytest.raises(MismatchError, match="make both from the map"):
+        read(good, base=base[:3])
+    with pytest.raises(DataError, match="expected bands described LC"):
+        read(write_change(tmp_path / "b.tif", {"urban": change}, a))
+    with pytest.raises(DataError, match="class codes 12"):
+        read(write_change(tmp_path / "c.tif", {"LC12": change}, a))
+    with pytest.raises(DataError, match="expected km2"):
+        read(write_change(tmp_path / "d.tif", {"LC11": change * 1e6}, a))
+    with pytest.raises(DataError, match="reproject it"):
+        read(write_change(tmp_path / "e.tif", {"LC11": change}, Affine(1e3, 0, 0, 0, -1e3, 0), crs="EPSG:32632"))
+    with pytest.raises(DataError, match="expected some overlap"):
+        read(write_change(tmp_path / "f.tif", {"LC11": change}, Affine(5, 0, -170, 0, -5, -20)))
+    (tmp_path / "g.tif").write_bytes(good.read_bytes()[:100])
+    with pytest.raises(DataError, match="truncated or not a GeoTIFF"):
+        read(tmp_path / "g.tif")
+
+
+def test_real_hilda_change_leads_from_one_map_to_the_other(real_data):
+    folder = real_data / "uk_hilda_plus"
+    grid = make_grid((-8.5, 49.5, 2, 61), coarse_cell=0.5, factor=50, shard=400)
+    paths = {y: folder / f"20221006_HILDA_UK_LUC_{y - 1}_{y}.tif" for y in (2010, 2011, 2012)}
+    km2 = {}
+    for year, name in ((2009, "20221006_HILDA_UK_LULC_2009.tif"), (2012, "20230211_HILDA_UK_LULC_2012.tif")):
+        with rasterio.open(folder / name) as file:
+            codes, a = file.read(1), file.transform
+        y, x = a.f + (np.arange(codes.shape[0]) + 0.5) * a.e, a.c + (np.arange(codes.shape[1]) + 0.5) * a.a
+        left, _, _, top = grid.bounds
+        row, col = np.floor((top - y) / 0.5).astype(int), np.floor((x - left) / 0.5).astype(int)
+        size = (np.deg2rad(a.a) * 6371) ** 2 * np.cos(np.deg2rad(y))
+        total = np.zeros((HILDA.n, *grid.coarse.shape))
+        inside = np.isfinite(codes) & (row >= 0)[:, None] & (col >= 0) & (col < total.shape[2]) & (row < total.shape[1])[:, None]
+        i, j = np.nonzero(inside)
+        known = np.isin(codes[i, j], HILDA.codes)
+        i, j = i[known], j[known]
+        index = HILDA.encode(codes[i, j].astype(int))
+        np.add.at(total, (index, row[i], col[j]), size[i])
+        km2[year] = total
+    area = km2[2009].sum(axis=0)
+    base = km2[2009] / np.where(area > 0, area, 1)
+    coarse = open_change(paths, base=base, base_year=2009, area=area, legend=HILDA, grid=grid)
+    assert coarse.shape == (4, HILDA.n, *grid.coarse.shape) and coarse.state.values[0] == "11"
+    full = area > 1000
+    want = (km2[2012] / np.where(area > 0, area, 1))[:, full]
+    start, end = coarse.values[0][:, full], coarse.values[3][:, full]
+    assert np.isfinite(end).all() and full.sum() > 50
+    assert np.abs(end - want).mean() < 0.2 * np.abs(start - want).mean()
