@@ -51,9 +51,7 @@ def integer_quotas(counts: NDArray[np.floating]) -> NDArray[np.int64]:
     return low.astype(np.int64) + (rank < more)
 
 
-def class_quotas(
-    counts: NDArray[np.int64], *, wanted: NDArray[np.floating], start: NDArray[np.floating]
-) -> NDArray[np.int64]:
+def class_quotas(counts: NDArray[np.int64], *, wanted: NDArray[np.floating], start: NDArray[np.floating]) -> NDArray[np.int64]:
     """Apply the scenario's change to the number of cells of each class.
 
     A class gives up at most the cells that it has. Where the classes cannot give up as much as the others are to gain, or
@@ -126,7 +124,7 @@ def proportional_allocation(
     rows, cols = reference.shape
     n = wanted.shape[0]
     crows, ccols = rows // factor, cols // factor
-    if rows % factor or cols % factor or any(v % factor for v in origin):
+    if rows % factor or cols % factor or any(v % factor or v < 0 for v in origin):
         raise DataError(
             f"window is {reference.shape} from {origin}, expected whole coarse cells of {factor}; use multiples of the factor"
         )
@@ -139,7 +137,9 @@ def proportional_allocation(
     mapped = np.flatnonzero(reference.ravel() != MISSING)
     classes = reference.ravel()[mapped].astype(np.intp)
     if classes.max(initial=0) >= n:
-        raise DataError(f"class index is {int(classes.max())}, expected 0..{n - 1} or {MISSING}; encode the codes with the legend")
+        raise DataError(
+            f"class index is {int(classes.max())}, expected 0..{n - 1} or {MISSING}; encode the codes with the legend"
+        )
     group = coarse[mapped] * n + classes
     counts = np.bincount(group, minlength=crows * ccols * n).reshape(-1, n).T
     flat_wanted, flat_start = wanted.reshape(n, -1), start.reshape(n, -1)
@@ -148,7 +148,7 @@ def proportional_allocation(
 
     maybe = losses[group] > 0
     cells, group = mapped[maybe], group[maybe]
-    place = (row + origin[0] << 32 | col + origin[1] & 0xFFFFFFFF).ravel()[cells].astype(np.uint64)
+    place = (((row + origin[0]) << 32) | (col + origin[1])).ravel()[cells].astype(np.uint64)
     order = np.lexsort((_hash(place, seed, 0), group))
     cells, place, group = cells[order], place[order], group[order]
     first = np.searchsorted(group, group, side="left")
@@ -164,7 +164,7 @@ def proportional_allocation(
 
 def _hash(place: NDArray[np.uint64], seed: int, stream: int) -> NDArray[np.uint64]:
     """Hash positions into independent 64-bit numbers; different positions never give the same one."""
-    key = _splitmix64(np.array([seed % 2**64], dtype=np.uint64) + np.uint64(stream))
+    key = _splitmix64(_splitmix64(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(stream))
     return _splitmix64(_splitmix64(place) ^ key)
 
 

@@ -64,11 +64,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old or the new content, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_model(folder: Path, weights: dict[str, torch.Tensor], card: Card) -> Card:
@@ -115,10 +118,10 @@ def load_model(folder: Path) -> tuple[UNet, Card]:
         raise MismatchError(
             f"weights {path} do not have the checksum of {CARD}; the files are of two trainings, or damaged: train again"
         )
-    model = UNet(**card.network)
     try:
+        model = UNet(**card.network)
         model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, TypeError) as error:
         raise MismatchError(f"weights {path} do not fit the network of {CARD}: {error}") from error
     return model.eval(), card
 

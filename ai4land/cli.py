@@ -31,16 +31,18 @@ _console = Console(stderr=True, highlight=False)
 _out = Console(highlight=False)
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file, or the name of one that comes with the package.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, e.g. train.steps=200.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, e.g. train.steps=200.")
+]
 SCORES = {
     "overall_accuracy": "overall accuracy",
     "macro_f1": "macro F1",
     "mean_iou": "mean IoU",
     "figure_of_merit": "Figure of Merit",
     "change_f1": "change F1",
-    "quantity_disagreement": "quantity dis.",
-    "allocation_disagreement": "allocation dis.",
-    "coarse_error": "coarse error",
+    "quantity_disagreement": "quantity disagreement",
+    "allocation_disagreement": "allocation disagreement",
+    "coarse_error": "error against coarse totals",
 }
 
 
@@ -102,15 +104,15 @@ def _span(years: list[int]) -> str:
 
 
 def score_table(scores: dict[str, Any], *, title: str) -> Table:
-    """Lay out the scores of one split: a row a method, a column a score."""
+    """Lay out the scores of one split: a row a score, a column a method."""
+    methods = [name for name, part in scores.items() if isinstance(part, dict) and "overall_accuracy" in part]
     table = Table(title=title)
-    table.add_column("method")
-    for name in SCORES.values():
+    table.add_column("score")
+    for name in methods:
         table.add_column(name, justify="right")
-    for method in scores:
-        if isinstance(scores[method], dict) and "overall_accuracy" in scores[method]:
-            values = [scores[method].get(key) for key in SCORES]
-            table.add_row(method, *("-" if v is None else f"{v:.4f}" for v in values))
+    for key, label in SCORES.items():
+        values = [scores[name].get(key) for name in methods]
+        table.add_row(label, *("-" if v is None else f"{v:.4f}" for v in values))
     return table
 
 
@@ -195,7 +197,7 @@ def demo(
 
     Example: ai4land demo train.steps=200
     """
-    from ai4land.synthetic_files import make_planet
+    from ai4land.synthetic import make_planet
 
     config = load_run("demo.yaml", [f"runs={runs}", *(overrides or [])])
     planet = config.folder / "planet"

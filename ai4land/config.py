@@ -36,7 +36,10 @@ def expand_years(value: Any) -> Any:
                 raise ValueError(f"years are {part!r}, expected the first year first")
             years.update(range(first, last + 1))
         else:
-            years.add(int(part))
+            try:
+                years.add(int(part))
+            except TypeError as error:
+                raise ValueError(f"years are {value!r}, expected numbers such as 1992, or ranges such as 1992-1999") from error
     return sorted(years)
 
 
@@ -282,7 +285,7 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     file = Path(path)
     if not file.is_file():
         known = pipelines() / file.name
-        if not known.is_file():
+        if not known.is_file() or str(file.parent) not in (".", "pipelines"):
             names = sorted(p.name for p in pipelines().glob("*.yaml"))
             raise ConfigError(f"run file {path} does not exist; give a YAML file, or one that comes with the package: {names}")
         file = known
@@ -296,11 +299,15 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         key, found, text = item.partition("=")
         if not found:
             raise ConfigError(f"override is {item!r}, expected key=value, for example train.steps=200")
-        _set(values, key.split("."), yaml.safe_load(text), item)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {item!r} has a value that is not YAML: {error}") from error
+        _set(values, key.split("."), value, item)
     if isinstance(values.get("data"), str):
         values["data"] = _environment(values["data"])
     try:
-        return RunConfig(**values)
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         lines = [
             f"{'.'.join(str(p) for p in e['loc']) or 'run'}: {e['msg']} (got {str(e['input'])[:60]!r})" for e in error.errors()

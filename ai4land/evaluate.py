@@ -47,7 +47,7 @@ class Scores:
     change_f1
         F1 of "changed since the reference map", whatever the class; None as above.
     quantity_disagreement
-        ½ Σ \\|p_k+ − p_+k\\|: error in how much there is of each class (Pontius & Millones 2011, International Journal of
+        ½ Σ abs(p_k+ − p_+k): error in how much there is of each class (Pontius & Millones 2011, International Journal of
         Remote Sensing 32:4407-4429, doi:10.1080/01431161.2011.552923).
     allocation_disagreement
         Σ min(p_k+, p_+k) − p_kk: error in where the classes are (same source). It adds up to 1 with the accuracy and
@@ -102,7 +102,9 @@ def transition_table(
             "cut all from the same window"
         )
     if weights.shape not in (reference.shape, reference.shape[:1]):
-        raise DataError(f"weights are {weights.shape}, expected {reference.shape[:1]} or {reference.shape}; give one a row or a cell")
+        raise DataError(
+            f"weights are {weights.shape}, expected {reference.shape[:1]} or {reference.shape}; give one a row or a cell"
+        )
     valid = (reference != MISSING) & (truth != MISSING) & (predicted != MISSING)
     cells = [part[valid].astype(np.intp) for part in (reference, truth, predicted)]
     top = max((int(part.max(initial=0)) for part in cells), default=0)
@@ -116,8 +118,8 @@ def transition_table(
 
 def scores(table: NDArray[np.float64]) -> Scores:
     """Compute the scores of a table of :func:`transition_table`; see :class:`Scores` for the formulas."""
-    total = float(table.sum())
     right, true, guessed = _margins(table)
+    total = float(true.sum())
     there = (true + guessed) > 0
     if not total > 0:
         return Scores(*[None] * 7)
@@ -164,13 +166,13 @@ def observed_change(table: NDArray[np.float64]) -> dict[str, float | None]:
     Returns
     -------
     dict
-        ``gross``: the area whose class changed; ``net``: ½ Σ \\|change of the area of class k\\|. What is gross but not
+        ``gross``: the area whose class changed; ``net``: ½ Σ abs(change of the area of class k). What is gross but not
         net is exchange between places (Pontius, Shusas & McEachern 2004, Agriculture, Ecosystems & Environment 101:251-268).
     """
     pair = table.sum(axis=2)
-    total = float(pair.sum())
+    total, still = float(pair.sum()), np.eye(len(pair), dtype=bool)
     net = float(np.abs(pair.sum(axis=1) - pair.sum(axis=0)).sum()) / 2
-    return {"gross": _ratio(total - float(np.trace(pair)), total), "net": _ratio(net, total)}
+    return {"gross": _ratio(float(pair[~still].sum()), total), "net": _ratio(net, total)}
 
 
 def class_shares(
@@ -211,7 +213,9 @@ def class_shares(
             "use windows that are multiples of the factor"
         )
     if weights == "area" and (areas is None or areas.shape != (rows,)):
-        raise DataError(f"areas are {None if areas is None else areas.shape}, expected ({rows},); give one area a row, or weights='cells'")
+        raise DataError(
+            f"areas are {None if areas is None else areas.shape}, expected ({rows},); give one area a row, or weights='cells'"
+        )
     per_row = np.ones(rows) if areas is None or weights == "cells" else areas
     crows, ccols = rows // factor, cols // factor
     cell = np.arange(rows)[:, None] // factor * ccols + np.arange(cols)[None, :] // factor
@@ -220,7 +224,9 @@ def class_shares(
     area = np.broadcast_to(per_row[:, None], index.shape)
     sums = np.bincount(flat, weights=area[mapped], minlength=n * crows * ccols).astype(np.float64)
     if sums.size > n * crows * ccols:
-        raise DataError(f"class index is {int(index[mapped].max())}, expected 0..{n - 1} or {MISSING}; encode the codes with the legend")
+        raise DataError(
+            f"class index is {int(index[mapped].max())}, expected 0..{n - 1} or {MISSING}; encode the codes with the legend"
+        )
     held = sums.reshape(n, crows, ccols)
     have = held.sum(axis=0)
     whole = np.repeat(per_row.reshape(crows, factor).sum(axis=1)[:, None] * factor, ccols, axis=1)
@@ -233,7 +239,7 @@ def coarse_error(
 ) -> float | None:
     """Measure how far the class shares of a map are from the wanted ones: the share of the area in the wrong class.
 
-    ½ Σ_cells w Σ_classes \\|predicted − wanted\\| / Σ_cells w, which is the quantity disagreement within coarse cells
+    ½ Σ_cells w Σ_classes abs(predicted − wanted) / Σ_cells w, which is the quantity disagreement within coarse cells
     (Pontius & Millones 2011), 0 to 1 for shares that sum to 1.
 
     Parameters
@@ -368,7 +374,9 @@ def evaluate_years(
             by_year[name][str(year)] = yearly[name].summary()
         _log.info("scored %d in %d windows", year, len(windows))
     if not pooled[_TRUTH].table.any():
-        raise DataError("no cell is scored, expected cells that have a class in the reference map and the truth; look at the split and the mask")
+        raise DataError(
+            "no cell is scored, expected cells that have a class in the reference map and the truth; look at the split and the mask"
+        )
     result: dict[str, Any] = {
         "years": [int(year) for year in years],
         _TRUTH: {**observed_change(pooled[_TRUTH].table), "coarse_error": _ratio(*pooled[_TRUTH].coarse)},
@@ -376,7 +384,9 @@ def evaluate_years(
     for name in predictions:
         summary = pooled[name].summary()
         if summary["unpredicted_share"]:
-            _log.warning("%s has no class on %.3g of the area to score; its scores leave this out", name, summary["unpredicted_share"])
+            _log.warning(
+                "%s has no class on %.3g of the area to score; its scores leave this out", name, summary["unpredicted_share"]
+            )
         classes = dict(zip(legend.names, per_class(pooled[name].table), strict=True))
         result[name] = {**summary, "per_year": by_year[name], "per_class": classes}
     return result
@@ -398,7 +408,9 @@ def _check_plan(predictions: Mapping[str, Codes], windows: Sequence[Window], yea
     for w in windows:
         inside = w.row >= 0 and w.col >= 0 and w.row + w.height <= rows and w.col + w.width <= cols
         if not inside or any(v % grid.factor for v in (w.row, w.col, w.height, w.width)):
-            raise ConfigError(f"window is {w}, expected whole coarse cells of {grid.factor} inside {grid.shape}; use grid.shards()")
+            raise ConfigError(
+                f"window is {w}, expected whole coarse cells of {grid.factor} inside {grid.shape}; use grid.shards()"
+            )
 
 
 def _margins(table: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

@@ -87,7 +87,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         """Check that everything nests."""
-        if self.factor < 1 or self.shard % self.factor:
+        if self.factor < 1 or self.shard < 1 or self.shard % self.factor:
             raise ConfigError(
                 f"shard is {self.shard} fine cells, expected a multiple of the coarse cell ({self.factor} fine cells); "
                 f"try shard={self.factor * max(1, round(self.shard / self.factor))}"
@@ -197,7 +197,9 @@ def make_grid(
     west, south, east, north = bbox
     if not (west < east and south < north):
         raise ConfigError(f"bbox is {bbox}, expected west < east and south < north; split a box that crosses the dateline")
-    if factor < 1 or shard % factor:
+    if coarse_cell <= 0:
+        raise ConfigError(f"coarse cell is {coarse_cell} units of {crs}, expected more than 0; give the side of a coarse cell")
+    if factor < 1 or shard < 1 or shard % factor:
         raise ConfigError(
             f"shard is {shard} fine cells, expected a multiple of the coarse cell ({factor} fine cells); "
             f"try shard={factor * max(1, round(shard / max(factor, 1)))}"
@@ -229,10 +231,16 @@ def edges(box: GeoBox) -> tuple[float, float, float, float]:
 
 
 def centres(box: GeoBox) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Centres of the rows and of the columns of a north-up GeoBox."""
+    """Centres of the rows and of the columns of a north-up GeoBox, bit for bit the same for every box of one lattice."""
     a = box.affine
     rows, cols = box.shape
-    return a.f + (np.arange(rows, dtype=np.float64) + 0.5) * a.e, a.c + (np.arange(cols, dtype=np.float64) + 0.5) * a.a
+    return _centres(a.f, a.e, rows), _centres(a.c, a.a, cols)
+
+
+def _centres(start: float, step: float, count: int) -> NDArray[np.float64]:
+    """Count in steps from 0: the edge, rounded to 2^-20 of a cell, is an exact sum in every box of the lattice."""
+    first = round(start / step * 2**20) / 2**20
+    return (first + np.arange(count, dtype=np.float64) + 0.5) * step
 
 
 def cell_areas(box: GeoBox) -> NDArray[np.float64]:
@@ -277,7 +285,7 @@ def read_window(array: Readable, window: Window, *, fill: float, wrap: bool) -> 
     lead = array.shape[:-2]
     top, bottom = max(window.row, 0), min(window.row + window.height, rows)
     out: NDArray[Any] | None = None
-    for shift in (-cols, 0, cols) if wrap else (0,):
+    for shift in range(window.col // cols * cols, window.col + window.width, cols) if wrap else (0,):
         left, right = max(window.col, shift), min(window.col + window.width, shift + cols)
         if top >= bottom or left >= right:
             continue

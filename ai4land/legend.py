@@ -72,6 +72,12 @@ class Legend(BaseModel):
         unknown = sorted(set(self.aliases.values()) - set(codes))
         if unknown:
             raise ValueError(f"legend {self.name} has aliases for codes {unknown}, which it does not define; add these classes")
+        outside = sorted(c for c in {*self.nodata, *self.aliases} if not 0 <= c <= 255)
+        if outside:
+            raise ValueError(f"legend {self.name} has no-data codes or aliases {outside}, expected 0..255")
+        both = sorted({*codes[1:]} & {*self.nodata, *self.aliases} | {*self.nodata} & {*self.aliases})
+        if both:
+            raise ValueError(f"legend {self.name} gives codes {both} two meanings, expected one of class, no data and alias")
         return self
 
     @property
@@ -110,9 +116,11 @@ class Legend(BaseModel):
         [255, 0, 3, 6, 255]
         """
         if codes.dtype != np.uint8:
-            bad = ~((codes >= 0) & (codes <= 255))
+            bad = ~((codes >= 0) & (codes <= 255) & (codes == np.floor(codes)))
             if bad.any():
-                raise DataError(f"{source} holds class code {codes[bad].flat[0]}, expected 0..255; {self._hint()}")
+                raise DataError(
+                    f"{source} holds class code {codes[bad].flat[0]}, expected whole numbers of 0..255; {self._hint()}"
+                )
             codes = codes.astype(np.uint8)
         index = self._index[codes]
         if (index == _UNKNOWN).any():
@@ -237,18 +245,22 @@ def load_crosswalk(name: str | Path, legend: Legend) -> Crosswalk:
         unit = np.eye(legend.n)
         return Crosswalk(name="identity", states=tuple(str(c) for c in legend.codes), weights=tuple(map(tuple, unit.tolist())))
     path = _locate(name, "crosswalks", ".csv")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
-    rows = list(csv.reader(lines))
     try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
+        rows = list(csv.reader(lines))
         columns = [int(c) for c in rows[0][1:]]
         unknown = [c for c in columns if c not in legend.codes]
         if unknown:
             raise ValueError(f"columns {unknown} are not codes of legend {legend.name} ({legend.codes.tolist()})")
+        if len(set(columns)) != len(columns):
+            raise ValueError(f"columns are {columns}, expected each class code once")
         place = {int(code): k for k, code in enumerate(legend.codes)}
         states, weights = [], []
         for row in rows[1:]:
             if len(row) != len(rows[0]):
                 raise ValueError(f"row {row[0]!r} has {len(row)} cells, expected {len(rows[0])}")
+            if row[0] in states:
+                raise ValueError(f"row {row[0]!r} is given twice, expected each state once")
             line = [0.0] * legend.n
             for code, value in zip(columns, row[1:], strict=True):
                 line[place[code]] = float(value)

@@ -40,6 +40,7 @@ OFFSET_TOLERANCE = 0.02
 """Distance from the lattice, in cells, that counts as none."""
 _DRIFT_TOLERANCE = 0.25
 _STRIP_CELLS = 2**24
+_PLANE = "EPSG:3857"
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,10 @@ def open_raster(
         )
     missing = np.nan if codes is None else int(np.iinfo(codes).max if nodata is None else nodata)
     with open_layer(path, band=band, variable=variable) as source:
+        if codes is not None and (source.scale, source.offset) != (1, 0):
+            raise DataError(
+                f"{source.source} has scale {source.scale:g} and offset {source.offset:g}, expected 1 and 0 for {kind}; read floats"
+            )
         _check_place(source, grid)
         work = kind
         if resampling == "exact":
@@ -302,7 +307,7 @@ def _check_place(source: RasterLayer, grid: Grid) -> None:
         if box[1] < -90 - source.transform.a or box[3] > 90 + source.transform.a:
             raise DataError(f"latitudes of {source.source} run {box[1]:g}..{box[3]:g}, expected -90..90; look at its corner")
     try:
-        there = _transform_bounds(source.crs, grid.fine.crs, box)
+        there = _transform_bounds(source.crs, _crs(grid), box)
     except rasterio.errors.RasterioError:
         return
     west, south, east, north = grid.bounds
@@ -315,18 +320,25 @@ def _check_place(source: RasterLayer, grid: Grid) -> None:
 
 
 def _check_crs(source: RasterLayer, grid: Grid) -> None:
-    if not _same_crs(source.crs, grid.fine.crs):
+    if not same_crs(source.crs, _crs(grid)):
         raise DataError(
-            f"reference system of {source.source} is {source.crs}, expected {grid.fine.crs} for resampling exact; "
+            f"reference system of {source.source} is {source.crs.proj.name}, expected {_crs(grid).proj.name} for resampling exact; "
             "choose resampling nearest or bilinear, average or mode"
         )
+
+
+def _crs(grid: Grid) -> CRS:
+    if grid.fine.crs is None:
+        raise ConfigError("grid has no coordinate reference system, expected one; give for example crs=EPSG:4326")
+    return grid.fine.crs
 
 
 def _box(bounds: Bounds) -> str:
     return "(" + ", ".join(f"{v:g}" for v in bounds) + ")"
 
 
-def _same_crs(source: CRS, target: CRS) -> bool:
+def same_crs(source: CRS, target: CRS) -> bool:
+    """Whether two reference systems are one, whatever the order of axes; degrees on an unnamed datum count as any degrees."""
     if source == target or source.proj.equals(target.proj, ignore_axis_order=True):
         return True
     datum = source.proj.datum
@@ -338,7 +350,7 @@ def _same_crs(source: CRS, target: CRS) -> bool:
 
 
 def _transform_bounds(source: CRS, target: CRS, box: Bounds) -> Bounds:
-    if _same_crs(source, target):
+    if same_crs(source, target):
         return box
     if source.geographic:
         box = (box[0], max(box[1], -90.0), box[2], min(box[3], 90.0))
@@ -360,7 +372,7 @@ def _source_window(source: RasterLayer, grid: Grid, strip: Window) -> Window | N
     """Find the source cells around a strip; columns may reach beyond a source that wraps."""
     t, (rows, cols) = source.transform, source.shape
     try:
-        west, south, east, north = _transform_bounds(grid.fine.crs, source.crs, edges(grid.fine[strip.slices]))
+        west, south, east, north = _transform_bounds(_crs(grid), source.crs, edges(grid.fine[strip.slices]))
     except rasterio.errors.RasterioError:
         west, south, east, north = source.bounds
     if not all(map(math.isfinite, (west, south, east, north))) or west >= east:
@@ -388,19 +400,50 @@ def _warp(values: _Values, grid: Grid, strip: Window, resampling: str) -> NDArra
         return None
     cells = read_window(values, window, fill=np.nan, wrap=source.wraps)
     out = np.full((strip.height, strip.width), np.nan, dtype=values.dtype)
-    target = grid.fine.crs.to_wkt()
+    from_cells = source.transform * Affine.translation(window.col, window.row)
+    to_cells = grid.fine.affine * Affine.translation(strip.col, strip.row)
+    from_crs, to_crs = source.crs.to_wkt(), _crs(grid).to_wkt()
+    if same_crs(source.crs, _crs(grid)):
+        from_cells, to_cells, from_crs, to_crs = *_in_cells(from_cells, to_cells), _PLANE, _PLANE
+        options = {}
+    else:
+        scale = _scale(source, grid, strip)
+        options = {"XSCALE": scale, "YSCALE": scale}
     rasterio.warp.reproject(
         cells,
         out,
-        src_transform=source.transform * Affine.translation(window.col, window.row),
-        src_crs=target if _same_crs(source.crs, grid.fine.crs) else source.crs.to_wkt(),
+        src_transform=from_cells,
+        src_crs=from_crs,
         src_nodata=np.nan,
-        dst_transform=grid.fine.affine * Affine.translation(strip.col, strip.row),
-        dst_crs=target,
+        dst_transform=to_cells,
+        dst_crs=to_crs,
         dst_nodata=np.nan,
         resampling=rasterio.warp.Resampling[resampling],
+        **options,
     )
     return out
+
+
+def _scale(source: RasterLayer, grid: Grid, strip: Window) -> float:
+    """Cells of the grid per source cell along a side, at the middle of a strip; at most 1.
+
+    GDAL smooths by the ratio of the two whole windows, which says nothing where meridians meet.
+    """
+    a = grid.fine.affine
+    x, y = a * (strip.col + strip.width / 2, strip.row + strip.height / 2)
+    there = rasterio.warp.transform(_crs(grid).to_wkt(), source.crs.to_wkt(), [x, x + a.a, x], [y, y, y + a.e])
+    (x0, x1, x2), (y0, y1, y2) = there
+    cells = abs((x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)) / abs(source.transform.a * source.transform.e)
+    return min(1.0, cells**-0.5) if math.isfinite(cells) and cells > 0 else 1.0
+
+
+def _in_cells(source: Affine, target: Affine) -> tuple[Affine, Affine]:
+    """Express both transforms in cells of the target, rounded, so that cells that coincide coincide exactly.
+
+    A cell measures 2 units, since GDAL takes a transform of size 1 at the origin for none at all.
+    """
+    t, scale = ~target * source, Affine.scale(2, -2)
+    return scale * Affine(round(t.a, 12), 0, round(t.c, 7), 0, round(t.e, 12), round(t.f, 7)), scale
 
 
 def _whole(values: NDArray[Any], valid: NDArray[np.bool_], dtype: np.dtype[Any], source: str) -> NDArray[Any]:

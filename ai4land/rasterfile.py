@@ -142,9 +142,10 @@ def open_dataset(path: str | Path) -> xr.Dataset:
                     raise DataError(
                         f"{name} is truncated: {Path(name).stat().st_size} bytes, expected at least {least}; download it again"
                     )
-        zarr = Path(name.rstrip("/")).suffix == ".zarr" or Path(name).is_dir()
-        engine = "zarr" if zarr else "netcdf4"
-        return xr.open_dataset(name, engine=engine, chunks=None, mask_and_scale=False, decode_times=False)
+        options: dict[str, Any] = {"chunks": None, "mask_and_scale": False, "decode_times": False}
+        if Path(name).is_dir():
+            return xr.open_dataset(name, engine="zarr", consolidated=False, **options)
+        return xr.open_dataset(name, engine="zarr" if Path(name.rstrip("/")).suffix == ".zarr" else "netcdf4", **options)
 
 
 def pick_variable(dataset: xr.Dataset, variable: str | None, *, source: str | Path) -> xr.DataArray:
@@ -263,7 +264,7 @@ def _plane(field: xr.DataArray, extra: list[str], name: str, band: int | str | N
         raise DataError(
             f"variable {field.name} of {name} varies along {long}, expected at most one dimension beside the map; cut it"
         )
-    along = (long or extra[:1] or [None])[0]
+    along = next(iter(long or extra), None)
     if along is not None:
         labels = (
             [str(v) for v in field[along].values] if along in field.coords else [str(i) for i in range(1, field.sizes[along] + 1)]
@@ -313,8 +314,10 @@ def _crs(dataset: xr.Dataset, field: xr.DataArray, y: xr.DataArray, name: str) -
             return CRS(ProjCRS.from_cf(attrs))
     except CRSError as error:
         raise DataError(f"grid mapping of {name} is not valid ({error}), expected a CF one; correct it") from error
-    if str(y.name).lower() in ("y",) and not str(y.attrs.get("units", "")).startswith("degree"):
+    degrees = str(y.attrs.get("units", "")).startswith("degree") or y.attrs.get("standard_name") == "latitude"
+    if not degrees and str(y.name).lower() not in _LATITUDE[0][:-1]:
         raise DataError(
-            f"{name} has x and y but no coordinate reference system, expected a CF grid_mapping; write one (rioxarray)"
+            f"{name} has {y.name} in {y.attrs.get('units', 'no units')} and no coordinate reference system, expected degrees or a "
+            "CF grid_mapping; write one (rioxarray: rio.write_crs)"
         )
     return CRS("EPSG:4326")

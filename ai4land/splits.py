@@ -213,7 +213,7 @@ def make_split(
     for name, scored, role in (("validation", validation, VALIDATION), ("test", test, TEST)):
         if scored is None:
             continue
-        if scored.reference in scored.years and not (roles == role).any():
+        if scored.reference in scored.years:
             raise ConfigError(f"{name} scores {scored.reference}, the year of its own reference map; leave that year out")
         both = sorted(seen & set(scored.years))
         if both and not (roles == role).any():

@@ -98,7 +98,9 @@ def _map_source(run: RunConfig) -> str | dict[int, Path]:
 
 
 def _identity(run: RunConfig) -> dict[str, Any]:
-    return {name: run.fingerprint(name) for name in ("grid", "landcover", "scenario", "static")} | {"reference": run.reconstruct.reference}
+    return {name: run.fingerprint(name) for name in ("grid", "landcover", "scenario", "static")} | {
+        "reference": run.reconstruct.reference
+    }
 
 
 def needed_years(run: RunConfig) -> tuple[set[int], set[int]]:
@@ -164,7 +166,10 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     path = run.folder / "store.zarr"
     if check_identity(path, _identity(run)):
         return path
-    grid, legend = grid_of(run), load_legend(run.path(run.landcover.legend) if run.landcover.legend.endswith(".yaml") else run.landcover.legend)
+    grid, legend = (
+        grid_of(run),
+        load_legend(run.path(run.landcover.legend) if run.landcover.legend.endswith(".yaml") else run.landcover.legend),
+    )
     split_of(run, grid)
     crosswalk = crosswalk_of(run, legend)
     maps, states = needed_years(run)
@@ -172,7 +177,9 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     have = available_years(source, variable=variable)
     lacking = sorted(maps - set(have))
     if lacking:
-        raise ConfigError(f"land-cover maps of {lacking} are needed, {run.landcover.source} has {_span(have)}; change the years or the files")
+        raise ConfigError(
+            f"land-cover maps of {lacking} are needed, {run.landcover.source} has {_span(have)}; change the years or the files"
+        )
     read = partial(iter_maps, source, grid=grid, legend=legend, resampling=run.landcover.resampling, variable=variable)
     reference = dict(read(years=[run.reconstruct.reference]))[run.reconstruct.reference]
     base = None
@@ -181,11 +188,15 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     coarse = _open_scenario(run, grid, legend, base)
     lacking = sorted(states - {int(y) for y in coarse["year"].values})
     if lacking:
-        raise ConfigError(f"scenario years {lacking} are needed, the scenario has {_span(coarse['year'].values.tolist())}; change the years or the files")
+        raise ConfigError(
+            f"scenario years {lacking} are needed, the scenario has {_span(coarse['year'].values.tolist())}; change the years or the files"
+        )
     scenario.class_shares(coarse.isel(year=slice(0, 1)), crosswalk=crosswalk)
     mask = reference != legend.fill.code
     if not mask.any():
-        raise DataError(f"land-cover map of {run.reconstruct.reference} has no class anywhere in {grid.bounds}; look at grid.bbox and the file")
+        raise DataError(
+            f"land-cover map of {run.reconstruct.reference} has no class anywhere in {grid.bounds}; look at grid.bbox and the file"
+        )
     years = sorted(maps | ({y for y in have if y in run.reconstruct.years}))
     write_store(
         path,
@@ -209,9 +220,7 @@ def _span(years: list[int]) -> str:
 # -- train --------------------------------------------------------------------------------------------------------------
 
 
-def train(
-    run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, dict[str, float]], None] | None = None
-) -> Path:
+def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, dict[str, float]], None] | None = None) -> Path:
     """Train the model of a run, if it is not there; go on where a killed training stopped."""
     store_path = align(run, tell=tell)
     grid = grid_of(run)
@@ -240,7 +249,9 @@ def train(
         factor=grid.factor,
         **run.model.model_dump(),
     )
-    tell(f"training {sum(p.numel() for p in model.parameters()):,} parameters on {len(split.pairs)} pairs of years, {t.steps} steps")
+    tell(
+        f"training {sum(p.numel() for p in model.parameters()):,} parameters on {len(split.pairs)} pairs of years, {t.steps} steps"
+    )
     result = fit(
         model,
         batches=loader.batches,
@@ -283,7 +294,9 @@ def _validation_batches(load: Any, split: Split, count: int, mask_all: float, ma
         pairs = tuple((split.validation.reference, year) for year in split.validation.years)
         return list(load(cells=cells, pairs=pairs, seed=1_000_003).batches(0, count))
     if not (split.roles == VALIDATION).any():
-        raise ConfigError("split has neither validation years nor validation cells, expected one; set split.validation or split.space")
+        raise ConfigError(
+            "split has neither validation years nor validation cells, expected one; set split.validation or split.space"
+        )
     return list(load(cells=cells, pairs=split.pairs, seed=1_000_003, mask_all=mask_all, mask_some=mask_some).batches(0, count))
 
 
@@ -341,7 +354,9 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
 
     if total:
         with (
-            LocalCluster(n_workers=r.workers, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster,
+            LocalCluster(
+                n_workers=r.workers, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+            ) as cluster,
             Client(cluster) as client,
         ):
             tell(f"Dask dashboard: {cluster.dashboard_link}")

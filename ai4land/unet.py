@@ -121,7 +121,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
         with torch.no_grad():
             self.persistence.weight.zero_()
-            self.persistence.weight[:classes].fill_diagonal_(4.0)
+            self.persistence.weight[:classes].fill_diagonal_(7.0)
 
     @property
     def stride(self) -> int:

@@ -39,7 +39,9 @@ class TinyStore:
     years: tuple[int, ...]
 
 
-def write_tiny_store(path: Path, *, shard: int = 32, years: tuple[int, ...] = (2000, 2001, 2002, 2003), seed: int = 0) -> TinyStore:
+def write_tiny_store(
+    path: Path, *, shard: int = 32, years: tuple[int, ...] = (2000, 2001, 2002, 2003), seed: int = 0
+) -> TinyStore:
     """Write a store of 64 x 128 fine cells (factor 8): smooth random land cover that drifts, two static maps, 7 states."""
     rng = np.random.default_rng(seed)
     grid = make_grid((-180, -90, 180, 90), coarse_cell=22.5, factor=8, shard=shard)
@@ -52,7 +54,10 @@ def write_tiny_store(path: Path, *, shard: int = 32, years: tuple[int, ...] = (2
     land[:, 32:64] &= np.arange(64)[:, None] < 32
     maps = {y: legend.decode(np.where(land, (noise + i * trend).argmax(0), 255).astype(np.uint8)) for i, y in enumerate(years)}
     index = {y: legend.encode(m) for y, m in maps.items()}
-    shares = np.stack([[block_sum((index[y] == k).astype(float), grid.factor) for k in range(legend.n)] for y in years]) / grid.factor**2
+    shares = (
+        np.stack([[block_sum((index[y] == k).astype(float), grid.factor) for k in range(legend.n)] for y in years])
+        / grid.factor**2
+    )
     coords = grid.coords()
     coarse = xr.DataArray(
         shares.astype(np.float32),

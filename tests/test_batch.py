@@ -22,7 +22,9 @@ def make(tiny, *, cells=None, pairs=PAIRS, **changes):
     store = open_store(tiny.path)
     spec = fit_spec(store, cells=cells, pairs=pairs, codes=tiny.legend.codes.tolist(), factor=tiny.grid.factor)
     settings = {"patch": 16, "batch": 4, "seed": 3, **changes}
-    return PatchLoader(partial(open_store, tiny.path), grid=tiny.grid, legend=tiny.legend, spec=spec, cells=cells, pairs=pairs, **settings)
+    return PatchLoader(
+        partial(open_store, tiny.path), grid=tiny.grid, legend=tiny.legend, spec=spec, cells=cells, pairs=pairs, **settings
+    )
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -113,7 +115,14 @@ def test_no_target_cell_is_an_error(tiny_store):
     spec = make(tiny_store, cells=every).spec
     with pytest.raises(DataError, match="no fine cell may be a target"):
         PatchLoader(
-            partial(open_store, tiny_store.path), grid=tiny_store.grid, legend=tiny_store.legend, spec=spec, cells=nothing, pairs=PAIRS, patch=16, batch=2
+            partial(open_store, tiny_store.path),
+            grid=tiny_store.grid,
+            legend=tiny_store.legend,
+            spec=spec,
+            cells=nothing,
+            pairs=PAIRS,
+            patch=16,
+            batch=2,
         )
 
 

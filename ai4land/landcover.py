@@ -1,0 +1,230 @@
+"""Annual land-cover maps of any legend, one year at a time.
+
+A source is a path with ``{year}`` in it, a dict from year to path, one GeoTIFF whose band descriptions are years, or one
+NetCDF or Zarr variable with a time or year dimension. :func:`available_years` says what it holds, :func:`iter_maps` reads
+it onto the fine grid as codes of the legend: aliases are replaced and unknown codes refused before any resampling.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import rasterio
+import xarray as xr
+from numpy.typing import NDArray
+
+from ai4land.errors import ConfigError, DataError
+from ai4land.grid import Grid
+from ai4land.legend import Legend
+from ai4land.luh2 import years_in
+from ai4land.raster import open_raster
+from ai4land.rasterfile import is_xarray, open_dataset, pick_variable, reading
+
+_log = logging.getLogger(__name__)
+
+MapSource = str | Path | Mapping[int, str | Path]
+_VARIABLES = ("lccs_class", "land_cover", "LULC_states")
+_YEAR = re.compile(r"(?<!\d)(\d{4})(?!\d)")
+
+
+def available_years(source: MapSource, *, variable: str | None = None) -> list[int]:
+    """List the years that a source holds, sorted.
+
+    Parameters
+    ----------
+    source
+        Path with ``{year}`` in it (and ``*`` if need be), dict from year to path, multi-band GeoTIFF whose bands are
+        described by years, or NetCDF file or Zarr group with a time (dates) or year (numbers) dimension.
+    variable
+        NetCDF or Zarr variable; ``lccs_class``, ``land_cover`` or ``LULC_states`` or the only map in the file if not given.
+
+    Raises
+    ------
+    DataError
+        If there is no map, a year is there twice, or the years can not be read.
+
+    Examples
+    --------
+    >>> available_years({2012: "b.tif", 2009: "a.tif"})
+    [2009, 2012]
+    """
+    return sorted(_locate(source, variable))
+
+
+def iter_maps(
+    source: MapSource,
+    *,
+    grid: Grid,
+    legend: Legend,
+    years: Iterable[int] | None = None,
+    resampling: Literal["exact", "nearest", "mode"] = "exact",
+    variable: str | None = None,
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Read maps year by year as codes of the legend, shape ``grid.shape``.
+
+    Parameters
+    ----------
+    source, variable
+        As in :func:`available_years`.
+    grid
+        The target.
+    legend
+        Of the codes. Aliases become the code they stand for; no data, NaN and cells beyond the file become the fill code.
+    years
+        Those to read, sorted and each once; all if None.
+    resampling
+        ``exact`` for maps on the lattice of the grid; otherwise the nearest cell, or the most frequent class, in which
+        cells without a class have no vote.
+
+    Yields
+    ------
+    year, codes
+        In the order of the years.
+
+    Raises
+    ------
+    DataError
+        If a year is not there, a map holds a code that the legend does not know, has no class on the grid, or can not be
+        read; see :func:`ai4land.raster.open_raster`. Years are checked at the call, maps when they are read.
+    ConfigError
+        If the resampling is none of these.
+    """
+    if resampling not in ("exact", "nearest", "mode"):
+        raise ConfigError(f"resampling of land cover is {resampling!r}, expected exact, nearest or mode; codes have no average")
+    maps = _locate(source, variable)
+    wanted = sorted(maps) if years is None else sorted({int(y) for y in years})
+    lacking = [y for y in wanted if y not in maps]
+    if lacking:
+        raise DataError(
+            f"land-cover maps of {lacking} are not in {_shown(source)}, expected years out of {sorted(maps)}; choose these"
+        )
+    return _read(maps, wanted, grid=grid, legend=legend, resampling=resampling, variable=variable)
+
+
+def _read(
+    maps: dict[int, tuple[str, int | None]],
+    years: list[int],
+    *,
+    grid: Grid,
+    legend: Legend,
+    resampling: Literal["exact", "nearest", "mode"],
+    variable: str | None,
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    fill = legend.fill.code
+    for year in years:
+        path, band = maps[year]
+        name = f"land-cover map of {year} ({path})"
+        field = open_raster(
+            path,
+            grid=grid,
+            resampling=resampling,
+            band=band,
+            variable=_variable(path, variable) if is_xarray(path) else None,
+            dtype=np.uint8,
+            nodata=fill,
+            recode=partial(_recode, legend=legend, name=name),
+        )
+        codes = np.asarray(field.values, dtype=np.uint8)
+        _log.info("%s: %.1f %% of the cells have a class", name, 100 * np.count_nonzero(codes != fill) / codes.size)
+        yield year, codes
+
+
+def _recode(codes: NDArray[Any], *, legend: Legend, name: str) -> NDArray[np.uint8]:
+    return legend.decode(legend.encode(codes, source=name))
+
+
+def _shown(source: MapSource) -> str:
+    return "the given files" if isinstance(source, Mapping) else str(source)
+
+
+def _locate(source: MapSource, variable: str | None) -> dict[int, tuple[str, int | None]]:
+    """Find the file of each year, and the number of its layer where a file holds several."""
+    if isinstance(source, Mapping):
+        if not source:
+            raise DataError("land-cover source is an empty dict, expected a path for every year; fill it in")
+        return {int(year): (str(path), None) for year, path in source.items()}
+    text = str(source)
+    if "{year}" in text:
+        return _by_pattern(text)
+    if not Path(text).exists() and "://" not in text and not text.startswith("/vsi"):
+        raise DataError(f"land-cover source {text} does not exist, expected a file or a pattern with {{year}}; check the path")
+    if is_xarray(text):
+        return {year: (text, k + 1) for k, year in enumerate(_years_of_variable(text, variable))}
+    if Path(text).is_dir():
+        raise DataError(f"land-cover source {text} is a folder, expected a pattern with {{year}}; write {text}/name_{{year}}.tif")
+    return {year: (text, k + 1) for k, year in enumerate(_years_of_bands(text))}
+
+
+def _by_pattern(pattern: str) -> dict[int, tuple[str, int | None]]:
+    parts = Path(pattern).parts
+    first = next(k for k, part in enumerate(parts) if "{year}" in part or "*" in part)
+    below = "/".join(parts[first:]).replace("[", "[[]").replace("{year}", "[0-9]" * 4)
+    text = re.escape(Path(pattern).as_posix()).replace(r"\*", "[^/]*")
+    regex = re.compile(text.replace(r"\{year\}", r"(?P<year>\d{4})", 1).replace(r"\{year\}", "(?P=year)"))
+    found: dict[int, tuple[str, int | None]] = {}
+    for path in sorted(p.as_posix() for p in Path(*parts[:first]).glob(below)):
+        match = regex.fullmatch(path)
+        if match is None:
+            continue
+        year = int(match["year"])
+        if year in found:
+            raise DataError(f"{found[year][0]} and {path} are both of {year}, expected one map a year; make the pattern narrower")
+        found[year] = (path, None)
+    if not found:
+        raise DataError(f"no file matches {pattern}, expected one for every year; check the folder and the name around {{year}}")
+    return found
+
+
+def _years_of_bands(path: str) -> list[int]:
+    with reading(path), rasterio.open(path) as file:
+        labels = list(file.descriptions)
+    years = [_YEAR.findall(label or "") for label in labels]
+    if any(len(set(y)) != 1 for y in years):
+        raise DataError(
+            f"bands of {path} are described as {labels[:6]}, expected a year each; describe them, "
+            "or give a dict from year to path for single maps"
+        )
+    return _once([int(y[0]) for y in years], path)
+
+
+def _years_of_variable(path: str, variable: str | None) -> list[int]:
+    with open_dataset(path) as dataset:
+        field = pick_variable(dataset, _variable(path, variable), source=path)
+        dim = next((str(d) for d in field.dims if str(d).lower() in ("time", "year", "years", "t")), None)
+        if dim is None or dim not in field.coords:
+            raise DataError(
+                f"variable {field.name} of {path} has the dimensions {field.dims}, expected time or year; give {{year: path}}"
+            )
+        return _once(_years(field[dim], path), path)
+
+
+def _years(time: xr.DataArray, path: str) -> list[int]:
+    """Years of a time axis as stored: dates since some day, or the years themselves."""
+    values = np.asarray(time.values)
+    if values.dtype.kind == "M":
+        return [int(y) for y in time.dt.year.values]
+    plain = "since" not in str(time.attrs.get("units", ""))
+    if plain and values.dtype.kind in "iuf" and np.all((values >= 500) & (values <= 3000) & (values == np.floor(values))):
+        return [int(y) for y in values]
+    return [int(y) for y in years_in(time, source=path)]
+
+
+def _once(years: list[int], path: str) -> list[int]:
+    twice = sorted({y for y in years if years.count(y) > 1})
+    if twice:
+        raise DataError(f"{path} holds the years {twice} more than once, expected one map a year; cut it")
+    return years
+
+
+def _variable(path: str, variable: str | None) -> str | None:
+    """Name of the variable to read: the given one, or the first usual name that is in the file."""
+    if variable is not None:
+        return variable
+    with open_dataset(path) as dataset:
+        return next((v for v in _VARIABLES if v in dataset.data_vars), None)

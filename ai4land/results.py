@@ -1,0 +1,242 @@
+"""What came of a run: its plan before, its scores and pictures after."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ai4land import cube, plot
+from ai4land.align import open_store
+from ai4land.baselines import proportional_allocation
+from ai4land.checkpoint import write_atomically
+from ai4land.config import RunConfig
+from ai4land.errors import DataError
+from ai4land.evaluate import class_shares, evaluate_years
+from ai4land.grid import Window
+from ai4land.legend import MISSING, load_legend
+from ai4land.reconstruct import Source, plan_blocks
+from ai4land.scenario import class_shares as scenario_shares
+from ai4land.splits import TEST, VALIDATION, Scored
+from ai4land.stages import crosswalk_of, cubes_of, grid_of, split_of
+from ai4land.unet import UNet
+
+_log = logging.getLogger(__name__)
+
+Shares = NDArray[np.float64]
+
+
+class _Shares:
+    """Class shares of the scenario, as the change since a reference year on top of the reference map.
+
+    Where the scenario and the map define a class differently, the scenario's level says little but its change counts; where
+    they agree, this is the scenario itself.
+    """
+
+    def __init__(self, run: RunConfig, source: Source, reference: int) -> None:
+        self._coarse = open_store(run.folder / "store.zarr")["coarse"]
+        self._crosswalk = crosswalk_of(run, source.legend)
+        self._source, self._weights, self.reference = source, run.scenario.weights, reference
+        self._last: tuple[int, Shares] = (reference, self._read(reference))
+        self.start, self.observed = self._last[1], self._measure()
+
+    def _read(self, year: int) -> Shares:
+        return np.asarray(scenario_shares(self._coarse.sel(year=[year]), crosswalk=self._crosswalk).values[0])
+
+    def scenario(self, year: int) -> Shares:
+        """Shares that the scenario gives, ``(class, coarse rows, coarse columns)``."""
+        if self._last[0] != year:
+            self._last = (year, self._read(year))
+        return self._last[1]
+
+    def _measure(self) -> Shares:
+        """Class shares of the reference map."""
+        grid, n = self._source.grid, self._source.legend.n
+        shape = (n, *(int(v) for v in grid.coarse.shape))
+        out, f, areas = np.full(shape, np.nan), grid.factor, grid.cell_areas()
+        for w in grid.shards():
+            index = self._source.map_of(self.reference, w)
+            part, _ = class_shares(index, index != MISSING, n=n, factor=f, weights=self._weights, areas=areas[w.slices[0]])
+            out[:, w.row // f : (w.row + w.height) // f, w.col // f : (w.col + w.width) // f] = part
+        return out
+
+    def wanted(self, year: int) -> Shares:
+        """Shares that a map of the year should have."""
+        shares = (self.observed + self.scenario(year) - self.start).clip(0)
+        total = shares.sum(axis=0)
+        return np.divide(shares, total, out=np.full_like(shares, np.nan), where=total > 0)
+
+
+def evaluate(run: RunConfig, *, tell: Callable[[str], None] = _log.info) -> dict[str, Any]:
+    """Score the cubes of a run on the validation and the test years, write ``evaluation.json`` and draw the figures.
+
+    Returns
+    -------
+    dict
+        By split (``validation``, ``test``): ``years``, and the scores of ``model``, ``persistence`` and ``proportional``.
+    """
+    source = Source(run.folder / "store.zarr")
+    split = split_of(run, source.grid)
+    result: dict[str, Any] = {}
+    for name, scored, role in (("validation", split.validation, VALIDATION), ("test", split.test, TEST)):
+        if scored is None:
+            continue
+        tell(f"scoring {name}: {scored.years[0]}-{scored.years[-1]} from the map of {scored.reference}")
+        result[name] = _score(run, source, name, scored, split.cells(role))
+    write_atomically(run.folder / "evaluation.json", (json.dumps(result, indent=1) + "\n").encode())
+    figures(run, result, tell=tell)
+    return result
+
+
+def _score(run: RunConfig, source: Source, name: str, scored: Scored, cells: NDArray[np.bool_]) -> dict[str, Any]:
+    grid, legend = source.grid, source.legend
+    shares = _Shares(run, source, scored.reference)
+    cubes = cubes_of(run)
+    path = cubes.get(name, cubes["cube"])[0]
+    data = cube.open_cube(path)
+    place = {int(year): i for i, year in enumerate(data["year"].values)}
+    done = cube.recorded(path)
+
+    def model(year: int, w: Window) -> NDArray[np.uint8]:
+        if (w.row, w.col, year) not in done:
+            raise DataError(f"cube {path} lacks {year} of shard {w}; finish it with: ai4land reconstruct RUN.yaml")
+        return np.asarray(data["land_cover"][(place[year], *w.slices)].values)
+
+    def reference(w: Window) -> NDArray[np.uint8]:
+        return legend.decode(source.map_of(scored.reference, w))
+
+    def proportional(year: int, w: Window) -> NDArray[np.uint8]:
+        f = grid.factor
+        cut = (slice(None), slice(w.row // f, (w.row + w.height) // f), slice(w.col // f, (w.col + w.width) // f))
+        index = source.map_of(scored.reference, w)
+        wanted, start = shares.scenario(year)[cut], shares.start[cut]
+        return legend.decode(
+            proportional_allocation(index, wanted=wanted, start=start, factor=f, seed=run.seed, origin=(w.row, w.col))
+        )
+
+    def where(w: Window) -> NDArray[np.bool_]:
+        f = grid.factor
+        inside = cells[w.row // f : (w.row + w.height) // f, w.col // f : (w.col + w.width) // f]
+        return np.asarray(source.mask[w.slices], dtype=bool) & np.kron(inside, np.ones((f, f), dtype=bool))
+
+    return evaluate_years(
+        {"model": model, "persistence": lambda _, w: reference(w), "proportional": proportional},
+        truth=lambda year, w: legend.decode(source.map_of(year, w)),
+        reference=reference,
+        where=where,
+        wanted=shares.wanted,
+        grid=grid,
+        legend=legend,
+        windows=[w for w in grid.shards() if np.asarray(source.mask[w.slices]).any()],
+        years=list(scored.years),
+        weights_kind=run.scenario.weights,
+    )
+
+
+def figures(run: RunConfig, scores: dict[str, Any], *, tell: Callable[[str], None] = _log.info) -> None:
+    """Draw the map, the change map, the training curves and the scores by year into ``figures/``."""
+    folder = run.folder / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = Source(run.folder / "store.zarr")
+    data = cube.open_cube(run.folder / "cube.zarr")
+    step = max(1, -(-max(source.grid.shape) // 1600))
+    rows, cols = _mapped(np.asarray(source.mask[::step, ::step], dtype=bool))
+    extent = _extent(source, rows, cols, step)
+    years = [int(y) for y in data["year"].values]
+
+    def thin(values: Any) -> NDArray[np.uint8]:
+        return np.asarray(values[::step, ::step])[rows, cols]
+
+    plot.map_figure(
+        thin(data["land_cover"][-1].values),
+        legend=source.legend,
+        extent=extent,
+        title=f"{run.title or run.name}: {years[-1]}",
+        path=folder / "map.png",
+    )
+    test = run.split.test
+    if test is not None and test.reference == run.reconstruct.reference:
+        year = test.years[-1]
+        whole = Window(0, 0, *source.grid.shape)
+        plot.change_figure(
+            thin(source.map_of(test.reference, whole)),
+            thin(source.map_of(year, whole)),
+            thin(source.legend.encode(data["land_cover"][years.index(year)].values)),
+            extent=extent,
+            title=f"Change {test.reference}-{year}",
+            path=folder / "change.png",
+        )
+    metrics = run.folder / "metrics.jsonl"
+    if metrics.is_file():
+        plot.curves_figure([json.loads(line) for line in metrics.read_text().splitlines()], path=folder / "curves.png")
+    for name, part in scores.items():
+        by_year = {method: part[method]["per_year"] for method in ("model", "persistence", "proportional")}
+        if len(part["years"]) > 1:
+            plot.lead_figure(by_year, path=folder / f"{name}_by_year.png")
+    tell(f"figures: {folder}")
+
+
+def _mapped(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
+    """Rows and columns that hold mapped cells."""
+    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(cols[0]), int(cols[-1]) + 1)
+
+
+def _extent(source: Source, rows: slice, cols: slice, step: int) -> tuple[float, float, float, float]:
+    a = source.grid.fine.affine
+    west, east = (a.c + a.a * step * v for v in (cols.start, cols.stop))
+    north, south = (a.f + a.e * step * v for v in (rows.start, rows.stop))
+    return west, south, east, north
+
+
+def plan(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Say what a run will do and what of it is done, as pairs of a label and a text.
+
+    Reads no more than the run file, the store's mask and the ledgers.
+    """
+    grid, legend = grid_of(run), load_legend(run.landcover.legend)
+    split = split_of(run, grid)
+    rows, cols = grid.shape
+    crows, ccols = grid.coarse.shape
+    yield (
+        "grid",
+        f"{rows} x {cols} fine cells of {grid.fine.affine.a:.6g}, {crows} x {ccols} coarse cells, {len(grid.shards())} shards of {grid.shard}",
+    )
+    yield "legend", f"{legend.name}: {legend.n} classes; scenario: {run.scenario.kind}; {len(run.static)} static maps"
+    store = run.folder / "store.zarr"
+    aligned = (store / "zarr.json").is_file()
+    yield (
+        "align",
+        "done" if aligned else f"to do: {4 * len(run.static) * rows * cols / 1e9:.2f} GB of static maps before compression",
+    )
+    net = UNet(static_channels=len(run.static), coarse_channels=8, classes=legend.n, factor=grid.factor, **run.model.model_dump())
+    cells = run.train.steps * run.train.batch * run.train.patch**2
+    yield (
+        "train",
+        f"{len(split.pairs)} pairs of years, {run.train.steps} steps, {cells / 1e6:.0f} million cells"
+        + _done(run.folder / "model.json"),
+    )
+    yield (
+        "network",
+        f"halo {net.halo} cells: each shard is read {((grid.shard + 2 * net.halo) / grid.shard) ** 2:.2f} times its size",
+    )
+    for name, (path, reference, years) in cubes_of(run).items():
+        raw = len(years) * rows * cols * (legend.n + 2) / 1e9
+        text = f"{len(years)} years from the map of {reference}, at most {raw:.2f} GB before compression"
+        if aligned:
+            every = plan_blocks(store, years=years, window=run.reconstruct.window)
+            left = plan_blocks(store, years=years, window=run.reconstruct.window, done=cube.recorded(path))
+            text += f"; {len(every) - len(left)} of {len(every)} blocks done"
+        yield name, text
+    for name, scored in (("validation", split.validation), ("test", split.test)):
+        if scored is not None:
+            yield name, f"{len(scored.years)} years from the map of {scored.reference}"
+
+
+def _done(path: Path) -> str:
+    return "; done" if path.is_file() else ""

@@ -1,0 +1,152 @@
+"""Figures are written whole, in the size and the colours they should have."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ai4land.errors import DataError
+from ai4land.legend import MISSING, load_legend
+from ai4land.plot import CHANGE_COLOURS, DPI, change_figure, curves_figure, lead_figure, map_figure, thin
+
+LEGEND = load_legend("hildaplus")
+EXTENT = (10.0, 47.0, 13.0, 49.0)
+
+
+def pixels(path: Path) -> Any:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def count(path: Path, colour: str) -> int:
+    return int((pixels(path) == np.array(list(bytes.fromhex(colour[1:])))).all(axis=-1).sum())
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 90))
+def test_thin_keeps_codes_and_the_limit(rows: int, cols: int, side: int) -> None:
+    codes = np.arange(rows * cols, dtype=np.int64).reshape(rows, cols)
+    got = thin(codes, side)
+    assert max(got.shape) <= side
+    step = math.ceil(max(rows, cols) / side)
+    assert np.isin(got, codes).all()
+    assert (np.diff(got, axis=0) == step * cols).all()
+    assert (np.diff(got, axis=1) == step).all()
+    assert min(got.shape) >= 1
+
+
+def test_thin_leaves_a_small_map_alone() -> None:
+    codes = np.arange(12).reshape(3, 4)
+    assert np.array_equal(thin(codes, 4), codes)
+
+
+def test_map_has_the_colours_of_the_classes_that_occur(tmp_path: Path) -> None:
+    index = np.array([[0, 1, 1], [3, 3, MISSING]], np.uint8).repeat(20, 0).repeat(20, 1)
+    path = map_figure(LEGEND.decode(index), legend=LEGEND, extent=EXTENT, title="Land cover", path=tmp_path / "sub" / "map.png")
+    areas = {c.name: count(path, c.colour) for c in LEGEND.classes}
+    assert {name for name, area in areas.items() if area > 100} == {"urban", "cropland", "forest"}
+    assert areas["cropland"] == pytest.approx(2 * areas["urban"], rel=0.05)
+    assert [p.name for p in path.parent.iterdir()] == ["map.png"]
+
+
+def test_map_keeps_the_shape_of_the_land(tmp_path: Path) -> None:
+    codes = np.full((20, 30), 44, np.uint8)
+    path = map_figure(codes, legend=LEGEND, extent=(10, 47, 16, 49), title="t", path=tmp_path / "map.png")
+    forest = (pixels(path) == np.array(list(bytes.fromhex(LEGEND.classes[3].colour[1:])))).all(axis=-1)
+    height, width = forest.sum(axis=0).max(), forest[len(forest) // 2].sum()
+    assert width == pytest.approx(9 * DPI, rel=0.01)
+    assert height / width == pytest.approx(2 / 6 / math.cos(math.radians(48)), rel=0.01)
+
+
+def test_a_short_map_with_many_classes_has_its_legend_below(tmp_path: Path) -> None:
+    legend = load_legend("lccs_level1")
+    codes = legend.decode((np.arange(440, dtype=np.int64).reshape(4, 110) % legend.n).astype(np.uint8))
+    path = map_figure(codes, legend=legend, extent=(-180, -10, 180, 10), title="t", path=tmp_path / "map.png")
+    rgb = pixels(path)
+    assert rgb.shape[1] < 10.5 * DPI
+    below = rgb[int(1.4 * DPI) :]
+    for item in legend.classes:
+        assert (below == np.array(list(bytes.fromhex(item.colour[1:])))).all(axis=-1).sum() > 50, item.name
+
+
+def test_map_refuses_unknown_codes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="class codes 5"):
+        map_figure(np.full((2, 2), 5, np.uint8), legend=LEGEND, extent=EXTENT, title="t", path=tmp_path / "map.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_change_map_shows_every_kind_with_its_colour(tmp_path: Path) -> None:
+    kinds = [  # reference, truth, predicted
+        (0, 1, 1),  # hit
+        (0, 1, 0),  # miss
+        (0, 0, 1),  # false alarm
+        (0, 1, 2),  # wrong class
+        (0, 0, 0),  # unchanged
+        (0, MISSING, 0),  # no land
+    ]
+    maps = [np.array([[k[i] for k in kinds]], np.uint8).repeat(6, 0) for i in range(3)]
+    path = change_figure(*maps, extent=EXTENT, title="Change", path=tmp_path / "change.png")
+    areas = [count(path, colour) for name, colour in CHANGE_COLOURS.items() if name != "no land"]
+    assert min(areas) > 10_000
+    assert max(areas) < 1.03 * min(areas)
+
+
+def test_change_map_leaves_out_what_does_not_occur(tmp_path: Path) -> None:
+    still = np.zeros((4, 4), np.uint8)
+    path = change_figure(still, still, still, extent=EXTENT, title="Change", path=tmp_path / "change.png")
+    assert count(path, CHANGE_COLOURS["unchanged"]) > 10_000
+    assert all(count(path, CHANGE_COLOURS[name]) == 0 for name in ("hits", "misses", "false alarms", "wrong class"))
+    with pytest.raises(DataError, match="one shape"):
+        change_figure(still, still, still[:2], extent=EXTENT, title="t", path=path)
+
+
+def test_curves_draw_both_losses(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"step": s, "loss": 2 / s + 0.1, "lr": 1e-3} for s in range(1, 101)]
+    plain = curves_figure(rows, tmp_path / "plain.png")
+    for s in (20, 40, 60, 80, 100):
+        rows[s - 1]["validation_loss"] = 1.0 - s / 200
+    rows[50]["loss"] = float("nan")
+    full = curves_figure(rows, tmp_path / "full.png")
+    assert pixels(full).shape == (round(4.2 * DPI), 7 * DPI, 3)
+    assert count(plain, "#c96a00") == 0
+    assert count(full, "#c96a00") > 300
+    assert count(full, "#0a5bb5") > 300
+
+
+def test_curves_refuse_metrics_without_a_loss(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="train first"):
+        curves_figure([{"step": 1, "lr": 0.1}], tmp_path / "curves.png")
+
+
+def test_lead_figure_draws_a_line_a_prediction(tmp_path: Path) -> None:
+    years = range(2010, 2014)
+    model = {str(y): {"overall_accuracy": 0.9 - 0.01 * i, "figure_of_merit": 0.2} for i, y in enumerate(years)}
+    same = {str(y): {"overall_accuracy": 0.8 - 0.01 * i, "figure_of_merit": None} for i, y in enumerate(years)}
+    one = lead_figure({"model": model}, tmp_path / "one.png")
+    two = lead_figure({"model": model, "persistence": same}, tmp_path / "two.png")
+    assert pixels(two).shape == (round(3.9 * DPI), 9 * DPI, 3)
+    assert count(one, "#0a5bb5") > 1000
+    assert count(one, "#6b6b6b") < 50 < count(two, "#6b6b6b")
+    assert lead_figure({"model": {2010: {"overall_accuracy": 0.9}}}, tmp_path / "single.png").stat().st_size > 1000
+    with pytest.raises(DataError, match="evaluate first"):
+        lead_figure({"model": {}}, tmp_path / "none.png")
+
+
+def test_a_figure_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "map.strange"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match="strange"):
+        map_figure(np.full((2, 2), 44, np.uint8), legend=LEGEND, extent=EXTENT, title="t", path=path)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["map.strange"]
+
+
+def test_a_figure_can_be_a_vector_file(tmp_path: Path) -> None:
+    path = curves_figure([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}], tmp_path / "curves.pdf")
+    assert path.read_bytes().startswith(b"%PDF")

@@ -1,0 +1,427 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyproj
+import pytest
+import rasterio
+import xarray as xr
+from affine import Affine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ai4land.errors import ConfigError, DataError
+from ai4land.grid import FINE_DIMS, Grid, make_grid
+from ai4land.raster import check_any, check_finite, fill_gaps, open_raster
+
+GRID = make_grid((-6, -4, 10, 8), coarse_cell=2.0, factor=4, shard=8, origin=(-6.0, 8.0))
+GLOBE = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=4, shard=36)
+
+
+def write_tif(path: Path, values, transform, *, crs="EPSG:4326", nodata=None, names=(), **options) -> Path:
+    bands = values if values.ndim == 3 else values[None]
+    profile = {"driver": "GTiff", "count": bands.shape[0], "height": bands.shape[1], "width": bands.shape[2]}
+    with rasterio.open(path, "w", **profile, dtype=bands.dtype, crs=crs, transform=transform, nodata=nodata, **options) as file:
+        file.write(bands)
+        for number, name in enumerate(names, 1):
+            file.set_band_description(number, name)
+    return path
+
+
+def centres(grid: Grid):
+    coords = grid.coords()
+    return np.meshgrid(coords["longitude"], coords["latitude"])
+
+
+def write_nc(path: Path, values, lat, lon, *, dims=("lat", "lon"), attrs=None, name="elevation", **encoding) -> Path:
+    field = xr.DataArray(values, dims=dims, coords={dims[0]: lat, dims[1]: lon}, name=name, attrs=attrs or {})
+    field.to_netcdf(path, encoding={name: encoding} if encoding else None)
+    return path
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=st.integers(-20, 20), col=st.integers(-28, 28), south_up=st.booleans(), jitter=st.floats(-0.015, 0.015))
+def test_exact_cuts_and_pads_and_changes_nothing(tmp_path, row, col, south_up, jitter):
+    rows, cols = GRID.shape
+    big = np.full((rows + 60, cols + 60), -1, dtype=np.int16)
+    values = np.arange(rows * cols, dtype=np.int16).reshape(rows, cols)
+    t = GRID.fine.affine * Affine.translation(col + jitter, row + jitter)
+    stored = values[::-1] if south_up else values
+    path = write_tif(tmp_path / "a.tif", stored, t * Affine(1, 0, 0, 0, -1, rows) if south_up else t)
+    big[30 + row : 30 + row + rows, 30 + col : 30 + col + cols] = values
+    want = big[30 : 30 + rows, 30 : 30 + cols]
+    if abs(row) >= rows or abs(col) >= cols:
+        with pytest.raises(DataError, match="does not meet the grid"):
+            open_raster(path, grid=GRID, resampling="exact", dtype="int16", nodata=-1)
+        return
+    field = open_raster(path, grid=GRID, resampling="exact", dtype="int16", nodata=-1)
+    np.testing.assert_array_equal(field.values, want)
+    assert field.dims == FINE_DIMS and field.attrs["nodata"] == -1
+    as_float = open_raster(path, grid=GRID, resampling="exact")
+    np.testing.assert_array_equal(as_float.values, np.where(want == -1, np.nan, want.astype("float32")))
+
+
+def test_coordinates_are_the_grids_own(tmp_path):
+    t = GRID.fine.affine * Affine.translation(1e-3, -1e-3)
+    field = open_raster(write_tif(tmp_path / "a.tif", np.ones(GRID.shape, "float32"), t), grid=GRID, resampling="exact")
+    for name in FINE_DIMS:
+        assert np.array_equal(field[name].values, GRID.coords()[name])
+    assert set(field.coords) == set(FINE_DIMS) and field.dtype == np.float32
+
+
+@pytest.mark.parametrize("resampling", ["nearest", "mode", "min", "max", "bilinear", "average"])
+def test_cells_that_coincide_keep_their_values_in_every_resampling(tmp_path, resampling):
+    grid = make_grid((9, 47, 10, 48), coarse_cell=100 / 360, factor=10, shard=20)
+    values = np.random.default_rng(0).integers(1, 50, grid.shape).astype("float32")
+    values[::3, ::2] = np.nan
+    path = write_tif(tmp_path / "a.tif", values, grid.fine.affine, nodata=np.nan)
+    got = open_raster(path, grid=grid, resampling=resampling).values
+    inside = np.isfinite(values)
+    np.testing.assert_array_equal(got[inside], values[inside])
+    if resampling != "bilinear":
+        assert np.isnan(got[~inside]).all()
+
+
+def test_average_is_the_mean_of_the_cells_and_skips_missing_ones(tmp_path):
+    values = np.random.default_rng(1).random((GRID.shape[0] * 3, GRID.shape[1] * 3)).astype("float32")
+    values[0, 0] = -9999
+    values[3:6, 3:6] = -9999
+    path = write_tif(tmp_path / "a.tif", values, GRID.fine.affine * Affine.scale(1 / 3), nodata=-9999)
+    got = open_raster(path, grid=GRID, resampling="average").values
+    blocks = np.where(values == -9999, np.nan, values).reshape(GRID.shape[0], 3, GRID.shape[1], 3)
+    counts = np.isfinite(blocks).sum(axis=(1, 3))
+    want = np.where(counts > 0, np.nansum(blocks, axis=(1, 3)) / np.maximum(counts, 1), np.nan)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_overviews_are_never_used(tmp_path):
+    big = np.zeros((GRID.shape[0] * 4, GRID.shape[1] * 4), "float32")
+    big[1::2, 1::2] = 4.0
+    path = write_tif(tmp_path / "a.tif", big, GRID.fine.affine * Affine.scale(0.25), tiled=True, blockxsize=16, blockysize=16)
+    with rasterio.open(path, "r+") as file:
+        file.build_overviews([2, 4], rasterio.enums.Resampling.nearest)
+        assert file.overviews(1) == [2, 4]
+    np.testing.assert_allclose(open_raster(path, grid=GRID, resampling="average").values, 1.0)
+
+
+def test_small_strips_give_the_same_result(tmp_path, monkeypatch):
+    values = np.random.default_rng(2).random((90, 130)).astype("float32")
+    path = write_tif(tmp_path / "a.tif", values, Affine(0.13, 0, -6.3, 0, -0.14, 8.2))
+    whole = {r: open_raster(path, grid=GRID, resampling=r).values for r in ("bilinear", "average", "mode")}
+    monkeypatch.setattr("ai4land.raster._STRIP_CELLS", 200)
+    for resampling, want in whole.items():
+        np.testing.assert_allclose(open_raster(path, grid=GRID, resampling=resampling).values, want, rtol=1e-6)
+
+
+def test_bilinear_is_right_to_the_dateline(tmp_path):
+    def wave(lon, lat):
+        return np.cos(np.deg2rad(lon + 170)) * np.cos(np.deg2rad(lat))
+
+    lon, lat = np.arange(-175, 180, 10.0), np.arange(85, -90, -10.0)
+    path = write_nc(tmp_path / "a.nc", wave(*np.meshgrid(lon, lat)), lat, lon)
+    got = open_raster(path, grid=GLOBE, resampling="bilinear").values
+    inner = slice(8, -8)
+    assert np.abs(got - wave(*centres(GLOBE)))[inner].max() < 0.01
+    assert np.abs(np.diff(np.c_[got[:, -1], got[:, 0]], axis=1))[inner].max() < 0.05
+
+
+@pytest.mark.parametrize("north_up", [True, False])
+@pytest.mark.parametrize("names", [("lat", "lon"), ("latitude", "longitude"), ("y", "x"), ("row", "col")])
+def test_netcdf_of_any_order_and_names(tmp_path, north_up, names):
+    lon, lat = np.arange(-8, 12, 0.5) + 0.25, np.arange(10, -6, -0.5) - 0.25
+    lat = lat if north_up else lat[::-1]
+    x, y = np.meshgrid(lon, lat)
+    path = tmp_path / "a.nc"
+    field = xr.DataArray(
+        (100 * y + x).astype("f4"), dims=names, coords=dict(zip(names, (lat, lon), strict=True)), name="elevation"
+    )
+    for name, standard, unit in zip(names, ("latitude", "longitude"), ("degrees_north", "degrees_east"), strict=True):
+        field[name].attrs = {"standard_name": standard, "units": unit}
+    field.to_netcdf(path)
+    got = open_raster(path, grid=GRID, resampling="exact")
+    x, y = centres(GRID)
+    np.testing.assert_allclose(got.values, 100 * y + x, rtol=1e-6)
+    assert got.name == "elevation"
+
+
+def test_zarr_is_read_and_third_dimension_chosen(tmp_path):
+    lon, lat = np.arange(-6, 10, 0.5) + 0.25, np.arange(8, -4, -0.5) - 0.25
+    values = np.arange(2.0)[:, None, None] + np.zeros((2, lat.size, lon.size))
+    coords = {"month": ["jan", "feb"], "lat": lat, "lon": lon}
+    dataset = xr.Dataset({"t": (("month", "lat", "lon"), values), "other": ("month", [1, 2])}, coords)
+    dataset.to_zarr(tmp_path / "a.zarr", zarr_format=3, consolidated=False)
+    assert (open_raster(tmp_path / "a.zarr", grid=GRID, resampling="exact", band="feb") == 1).all()
+    assert (open_raster(tmp_path / "a.zarr", grid=GRID, resampling="exact", band=1) == 0).all()
+    with pytest.raises(DataError, match=r"steps of month .*jan, feb"):
+        open_raster(tmp_path / "a.zarr", grid=GRID, resampling="exact")
+
+
+def test_packed_netcdf_is_unpacked_and_its_fill_is_missing(tmp_path):
+    lon, lat = np.arange(-6, 10, 0.5) + 0.25, np.arange(8, -4, -0.5) - 0.25
+    values = np.full((lat.size, lon.size), 12.5)
+    values[0, 0] = np.nan
+    path = write_nc(tmp_path / "a.nc", values, lat, lon, dtype="i2", scale_factor=0.5, add_offset=10.0, _FillValue=-99)
+    got = open_raster(path, grid=GRID, resampling="exact").values
+    assert np.isnan(got[0, 0]) and np.nanmin(got) == np.nanmax(got) == 12.5
+    with pytest.raises(DataError, match=r"scale 0.5 and offset 10"):
+        open_raster(path, grid=GRID, resampling="exact", dtype="int16")
+
+
+def test_scaled_tif_is_scaled(tmp_path):
+    path = write_tif(tmp_path / "a.tif", np.full(GRID.shape, 30, "uint8"), GRID.fine.affine)
+    with rasterio.open(path, "r+") as file:
+        file.scales, file.offsets = (0.5,), (-1.0,)
+    assert (open_raster(path, grid=GRID, resampling="exact") == 14).all()
+
+
+def test_signed_bytes_are_the_codes_they_stand_for(tmp_path):
+    path = write_tif(tmp_path / "a.tif", np.full(GRID.shape, -126, "int8"), GRID.fine.affine)
+    for resampling in ("exact", "mode"):
+        assert (open_raster(path, grid=GRID, resampling=resampling, dtype="uint8") == 130).all()
+    assert (open_raster(path, grid=GRID, resampling="exact") == -126).all()
+
+
+def test_recode_comes_before_the_vote(tmp_path):
+    block = np.array([[1, 2, 3], [4, 9, 9], [9, 0, 0]], "uint8")
+    path = write_tif(tmp_path / "a.tif", np.tile(block, GRID.shape), GRID.fine.affine * Affine.scale(1 / 3), nodata=0)
+    assert (open_raster(path, grid=GRID, resampling="mode", dtype="uint8") == 9).all()
+    merged = open_raster(path, grid=GRID, resampling="mode", dtype="uint8", recode=lambda c: np.where(c < 5, np.minimum(c, 1), c))
+    assert (merged == 1).all()
+
+
+def test_polar_projection_covers_the_pole_and_the_dateline(tmp_path):
+    to_degrees = pyproj.Transformer.from_crs(3413, 4326, always_xy=True)
+    side, n = 25000.0, 300
+    steps = -side * n / 2 + side * (np.arange(n) + 0.5)
+    _, lat = to_degrees.transform(*np.meshgrid(steps, -steps))
+    t = Affine(side, 0, -side * n / 2, 0, -side, side * n / 2)
+    path = write_tif(tmp_path / "a.tif", lat.astype("float32"), t, crs="EPSG:3413")
+    grid = make_grid((-180, 60, 180, 90), coarse_cell=10, factor=10, shard=30)
+    for resampling in ("nearest", "bilinear", "average"):
+        got = open_raster(path, grid=grid, resampling=resampling).values
+        assert np.isfinite(got).all()
+        assert np.abs(got - centres(grid)[1]).max() < 0.3
+
+
+def test_projected_netcdf_needs_a_reference_system(tmp_path):
+    t = pyproj.CRS("EPSG:3035")
+    steps = np.arange(5) * 1e5
+    dataset = xr.Dataset({"h": (("y", "x"), np.ones((5, 5)))}, {"y": 3.2e6 - steps, "x": 4.1e6 + steps})
+    dataset.to_netcdf(tmp_path / "bare.nc")
+    grid = make_grid((9, 50, 10, 51), coarse_cell=0.5, factor=5, shard=5)
+    with pytest.raises(DataError, match="no coordinate reference system"):
+        open_raster(tmp_path / "bare.nc", grid=grid, resampling="nearest")
+    dataset["h"].attrs["grid_mapping"] = "crs"
+    dataset["crs"] = ((), 0, {"crs_wkt": t.to_wkt()})
+    dataset.to_netcdf(tmp_path / "good.nc")
+    assert (open_raster(tmp_path / "good.nc", grid=grid, resampling="nearest") == 1).all()
+    with pytest.raises(DataError, match=r"reference system .* is ETRS89-extended .* expected WGS 84"):
+        open_raster(tmp_path / "good.nc", grid=grid, resampling="exact")
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------------
+
+
+def test_half_pixel_shift_is_refused(tmp_path):
+    path = write_tif(tmp_path / "a.tif", np.ones(GRID.shape, "uint8"), GRID.fine.affine * Affine.translation(-0.5, -0.5))
+    with pytest.raises(DataError, match=r"half-pixel shift \(pixel-is-point file\?\)"):
+        open_raster(path, grid=GRID, resampling="exact")
+    assert open_raster(path, grid=GRID, resampling="nearest").notnull().any()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (Affine.translation(0.2, 0), "0.2 x 0 cells off"),
+        (Affine.scale(0.5), "cells of 0.25 x 0.25, expected 0.5 x 0.5 .* average or mode"),
+        (Affine.scale(2), "cells of 1 x 1, expected 0.5 x 0.5 .* nearest or bilinear"),
+        (Affine.scale(1 + 3e-5), "expected 0.5 x 0.5"),
+    ],
+)
+def test_a_source_off_the_lattice_is_refused(tmp_path, change, text):
+    path = write_tif(tmp_path / "a.tif", np.ones(GRID.shape, "uint8"), GRID.fine.affine * change)
+    with pytest.raises(DataError, match=text):
+        open_raster(path, grid=GRID, resampling="exact")
+
+
+def test_longitudes_of_0_to_360_are_refused(tmp_path):
+    for first in (0.25, 0.0):
+        lon, lat = np.arange(first, 360, 0.5), np.arange(8, -4, -0.5) - 0.25
+        path = write_nc(tmp_path / f"{first}.nc", np.ones((lat.size, lon.size)), lat, lon)
+        with pytest.raises(DataError, match=r"longitudes run 0..360 .* roll them: "):
+            open_raster(path, grid=GRID, resampling="bilinear")
+    east = make_grid((0, 0, 8, 8), coarse_cell=2, factor=4, shard=8, origin=(0.0, 8.0))
+    assert (open_raster(tmp_path / "0.25.nc", grid=east, resampling="exact") == 1).all()
+
+
+def test_boxes_that_do_not_meet_are_both_named(tmp_path):
+    path = write_tif(tmp_path / "a.tif", np.ones((4, 4), "uint8"), Affine(1, 0, 100, 0, -1, 20))
+    with pytest.raises(DataError, match=r"covers \(100, 16, 104, 20\), expected an overlap with \(-6, -4, 10, 8\)"):
+        open_raster(path, grid=GRID, resampling="nearest")
+
+
+def test_truncated_files_are_refused(tmp_path):
+    noise = np.random.default_rng(0).random(GRID.shape).astype("float32")
+    tif = write_tif(tmp_path / "a.tif", noise, GRID.fine.affine)
+    coords = GRID.coords()
+    nc = write_nc(tmp_path / "a.nc", noise, coords["latitude"], coords["longitude"])
+    old = tmp_path / "old.nc"
+    xr.open_dataset(nc).to_netcdf(old, format="NETCDF3_CLASSIC")
+    for path in (tif, nc, old):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+        with pytest.raises(DataError, match="is truncated"):
+            open_raster(path, grid=GRID, resampling="exact")
+    text = tmp_path / "b.tif"
+    text.write_text("no raster")
+    with pytest.raises(DataError, match="is truncated or not a raster"):
+        open_raster(text, grid=GRID, resampling="exact")
+    with pytest.raises(DataError, match="does not exist"):
+        open_raster(tmp_path / "c.tif", grid=GRID, resampling="exact")
+
+
+def test_a_layer_without_a_valid_cell_is_refused(tmp_path):
+    path = write_tif(tmp_path / "a.tif", np.zeros(GRID.shape, "uint8"), GRID.fine.affine, nodata=0)
+    for options in ({}, {"dtype": "uint8"}):
+        with pytest.raises(DataError, match="all nodata"):
+            open_raster(path, grid=GRID, resampling="exact", **options)
+
+
+def test_layers_must_be_clear(tmp_path):
+    path = write_tif(
+        tmp_path / "a.tif", np.stack([np.ones(GRID.shape), np.zeros(GRID.shape)]), GRID.fine.affine, names=["mean", "sd"]
+    )
+    assert (open_raster(path, grid=GRID, resampling="exact", band="mean") == 1).all()
+    assert (open_raster(path, grid=GRID, resampling="exact", band=2) == 0).all()
+    for band in (None, "max", 3, 0):
+        with pytest.raises(DataError, match=r"expected one of the 2 bands .*mean, sd"):
+            open_raster(path, grid=GRID, resampling="exact", band=band)
+    x, y = GRID.coords()["longitude"], GRID.coords()["latitude"]
+    two = xr.Dataset({n: (("lat", "lon"), np.ones(GRID.shape)) for n in "ab"}, {"lat": y, "lon": x})
+    two.to_netcdf(tmp_path / "two.nc")
+    with pytest.raises(DataError, match=r"variable of .* is None, expected one of \['a', 'b'\]"):
+        open_raster(tmp_path / "two.nc", grid=GRID, resampling="exact")
+    xr.Dataset({"a": ("i", [1.0])}).to_netcdf(tmp_path / "none.nc")
+    with pytest.raises(DataError, match="expected a 1-D latitude"):
+        open_raster(tmp_path / "none.nc", grid=GRID, resampling="exact")
+
+
+def test_irregular_coordinates_rotation_and_lacking_crs_are_refused(tmp_path):
+    lat, lon = np.array([8.0, 7.0, 5.0]), np.arange(-6.0, 10.0)
+    with pytest.raises(DataError, match=r"lat of .* off regular steps"):
+        open_raster(write_nc(tmp_path / "a.nc", np.ones((3, 16)), lat, lon), grid=GRID, resampling="nearest")
+    turned = write_tif(tmp_path / "b.tif", np.ones((4, 4)), Affine.rotation(10) * GRID.fine.affine)
+    with pytest.raises(DataError, match="rotated or mirrored"):
+        open_raster(turned, grid=GRID, resampling="nearest")
+    with pytest.raises(DataError, match="no coordinate reference system"):
+        open_raster(write_tif(tmp_path / "c.tif", np.ones((4, 4)), GRID.fine.affine, crs=None), grid=GRID, resampling="nearest")
+
+
+def test_codes_are_never_averaged_or_cut_off(tmp_path):
+    path = write_tif(tmp_path / "a.tif", np.full(GRID.shape, 11.5, "float32"), GRID.fine.affine)
+    for resampling in ("average", "bilinear"):
+        with pytest.raises(ConfigError, match="whole numbers"):
+            open_raster(path, grid=GRID, resampling=resampling, dtype="uint8")
+    with pytest.raises(DataError, match=r"holds 11.5 in 768 cells, expected whole numbers of 0..255"):
+        open_raster(path, grid=GRID, resampling="exact", dtype="uint8")
+
+
+# -- gaps ---------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), limit=st.one_of(st.none(), st.integers(1, 4)))
+def test_gaps_take_a_nearest_value_and_nothing_else_changes(seed, limit):
+    random = np.random.default_rng(seed)
+    field = np.where(random.random((9, 11)) < 0.7, np.nan, random.random((9, 11)))
+    field[4, 5] = 0.5
+    mask = random.random(field.shape) < 0.6
+    filled, share = fill_gaps(field, mask=mask, max_distance=limit)
+    gaps, valid = mask & np.isnan(field), np.argwhere(np.isfinite(field))
+    np.testing.assert_array_equal(filled[~gaps], field[~gaps])
+    done = 0
+    for cell in np.argwhere(gaps):
+        distance = np.hypot(*(valid - cell).T)
+        if limit is not None and distance.min() > limit:
+            assert np.isnan(filled[tuple(cell)])
+            continue
+        done += 1
+        nearest = valid[np.isclose(distance, distance.min())]
+        assert filled[tuple(cell)] in field[tuple(nearest.T)]
+    assert share == pytest.approx(done / mask.sum() if gaps.any() else 0.0)
+
+
+def test_gaps_of_an_array_with_coordinates_keep_them_and_need_a_value():
+    field = xr.DataArray(np.full((2, 2), np.nan), dims=FINE_DIMS, coords={"latitude": [1.0, 0.0], "longitude": [5.0, 6.0]})
+    with pytest.raises(DataError, match="all NaN"):
+        fill_gaps(field, mask=np.ones((2, 2), bool))
+    field[0, 0] = 3
+    filled, share = fill_gaps(field, mask=np.array([[True, True], [False, False]]))
+    assert filled.values[0].tolist() == [3, 3] and np.isnan(filled.values[1]).all() and share == 0.5
+    assert filled.identical(filled.assign_coords(field.coords))
+
+
+def test_cells_left_missing_are_counted_and_placed():
+    field = xr.DataArray(np.zeros(GRID.shape), dims=FINE_DIMS, coords={d: GRID.coords()[d] for d in FINE_DIMS})
+    mask = np.ones(GRID.shape, bool)
+    check_finite("bio1", field, mask)
+    field[3, 4], field[5, 6] = np.nan, np.inf
+    for given_field, grid in ((field, None), (field.values, GRID)):
+        with pytest.raises(DataError, match=r"bio1 is NaN or infinite in 2 of 768 .*longitude -3.75, latitude 6.25"):
+            check_finite("bio1", given_field, mask, grid=grid)
+    with pytest.raises(DataError, match="row 3, column 4"):
+        check_finite("bio1", field.values, mask)
+    mask[3, 4] = mask[5, 6] = False
+    check_finite("bio1", field, mask)
+    with pytest.raises(DataError, match="all nodata"):
+        check_any("bio1", field * np.nan)
+
+
+# -- real files ---------------------------------------------------------------------------------------------------------
+
+BAVARIA = make_grid((8.975, 47.2694, 13.839, 50.5639), coarse_cell=100 / 360, factor=100, shard=400)
+
+
+def test_real_cci_map_is_cut_exactly_and_matches_every_other_way(real_data):
+    path = real_data / "bavaria_cci_landcover" / "cci_lc_bavaria_300m_1992-2015.tif"
+    exact = open_raster(path, grid=BAVARIA, resampling="exact", band="1992", dtype="uint8", nodata=0)
+    assert int((exact != 0).sum()) == 1_122_489
+    assert int((exact == 10).sum()) == 405_819
+    vote = open_raster(path, grid=BAVARIA, resampling="mode", band=1, dtype="uint8", nodata=0)
+    assert exact.identical(vote)
+
+
+def test_real_static_layers_come_onto_the_grid(real_data):
+    munich = {"latitude": 48.137, "longitude": 11.575, "method": "nearest"}
+    bio = open_raster(
+        real_data / "global_bioclim_ewembi" / "bioclim_ewembi_1995_global_0.5deg.nc",
+        grid=BAVARIA,
+        resampling="bilinear",
+        variable="bio1",
+    )
+    assert 8 < float(bio.sel(**munich)) < 11
+    height = open_raster(
+        real_data / "bavaria_static" / "eudem_elevation_europe_0.11deg.tif",
+        grid=BAVARIA,
+        resampling="bilinear",
+        band="altitude_mean",
+    )
+    assert 480 < float(height.sel(**munich)) < 560
+    shade = open_raster(
+        real_data / "bavaria_static" / "eudem_hillshade_bavaria_500m.tif",
+        grid=BAVARIA,
+        resampling="bilinear",
+        band="hillshade_mean",
+    )
+    assert 0.34 < float(shade.notnull().mean()) < 0.37
+    po = make_grid((10, 44, 13, 47), coarse_cell=0.5, factor=10, shard=10)
+    leaf = open_raster(real_data / "lai_lisflood_po" / "laif.nc", grid=po, resampling="bilinear", band=18)
+    assert float(leaf.min()) >= 0
+    assert float(leaf.max()) < 8
+
+
+def test_real_global_class_map_on_an_unnamed_ellipsoid_is_taken_as_it_is(real_data):
+    (path,) = (real_data / "global_mcd12c1_2019").glob("*.tif")
+    grid = make_grid((5, 40, 20, 50), coarse_cell=0.5, factor=10, shard=50)
+    exact = open_raster(path, grid=grid, resampling="exact", dtype="uint8")
+    assert int(exact.sel(latitude=48.137, longitude=11.575, method="nearest")) == 13
