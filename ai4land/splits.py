@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ai4land.config import digest
-from ai4land.errors import ConfigError, MismatchError
+from ai4land.errors import ConfigError, DataError, MismatchError
 
 TRAIN, VALIDATION, TEST, BUFFER = 0, 1, 2, 3
 
@@ -85,20 +85,32 @@ class Split:
 
 
 def load_split(path: Path) -> Split:
-    """Read what :meth:`Split.save` wrote, and check its hash."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    """Read what :meth:`Split.save` wrote, and check its hash.
+
+    Raises
+    ------
+    DataError
+        If the file does not hold a split.
+    MismatchError
+        If the split is not the one that was saved.
+    """
 
     def scored(item: Any) -> Scored | None:
         return None if item is None else Scored(int(item[0]), tuple(item[1]))
 
-    split = Split(
-        np.array([[int(c) for c in row] for row in values["roles"]], dtype=np.uint8),
-        tuple((int(a), int(b)) for a, b in values["pairs"]),
-        scored(values["validation"]),
-        scored(values["test"]),
-    )
-    if split.hash != values["hash"]:
-        raise MismatchError(f"split in {path} has hash {split.hash}, expected {values['hash']}; it was edited: train again")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        split = Split(
+            np.array([[int(c) for c in row] for row in values["roles"]], dtype=np.uint8),
+            tuple((int(a), int(b)) for a, b in values["pairs"]),
+            scored(values["validation"]),
+            scored(values["test"]),
+        )
+        saved = values["hash"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"split file {path} cannot be read ({error!r}), expected what training saved; train again") from error
+    if split.hash != saved:
+        raise MismatchError(f"split in {path} has hash {split.hash}, expected {saved}; it was edited: train again")
     return split
 
 

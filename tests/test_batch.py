@@ -68,8 +68,8 @@ def test_patches_hold_what_the_store_holds(tiny_store):
     for reference, target in zip(batch.reference.numpy(), batch.target.numpy(), strict=True):
         places = [
             (r, c)
-            for r in range(0, 64 - 15)
-            for c in range(0, 128 - 15)
+            for r in range(64 - 15)
+            for c in range(128 - 15)
             if np.array_equal(maps[2000][r : r + 16, c : c + 16], reference)
         ]
         assert len(places) == 1
@@ -85,7 +85,7 @@ def test_targets_stay_within_the_given_cells(tiny_store):
     allowed = make(tiny_store, cells=cells)._cells
     assert not allowed[:, 48:].any()
     scored = sum(int((b.target != MISSING).sum()) for b in make(tiny_store, cells=cells).batches(0, 8))
-    assert 0 < scored
+    assert scored > 0
     store = open_store(tiny_store.path)
     land = np.kron(cells, np.ones((8, 8), bool)) & store["mask"].values.astype(bool)
     for batch in make(tiny_store, cells=cells, pairs=((2000, 2000),), patch=8).batches(0, 8):

@@ -200,9 +200,9 @@ def test_failed_blocks_are_named_and_the_rest_is_done(tiny_store, tmp_path):
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
         Client(cluster) as client,
+        pytest.raises(DataError, match=r"1 of \d+ blocks failed, the rest is done.*\n.*1999"),
     ):
-        with pytest.raises(DataError, match=r"1 of \d+ blocks failed, the rest is done.*\n.*1999"):
-            run_blocks([bad, *blocks[1:]], job, client=client)
+        run_blocks([bad, *blocks[1:]], job, client=client)
     assert len(cube.recorded(path)) == len(blocks) - 1
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from functools import partial
@@ -147,7 +148,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     schedule = Schedule(steps=100, learning_rate=1.0, warmup=10)
     rates = [schedule.rate(step) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and max(rates) == 1.0
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[100] == 0
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:])) and rates[100] == 0
 
 
 def test_half_precision_is_chosen_by_hardware(tiny_store, tmp_path):
