@@ -19,10 +19,10 @@ import rasterio
 import xarray as xr
 from numpy.typing import NDArray
 
+from ai4land.coarse import years_in
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import Grid
 from ai4land.legend import Legend
-from ai4land.luh2 import years_in
 from ai4land.raster import open_raster
 from ai4land.rasterfile import is_xarray, open_dataset, pick_variable, reading
 

@@ -3,28 +3,26 @@
 A scenario is one float32 DataArray ``coarse`` (year, state, coarse_latitude, coarse_longitude) of shares of the cell, NaN
 where the source has no data. :func:`open_states` reads LUH2 v2h (850-2015), v2f (2015-2100), LUH3 and files cut from them
 by what they hold, not by their names: any order of latitudes, any branch of longitudes, several time encodings and units.
-Only the years and the cells that are asked for are read. The helpers for files, years and checks serve
-:mod:`ai4land.scenario` too.
+Only the years and the cells that are asked for are read.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import netCDF4
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from ai4land.coarse import HIGH, HUGE, as_scenario, blocks, check_shares, check_sums, open_source, pick_years, to_shares, years_in
 from ai4land.errors import DataError
-from ai4land.grid import COARSE_DIMS, Grid
+from ai4land.grid import Grid
+from ai4land.rasterfile import reading
 from ai4land.regrid import Footprint, find_centres, footprint
 
 _log = logging.getLogger(__name__)
@@ -36,231 +34,7 @@ LUH3_STATES = (*STATES, "pltns")
 REDUCED_STATES = ("primf", "primn", "secdf", "secdn", "crops", "pastr", "urban")
 """States of files that sum the five crop types into ``crops``; ``range`` may be there too."""
 
-EARTH_RADIUS_KM = 6371.0
-"""Radius of the sphere on which areas in km2 become shares."""
-HUGE = 1e19
-"""Values from here on are missing (LUH2 marks them 1e20)."""
-LOW, HIGH = -1e-4, 1 + 1e-3
-"""Shares of one state, and their sum from above, may leave 0..1 so far by rounding."""
-SUM_TOLERANCE = 2e-3
 _BLOCK_BYTES = 128e6
-_YEARS_SINCE = re.compile(r"^\s*(?:common_)?years?\s+since\s+(-?\d+)(?:-(\d+)(?:-(\d+))?)?", re.IGNORECASE)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn the errors of the file libraries into a :class:`DataError` that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path} is truncated or not NetCDF ({error}), expected a whole file; download it again") from error
-
-
-def open_source(path: str | Path) -> xr.Dataset:
-    """Open a NetCDF or Zarr file lazily, with scale and missing values applied and time left as numbers.
-
-    Raises
-    ------
-    DataError
-        If it does not exist, is truncated or is neither NetCDF nor Zarr.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path} does not exist, expected a NetCDF or Zarr file; check the path")
-    if path.is_dir():
-        try:
-            return xr.open_dataset(path, engine="zarr", chunks=None, consolidated=False, decode_times=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{path} is a folder but not a Zarr group ({error}), expected one; check the path") from error
-    with reading(path):
-        with netCDF4.Dataset(path) as file:
-            if file.data_model.startswith("NETCDF3"):
-                least = sum(math.prod(v.shape) * v.dtype.itemsize for v in file.variables.values())
-                if path.stat().st_size < least:
-                    raise OSError(f"{path.stat().st_size} bytes, the header promises at least {least}")
-        return xr.open_dataset(path, engine="netcdf4", decode_times=False)
-
-
-def years_in(time: xr.DataArray, *, source: str | Path, units: str | None = None) -> NDArray[np.int64]:
-    """Calendar year of every time step, shape ``(time,)``.
-
-    Parameters
-    ----------
-    time
-        Undecoded time coordinate.
-    source
-        Name of the source for messages.
-    units
-        CF time units to use in place of those in the file: "years since …" or "common_years since …" (a year a unit,
-        whatever the calendar), "days since …" and all else that cftime knows.
-
-    Raises
-    ------
-    DataError
-        If units are lacking or unknown, or two steps fall in one year.
-    """
-    text = str(units or time.attrs.get("units", "")).strip()
-    values = np.asarray(time.values)
-    if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
-        raise DataError(f"time of {source} holds {values.dtype} values or gaps, expected numbers; repair the file")
-    since = _YEARS_SINCE.match(text)
-    if since:
-        month, day = int(since[2] or 1), int(since[3] or 1)
-        years = int(since[1]) + np.floor(values + ((month - 1) * 30.4375 + day - 1) / 365.25 + 1e-6).astype(np.int64)
-    elif not text:
-        raise DataError(
-            f"time of {source} is without units ({values.flat[0]:g} … {values.flat[-1]:g}), expected CF units; "
-            'give time_units, for example "days since 1850-01-01"'
-        )
-    else:
-        try:
-            dates = netCDF4.num2date(values, text, str(time.attrs.get("calendar", "standard")), only_use_cftime_datetimes=True)
-        except (ValueError, OverflowError) as error:
-            raise DataError(
-                f'time units of {source} are {text!r} ({error}), expected "years since …" or "days since …"; give time_units'
-            ) from error
-        years = np.array([date.year for date in np.atleast_1d(np.asarray(dates))], dtype=np.int64)
-    if np.unique(years).size != years.size:
-        raise DataError(
-            f"{source} holds {years.size} time steps in {np.unique(years).size} years, expected one a year; average it first"
-        )
-    return years
-
-
-def pick_years(held: Iterable[int], wanted: Iterable[int] | None, *, source: str | Path) -> list[int]:
-    """Sort the wanted years, all of them if None, and check that they are held.
-
-    >>> pick_years([2016, 2015], None, source="states.nc")
-    [2015, 2016]
-    """
-    there = sorted({int(y) for y in held})
-    years = there if wanted is None else sorted({int(y) for y in wanted})
-    lacking = sorted(set(years) - set(there))
-    if lacking or not years:
-        gaps = "" if there[-1] - there[0] + 1 == len(there) else f" with gaps ({len(there)} years)"
-        raise DataError(
-            f"years are {lacking}, expected years of {source}, which holds {there[0]}..{there[-1]}{gaps}; choose other years"
-        )
-    return years
-
-
-def to_shares(
-    values: NDArray[Any], *, units: str, lat: NDArray[Any], source: str | Path, cell_degrees: float | None = None
-) -> NDArray[np.float32]:
-    """Turn values ``(..., lat, lon)`` into shares of the cell; missing values (NaN, 1e19 and more) become NaN.
-
-    Parameters
-    ----------
-    values, lat
-        Field and its latitudes in degrees.
-    units
-        "1", "fraction" or "" (shares), "percent" or "%" (also "percent of …"), or "km2": area in a source cell.
-    source
-        Name of the source for messages.
-    cell_degrees
-        Side of the cell that values in km2 are counted in; its area is (side · 6371 km)² · cos(lat), side in radians.
-
-    Raises
-    ------
-    DataError
-        If the units are others, or km2 and ``cell_degrees`` is not given.
-    """
-    shares = np.where(values < HUGE, values, np.nan).astype(np.float32)
-    unit = " ".join(units.lower().split())
-    if unit in ("", "1", "fraction"):
-        return shares
-    if unit in ("%", "percent") or unit.startswith("percent of"):
-        return shares / np.float32(100)
-    if unit in ("km2", "km^2", "km**2"):
-        if cell_degrees is None:
-            raise DataError(
-                f"units of {source} are {units!r}, expected shares (1): wrong units; if the values are km2 in a source cell, "
-                "give its side as cell_degrees, for example 0.25"
-            )
-        area = (math.radians(cell_degrees) * EARTH_RADIUS_KM) ** 2 * np.cos(np.deg2rad(lat))
-        return (shares / area[:, None]).astype(np.float32)
-    raise DataError(
-        f"units of {source} are {units!r}, expected 1, percent or km2: wrong units; give units if the file is mislabelled"
-    )
-
-
-def check_shares(
-    shares: NDArray[np.float32], *, names: Sequence[str], years: Sequence[int], cut: Footprint, source: str | Path
-) -> NDArray[np.float64]:
-    """Check shares ``(year, state, lat, lon)`` and clip them to 0..1, in place; cells that lack one state lose all.
-
-    Returns
-    -------
-    array
-        Sum over the states ``(year, lat, lon)``, NaN without data.
-
-    Raises
-    ------
-    DataError
-        If a share leaves 0..1 by more than rounding.
-    """
-    gap = np.isnan(shares)
-    some, every = np.asarray(gap.any(axis=1)), np.asarray(gap.all(axis=1))
-    if (some != every).any():
-        _log.warning("%s: %d cells hold some states only and count as no data", source, int((some & ~every).sum()))
-        shares[np.broadcast_to(some[:, None], shares.shape)] = np.nan
-    wrong: NDArray[np.bool_] = np.asarray((shares < LOW) | (shares > HIGH))
-    if wrong.any():
-        y, s, i, j = (int(n[0]) for n in np.nonzero(wrong))
-        raise DataError(
-            f"share of {names[s]} in {source} is {shares[y, s, i, j]:g} in {years[y]} at {cut.lat[i]:g} N {cut.lon[j]:g} E, "
-            "expected 0..1; give the units of the file"
-        )
-    np.clip(shares, 0, 1, out=shares)
-    return np.asarray(shares.sum(axis=1, dtype=np.float64))
-
-
-def check_sums(
-    total: NDArray[np.float64],
-    *,
-    want: NDArray[np.float64] | float,
-    what: str,
-    years: Sequence[int],
-    cut: Footprint,
-    source: str | Path,
-    tolerance: float = SUM_TOLERANCE,
-    above: bool = False,
-) -> None:
-    """Check that sums ``(year, lat, lon)`` are ``want``, or not ``above`` it; the error names the worst cell."""
-    off = total - want
-    worst = np.nan_to_num(off if above else np.abs(off), nan=-np.inf)
-    y, i, j = (int(n) for n in np.unravel_index(int(worst.argmax()), worst.shape))
-    if worst[y, i, j] > tolerance:
-        raise DataError(
-            f"sum over the states of {source} is {total[y, i, j]:.6g} in {years[y]} at {cut.lat[i]:g} N {cut.lon[j]:g} E, expected "
-            f"{what} {total[y, i, j] - off[y, i, j]:.6g} within {tolerance:.2g}; check that the file is whole and holds shares"
-        )
-
-
-def as_scenario(values: NDArray[Any], *, years: Sequence[int], states: Sequence[str], grid: Grid) -> xr.DataArray:
-    """Label values ``(year, state, rows, cols)`` as a scenario on the coarse cells of a grid."""
-    coords = {"year": np.array(years, np.int64), "state": np.array(states, dtype=str)}
-    places = {name: values for name, values in grid.coords().items() if name in COARSE_DIMS}
-    return xr.DataArray(
-        values.astype(np.float32, copy=False),
-        dims=("year", "state", *COARSE_DIMS),
-        coords={**coords, **places},
-        name="coarse",
-        attrs={"units": "1", "long_name": "share of the cell"},
-    )
-
-
-def blocks(index: Sequence[int], size: int) -> Iterator[slice]:
-    """Cut indices into slices of consecutive ones, none longer than ``size``, in the order given.
-
-    >>> list(blocks([3, 4, 5, 9], 2))
-    [slice(3, 5, None), slice(5, 6, None), slice(9, 10, None)]
-    """
-    start = 0
-    for end in range(1, len(index) + 1):
-        if end == len(index) or end - start == size or index[end] != index[end - 1] + 1:
-            yield slice(index[start], index[end - 1] + 1)
-            start = end
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,7 +69,7 @@ class _States:
     def _state(self, name: str, steps: slice) -> NDArray[np.float32]:
         variable = self.dataset[name]
         units = str(variable.attrs.get("units", "")) if self.units is None else self.units
-        with reading(self.path):
+        with reading(str(self.path), kind="NetCDF"):
             values = self.cut.cut(variable.isel(time=steps), dims=self.dims)
         where = f"{name} in {self.path}"
         return to_shares(values, units=units, lat=self.cut.lat, source=where, cell_degrees=self.cell_degrees)
@@ -328,7 +102,7 @@ def _ice_and_water(static: str | Path, cut: Footprint) -> NDArray[np.float64]:
             raise DataError(
                 f"{static} has other cells than the states, expected the same grid; give the static file of the release"
             )
-        with reading(Path(static)):
+        with reading(str(static), kind="NetCDF"):
             whole = dataset["icwtr"].squeeze(drop=True).transpose(lat, lon).values
         share = whole[np.ix_(far_lat.argmin(axis=0), far_lon.argmin(axis=0))].astype(np.float64)
         return np.where(np.abs(share) < HUGE, share, np.nan)

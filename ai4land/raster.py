@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import rasterio.errors
@@ -22,18 +22,16 @@ import xarray as xr
 from affine import Affine
 from numpy.typing import DTypeLike, NDArray
 from odc.geo.crs import CRS
-from scipy import ndimage
 
 from ai4land.errors import ConfigError, DataError
+from ai4land.gaps import check_any
 from ai4land.grid import FINE_DIMS, Grid, Window, edges, read_window
 from ai4land.rasterfile import RasterLayer, open_layer, reading
 
 _log = logging.getLogger(__name__)
-
 Resampling = Literal["exact", "nearest", "bilinear", "average", "mode", "min", "max"]
 Bounds = tuple[float, float, float, float]
 Recode = Callable[[NDArray[Any]], NDArray[Any]]
-
 SIZE_TOLERANCE = 1e-5
 """Relative difference of cell sizes that counts as none."""
 OFFSET_TOLERANCE = 0.02
@@ -210,94 +208,6 @@ def check_longitudes(bounds: Bounds, grid: Grid, *, cell: float, source: str) ->
             f"longitudes run 0..360 in {source} ({west:g}..{east:g}), expected -180..180 (the grid starts at {grid.bounds[0]:g}); "
             'roll them: ds.assign_coords(lon=(ds.lon + 180) % 360 - 180).sortby("lon"), or cdo sellonlatbox,-180,180,-90,90'
         )
-
-
-def check_any(name: str, field: xr.DataArray, *, nodata: float = math.nan) -> None:
-    """Raise DataError if a field has no valid cell: all NaN or all ``nodata``."""
-    values = np.asarray(field.values)
-    if not (np.isfinite(values) if np.isnan(nodata) else values != nodata).any():
-        raise DataError(f"{name} is all nodata on the grid, expected values; look at the file's nodata value, bounds and layer")
-
-
-def check_finite(
-    name: str, field: xr.DataArray | NDArray[Any], mask: NDArray[np.bool_] | xr.DataArray, *, grid: Grid | None = None
-) -> None:
-    """Raise DataError if NaN or infinity is left inside ``mask``, with the count and the place of the first cell.
-
-    The place comes from the coordinates of ``field``, or from ``grid`` if it is a plain array; rows and columns otherwise.
-    """
-    bad = ~np.isfinite(np.asarray(field)) & np.asarray(mask)
-    if not bad.any():
-        return
-    row, col = (int(v) for v in np.argwhere(bad)[0])
-    place = f"row {row}, column {col}"
-    coords = field.coords if isinstance(field, xr.DataArray) else None if grid is None else grid.coords()
-    if coords is not None and all(d in coords for d in FINE_DIMS):
-        lat, lon = (float(np.asarray(coords[d])[i]) for d, i in zip(FINE_DIMS, (row, col), strict=True))
-        place = f"{FINE_DIMS[1]} {lon:.5g}, {FINE_DIMS[0]} {lat:.5g}"
-    raise DataError(
-        f"{name} is NaN or infinite in {int(bad.sum())} of {int(np.asarray(mask).sum())} cells of the mask (first at {place}), "
-        "expected a value in each; fill the gaps, or take a layer that covers the region"
-    )
-
-
-@overload
-def fill_gaps(
-    field: xr.DataArray, *, mask: NDArray[np.bool_] | xr.DataArray, max_distance: int | None = None
-) -> tuple[xr.DataArray, float]: ...
-@overload
-def fill_gaps(
-    field: NDArray[Any], *, mask: NDArray[np.bool_] | xr.DataArray, max_distance: int | None = None
-) -> tuple[NDArray[Any], float]: ...
-def fill_gaps(
-    field: xr.DataArray | NDArray[Any], *, mask: NDArray[np.bool_] | xr.DataArray, max_distance: int | None = None
-) -> tuple[xr.DataArray | NDArray[Any], float]:
-    """Fill missing cells inside ``mask`` with the nearest valid value.
-
-    Coarse land-only fields lack cells along the coasts. Distance is counted in cells, without wrapping at the dateline.
-
-    Parameters
-    ----------
-    field
-        Floats (latitude, longitude), NaN or infinite where missing.
-    mask
-        Cells that need a value, same shape.
-    max_distance
-        Cells further than this from a valid one stay missing; no limit if None.
-
-    Returns
-    -------
-    filled
-        Like ``field``; cells outside ``mask`` are as they were.
-    share_filled
-        Cells filled, as a share of the mask.
-
-    Raises
-    ------
-    DataError
-        If there are gaps but not one valid cell.
-
-    Examples
-    --------
-    >>> fill_gaps(np.array([[1.0, np.nan, np.nan]]), mask=np.array([[True, True, False]]))
-    (array([[ 1.,  1., nan]]), 0.5)
-    """
-    values, inside = np.asarray(field), np.asarray(mask)
-    valid = np.isfinite(values)
-    gaps = inside & ~valid
-    if not gaps.any():
-        return field, 0.0
-    if not valid.any():
-        raise DataError("field to fill is all NaN, expected some valid cells; look at the file's bounds and nodata value")
-    index = ndimage.distance_transform_edt(~valid, return_distances=False, return_indices=True)[:, gaps]
-    if max_distance is not None:
-        near = np.hypot(*(index - np.nonzero(gaps))) <= max_distance
-        gaps[gaps] = near
-        index = index[:, near]
-    filled = values.copy()
-    filled[gaps] = values[tuple(index)]
-    share = float(gaps.sum() / inside.sum())
-    return (field.copy(data=filled) if isinstance(field, xr.DataArray) else filled), share
 
 
 def _check_place(source: RasterLayer, grid: Grid) -> None:

@@ -113,15 +113,15 @@ def is_xarray(path: str | Path) -> bool:
 
 
 @contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Turn the errors of the file libraries into a DataError that names the file."""
+def reading(name: str, *, kind: str = "a raster") -> Iterator[None]:
+    """Turn the errors of the file libraries into a DataError that names the file and the ``kind`` that it should be."""
     try:
         yield
     except DataError:
         raise
     except (rasterio.errors.RasterioError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise DataError(
-            f"{name} is truncated or not a raster ({error}), expected a whole file; write or download it again"
+            f"{name} is truncated or not {kind} ({error}), expected a whole file; write or download it again"
         ) from error
 
 
@@ -134,14 +134,12 @@ def open_dataset(path: str | Path) -> xr.Dataset:
         If it is absent, truncated or neither of both.
     """
     name = str(path)
-    with reading(name):
+    with reading(name, kind="NetCDF or Zarr"):
         if Path(name).is_file():
             with netCDF4.Dataset(name) as file:
                 least = sum(v.size * v.dtype.itemsize for v in file.variables.values() if v.dtype is not str)
                 if file.data_model.startswith("NETCDF3") and Path(name).stat().st_size < least:
-                    raise DataError(
-                        f"{name} is truncated: {Path(name).stat().st_size} bytes, expected at least {least}; download it again"
-                    )
+                    raise OSError(f"{Path(name).stat().st_size} bytes, the header promises at least {least}")
         options: dict[str, Any] = {"chunks": None, "mask_and_scale": False, "decode_times": False}
         if Path(name).is_dir():
             return xr.open_dataset(name, engine="zarr", consolidated=False, **options)

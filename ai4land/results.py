@@ -17,11 +17,12 @@ from ai4land.baselines import proportional_allocation
 from ai4land.checkpoint import write_atomically
 from ai4land.config import RunConfig
 from ai4land.errors import DataError
-from ai4land.evaluate import class_shares, evaluate_years
+from ai4land.evaluate import evaluate_years
 from ai4land.grid import Window
 from ai4land.legend import MISSING, load_legend
 from ai4land.reconstruct import Source, plan_blocks
 from ai4land.scenario import class_shares as scenario_shares
+from ai4land.scores import class_shares
 from ai4land.splits import TEST, VALIDATION, Scored
 from ai4land.stages import crosswalk_of, cubes_of, grid_of, split_of
 from ai4land.unet import UNet

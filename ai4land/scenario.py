@@ -19,10 +19,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
-from ai4land.errors import DataError, MismatchError
-from ai4land.grid import COARSE_DIMS, Grid
-from ai4land.legend import MISSING, Crosswalk, Legend
-from ai4land.luh2 import (
+from ai4land.coarse import (
     EARTH_RADIUS_KM,
     SUM_TOLERANCE,
     as_scenario,
@@ -31,10 +28,13 @@ from ai4land.luh2 import (
     check_sums,
     open_source,
     pick_years,
-    reading,
     to_shares,
     years_in,
 )
+from ai4land.errors import DataError, MismatchError
+from ai4land.grid import COARSE_DIMS, Grid
+from ai4land.legend import MISSING, Crosswalk, Legend
+from ai4land.rasterfile import reading
 from ai4land.regrid import Footprint, cell_edges, find_centres, footprint, regrid_conservative, sphere_areas, valid_share
 
 _log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def open_shares(
         size = max(1, int(_BLOCK_BYTES // (4 * len(names) * cut.lat.size * cut.lon.size)))
         done = 0
         for steps in blocks([held.index(y) for y in wanted], size):
-            with reading(path):
+            with reading(str(path), kind="NetCDF or Zarr"):
                 part = cut.cut(array.isel({year_dim: steps}), dims=(lat, lon))
             if array.dims.index(year_dim) > array.dims.index(class_dim):
                 part = part.swapaxes(0, 1)

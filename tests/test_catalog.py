@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from ai4land.catalog import find_items, load_asset, split_bbox
 from ai4land.errors import ConfigError, DataError
+from ai4land.gaps import check_any
 from ai4land.grid import FINE_DIMS, make_grid
-from ai4land.raster import check_any
 
 GRID = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=4, shard=36)
 VALUES = np.random.default_rng(0).random(GRID.shape).astype("float32")

@@ -145,7 +145,7 @@ def test_files_that_are_no_netcdf_are_refused(tmp_path):
         open_states(page, grid=GRID)
     with pytest.raises(DataError, match="does not exist"):
         open_states(tmp_path / "none.nc", grid=GRID)
-    with pytest.raises(DataError, match="not a Zarr group"):
+    with pytest.raises(DataError, match="not NetCDF or Zarr"):
         open_states(tmp_path, grid=GRID)
     with pytest.raises(DataError, match="paths is empty"):
         open_states([], grid=GRID)

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ai4land.errors import ConfigError, DataError
+from ai4land.gaps import check_any, check_finite, fill_gaps
 from ai4land.grid import FINE_DIMS, Grid, make_grid
-from ai4land.raster import check_any, check_finite, fill_gaps, open_raster
+from ai4land.raster import open_raster
 
 GRID = make_grid((-6, -4, 10, 8), coarse_cell=2.0, factor=4, shard=8, origin=(-6.0, 8.0))
 GLOBE = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=4, shard=36)

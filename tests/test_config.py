@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ai4land.config import RunConfig, StaticLayer, digest, expand_years, load_run, pipelines
+from ai4land.errors import ConfigError
+
+SECTIONS = ("grid", "landcover", "scenario", "static", "split", "model", "train", "reconstruct")
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch):
+    monkeypatch.delenv("AI4LAND_TEST_DATA", raising=False)
+
+
+def rewritten(tmp_path: Path, **changes) -> Path:
+    values = yaml.safe_load((pipelines() / "demo.yaml").read_text())
+    values.update(changes)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize(("name", "kind"), [("demo", "luh2"), ("bavaria", "shares"), ("uk", "change")])
+def test_packaged_pipelines_load_and_save_equal(name, kind, tmp_path):
+    run = load_run(f"{name}.yaml")
+    assert (run.name, run.scenario.kind) == (name, kind)
+    assert load_run(f"pipelines/{name}.yaml") == run
+    run.save(tmp_path / "deep" / "config.yaml")
+    again = load_run(tmp_path / "deep" / "config.yaml")
+    assert again == run
+    assert again.fingerprint(*SECTIONS) == run.fingerprint(*SECTIONS)
+
+
+def test_missing_file_lists_the_packaged_ones(tmp_path):
+    for path in ("nothing.yaml", tmp_path / "demo.yaml", tmp_path):
+        with pytest.raises(ConfigError, match=r"does not exist.*'bavaria.yaml', 'demo.yaml', 'uk.yaml'"):
+            load_run(path)
+
+
+def test_overrides_reach_nested_keys_lists_and_years():
+    run = load_run(
+        "demo.yaml",
+        ["train.steps=7", "reconstruct.years=[1992-1994, 1960]", "grid.bbox=[-180, -90, 180, 90]", "title=a = b",
+         "split.space.block=3", "scenario.units=percent", "split.test=null"],
+    )  # fmt: skip
+    assert run.train.steps == 7
+    assert run.reconstruct.years == [1960, 1992, 1993, 1994]
+    assert run.title == "a = b"
+    assert run.split.space is not None
+    assert (run.split.space.block, run.split.space.buffer) == (3, 1)
+    assert run.scenario.units == "percent"
+    assert run.split.test is None
+    assert run.train.batch == load_run("demo.yaml").train.batch
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=7", r"train\.stepz: Extra inputs"),
+        ("colour=red", "colour: Extra inputs"),
+        ("train.steps", "'train.steps', expected key=value"),
+        ("train.steps.deep=1", "goes below 'steps', which is not a section"),
+        ("train.steps=[1", "'train.steps=.1' has a value that is not YAML"),
+        ("train.steps=many", r"train\.steps: .*got 'many'"),
+        ("train.steps=0", r"train\.steps: .*greater than or equal to 1"),
+        ("split.train=1999-1992", "expected the first year first"),
+        ("split.train=", r"split\.train: .*expected numbers such as 1992"),
+        ("split.train=[]", r"split\.train: .*at least 1 item"),
+        ("split.train={a: 1}", r"split\.train: .*expected numbers"),
+        ("scenario.kind=luh9", r"scenario: .*'luh2', 'shares', 'change'"),
+        ("scenario.kind=shares", r"scenario\.shares\.path: Field required"),
+        ("scenario={paths: [a]}", "scenario: Unable to extract tag using discriminator 'kind'"),
+        ("scenario.variable=x", r"scenario\.luh2\.variable: Extra inputs"),
+        ("static=[]", "static: .*at least 1 item"),
+        ("name=a b", "name: String should match"),
+        ("grid.shard=100", r"grid\.shard is 100, expected a multiple of 8 .*try 96"),
+        ("train.patch=100", r"train\.patch is 100, expected a multiple of 8"),
+        ("train.patch=296", r"train\.patch is 296, expected at most the shard of 288"),
+        ("model.depth=5", r"train\.patch|grid\.shard"),
+        ("train.precision=float16", r"train\.precision: .*'float32'"),
+    ],
+)  # fmt: skip
+def test_bad_overrides_are_refused_by_name(override, message):
+    overrides = [override] if override != "model.depth=5" else ["train.patch=48", override]
+    with pytest.raises(ConfigError, match=message):
+        load_run("demo.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"name": "x"}, "needs either a path"),
+        ({"name": "x", "path": "a.tif", "catalog": "c"}, "needs either a path"),
+        ({"name": "x", "catalog": "c", "asset": "a"}, "needs either a path"),
+        ({"name": "a b", "path": "a.tif"}, "String should match"),
+    ],
+)
+def test_static_layers_need_one_source(layer, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        load_run(rewritten(tmp_path, static=[layer]))
+
+
+def test_static_layers_need_different_names(tmp_path):
+    with pytest.raises(ConfigError, match="expected each name once"):
+        load_run(rewritten(tmp_path, static=[{"name": "x", "path": "a.tif"}, {"name": "x", "path": "b.tif"}]))
+
+
+def test_static_layer_method_follows_its_kind():
+    assert StaticLayer(name="a", path="a").method == "bilinear"
+    assert StaticLayer(name="a", path="a", categorical=True).method == "nearest"
+    assert StaticLayer(name="a", path="a", categorical=True, resampling="mode").method == "mode"
+
+
+@pytest.mark.parametrize(
+    "text", ["- a\n", "", "name: [", "plain", "1: 2\n", "!!python/object:ai4land.config.ModelConfig {}", b"\xff\xfe\x00"]
+)
+def test_files_that_are_no_run_are_refused(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match="run.yaml"):
+        load_run(path)
+
+
+def test_data_is_expanded_from_the_environment(tmp_path, monkeypatch):
+    assert load_run("uk.yaml").data == "../shared/data"
+    monkeypatch.setenv("AI4LAND_TEST_DATA", "/elsewhere")
+    assert load_run("uk.yaml").data == "/elsewhere"
+    assert load_run("uk.yaml", ["data=${AI4LAND_NOT_SET:-}/x"]).data == "/x"
+    with pytest.raises(ConfigError, match="environment variable AI4LAND_NOT_SET is not set"):
+        load_run("uk.yaml", ["data=${AI4LAND_NOT_SET}/x"])
+
+
+def test_paths_start_at_data():
+    run = load_run("demo.yaml", ["data=base"])
+    assert run.path("a/b.tif") == str(Path("base/a/b.tif"))
+    assert run.path("/a/b.tif") == "/a/b.tif"
+    assert run.path("s3://bucket/b.tif") == "s3://bucket/b.tif"
+    assert run.folder == Path("runs/demo")
+
+
+@pytest.mark.parametrize(
+    ("override", "section"),
+    [("grid.factor=8", "grid"), ("landcover.legend=ipcc", "landcover"), ("scenario.units=percent", "scenario"),
+     ("split.max_lead=3", "split"), ("model.base=4", "model"), ("train.seed=9", "train"), ("reconstruct.window=2", "reconstruct")],
+)  # fmt: skip
+def test_fingerprint_changes_with_its_section_alone(override, section):
+    before, after = load_run("demo.yaml"), load_run("demo.yaml", [override])
+    for name in SECTIONS:
+        assert (before.fingerprint(name) == after.fingerprint(name)) == (name != section), name
+    assert before.fingerprint(*SECTIONS) != after.fingerprint(*SECTIONS)
+
+
+def test_runs_are_frozen():
+    run = load_run("demo.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        run.train.steps = 3
+    assert isinstance(run, RunConfig)
+
+
+@given(st.lists(st.tuples(st.integers(1000, 2100), st.integers(0, 30)), min_size=1, max_size=5))
+def test_expand_years_is_the_sorted_union(ranges):
+    parts = [f"{a} - {a + n}" if n else a for a, n in ranges]
+    expected = sorted({y for a, n in ranges for y in range(a, a + n + 1)})
+    assert expand_years(parts) == expected
+    assert expand_years(expected) == expected
+
+
+@given(st.dictionaries(st.text(max_size=4), st.integers(), max_size=5))
+def test_digest_ignores_order_alone(values):
+    assert digest(values) == digest(dict(reversed(values.items())))
+    assert digest(values) != digest({**values, "another key": 0})
+    assert len(digest(values)) == 16
