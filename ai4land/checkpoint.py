@@ -170,5 +170,8 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise DataError(f"training state {path} cannot be read ({error}); delete it to start the training anew") from error
+        raise DataError(
+            f"training state {path} cannot be read ({type(error).__name__}), expected tensors and plain values as training saves them; "
+            "delete it to start the training anew"
+        ) from error
     return state

@@ -47,7 +47,7 @@ SCORES = {
 
 
 def _tell(line: str) -> None:
-    _console.print(line, markup=False)
+    _console.print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def align(run: RunFile, overrides: Overrides = None) -> None:
     """
     from ai4land import stages
 
-    _out.print(str(stages.align(load_run(run, overrides or []), tell=_tell)))
+    _out.print(str(stages.align(load_run(run, overrides or []), tell=_tell)), soft_wrap=True)
 
 
 @app.command()
@@ -149,7 +149,7 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
     """
     config = load_run(run, overrides or [])
     _train(config)
-    _out.print(str(config.folder / "model.safetensors"))
+    _out.print(str(config.folder / "model.safetensors"), soft_wrap=True)
 
 
 @app.command()
@@ -160,7 +160,7 @@ def reconstruct(run: RunFile, overrides: Overrides = None) -> None:
     """
     config = load_run(run, overrides or [])
     _reconstruct(config)
-    _out.print(str(config.folder / "cube.zarr"))
+    _out.print(str(config.folder / "cube.zarr"), soft_wrap=True)
 
 
 @app.command()
@@ -185,7 +185,7 @@ def _whole(config: RunConfig) -> None:
     _train(config)
     _reconstruct(config)
     _evaluate(config)
-    _out.print(f"Results are in {config.folder}: cube.zarr, evaluation.json, figures/")
+    _out.print(f"Results are in {config.folder}: cube.zarr, evaluation.json, figures/", soft_wrap=True)
 
 
 @app.command()
@@ -211,7 +211,10 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log what the package does.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    # The level is the handler's too: Dask sets that of its own loggers to INFO.
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.basicConfig(level=handler.level, format="%(asctime)s %(name)s: %(message)s", handlers=[handler])
     if version:
         _out.print(ai4land.__version__)
         raise typer.Exit
@@ -222,5 +225,9 @@ def main() -> None:
     try:
         app()
     except AI4LandError as error:
-        _console.print(f"error: {error}", markup=False, style="red")
+        _console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

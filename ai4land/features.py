@@ -170,11 +170,11 @@ def fit_spec(
         else:
             std = float(values.std(dtype=np.float64))
             made.append(Feature(name=str(name), mean=float(values.mean(dtype=np.float64)), std=std if std > 1e-6 else 1.0))
+    pairs = tuple(pairs)
+    chosen = {y: store["coarse"].sel(year=y).values[:, cells].astype(np.float64) for y in sorted({y for p in pairs for y in p})}
     squares, count = np.zeros(store.sizes["state"]), 0
-    years = [int(y) for y in store["year"].values]
-    chosen = store["coarse"].values[:, :, cells]
     for start, year in pairs:
-        change = (chosen[years.index(year)] - chosen[years.index(start)]).astype(np.float64)
+        change = chosen[year] - chosen[start]
         change = change[:, np.isfinite(change).all(axis=0)]
         squares += (change**2).sum(axis=1)
         count += change.shape[1]

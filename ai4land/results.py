@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land import cube, plot
+from ai4land import cube, plot, stages
 from ai4land.align import open_store
 from ai4land.baselines import proportional_allocation
-from ai4land.checkpoint import write_atomically
+from ai4land.checkpoint import load_card, write_atomically
 from ai4land.config import RunConfig
-from ai4land.errors import DataError
+from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import evaluate_years
 from ai4land.grid import Window
-from ai4land.legend import MISSING, load_legend
+from ai4land.legend import MISSING
 from ai4land.reconstruct import Source, plan_blocks
 from ai4land.scenario import class_shares as scenario_shares
 from ai4land.scores import class_shares
-from ai4land.splits import TEST, VALIDATION, Scored
-from ai4land.stages import crosswalk_of, cubes_of, grid_of, split_of
+from ai4land.splits import TEST, VALIDATION, Scored, load_split
+from ai4land.stages import align, crosswalk_of, cubes_of, grid_of, split_of
 from ai4land.unet import UNet
 
 _log = logging.getLogger(__name__)
@@ -80,8 +80,17 @@ def evaluate(run: RunConfig, *, tell: Callable[[str], None] = _log.info) -> dict
     -------
     dict
         By split (``validation``, ``test``): ``years``, and the scores of ``model``, ``persistence`` and ``proportional``.
+
+    Raises
+    ------
+    DataError
+        If a cube is not there or not finished.
+    MismatchError
+        If the store was made with another configuration.
     """
-    source = Source(run.folder / "store.zarr")
+    for path, *_ in cubes_of(run).values():
+        cube.open_cube(path)
+    source = Source(align(run, tell=tell))
     split = split_of(run, source.grid)
     result: dict[str, Any] = {}
     for name, scored, role in (("validation", split.validation, VALIDATION), ("test", split.test, TEST)):
@@ -200,7 +209,7 @@ def plan(run: RunConfig) -> Iterator[tuple[str, str]]:
 
     Reads no more than the run file, the store's mask and the ledgers.
     """
-    grid, legend = grid_of(run), load_legend(run.landcover.legend)
+    grid, legend = grid_of(run), stages.legend_of(run)
     split = split_of(run, grid)
     rows, cols = grid.shape
     crows, ccols = grid.coarse.shape

@@ -17,15 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+import yaml
 from numpy.typing import NDArray
 
 from ai4land import cube, scenario
 from ai4land.align import Layer, check_identity, open_store, write_store
 from ai4land.batch import PatchLoader
 from ai4land.catalog import find_items, load_asset
-from ai4land.checkpoint import Card, check_fits, load_card, save_model
+from ai4land.checkpoint import Card, check_fits, load_card, load_model, load_state, save_model
 from ai4land.config import ChangeConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer, digest
-from ai4land.errors import ConfigError, DataError
+from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.features import fit_spec
 from ai4land.grid import Grid, block_sum, make_grid
 from ai4land.landcover import available_years, iter_maps
@@ -49,12 +50,18 @@ def grid_of(run: RunConfig) -> Grid:
     return make_grid(g.bbox, coarse_cell=g.coarse_cell, factor=g.factor, shard=g.shard, origin=g.origin, crs=g.crs)
 
 
+def legend_of(run: RunConfig) -> Legend:
+    """Load the legend of a run."""
+    name = run.landcover.legend
+    return load_legend(run.path(name) if name.endswith(".yaml") else name)
+
+
 def split_of(run: RunConfig, grid: Grid) -> Split:
-    """Make the split of a run."""
+    """Make the split of a run, and check that something decides when training stops."""
     s = run.split
     scored = [None if e is None else Scored(e.reference, tuple(e.years)) for e in (s.validation, s.test)]
     rows, cols = grid.coarse.shape
-    return make_split(
+    split = make_split(
         (int(rows), int(cols)),
         train=s.train,
         max_lead=s.max_lead,
@@ -65,6 +72,11 @@ def split_of(run: RunConfig, grid: Grid) -> Split:
         seed=run.seed,
         wraps=grid.wraps,
     )
+    if split.validation is None and not (split.roles == VALIDATION).any():
+        raise ConfigError(
+            "split has neither validation years nor validation cells, expected one; set split.validation or split.space"
+        )
+    return split
 
 
 def crosswalk_of(run: RunConfig, legend: Legend) -> Crosswalk:
@@ -164,15 +176,13 @@ def _layer(run: RunConfig, layer: StaticLayer, grid: Grid) -> xr.DataArray:
 def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     """Make the analysis-ready store of a run, if it is not there."""
     path = run.folder / "store.zarr"
+    maps, states = needed_years(run)
     if check_identity(path, _identity(run)):
+        _check_years(path, maps, states)
         return path
-    grid, legend = (
-        grid_of(run),
-        load_legend(run.path(run.landcover.legend) if run.landcover.legend.endswith(".yaml") else run.landcover.legend),
-    )
+    grid, legend = grid_of(run), legend_of(run)
     split_of(run, grid)
     crosswalk = crosswalk_of(run, legend)
-    maps, states = needed_years(run)
     source, variable = _map_source(run), run.landcover.variable
     have = available_years(source, variable=variable)
     lacking = sorted(maps - set(have))
@@ -213,6 +223,18 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     return path
 
 
+def _check_years(path: Path, maps: set[int], states: set[int]) -> None:
+    """Refuse a store that was made for other years."""
+    source = Source(path)
+    lacking = {"land-cover maps": sorted(maps - set(source.observed)), "scenario years": sorted(states - set(source.years))}
+    for what, years in lacking.items():
+        if years:
+            raise MismatchError(
+                f"store {path} was made for other years and lacks the {what} {years}; "
+                "restore the years of the run file, choose another name, or delete the store"
+            )
+
+
 def _span(years: list[int]) -> str:
     return f"{min(years)}-{max(years)} ({len(years)} years)" if years else "none"
 
@@ -226,7 +248,7 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, di
     grid = grid_of(run)
     split = split_of(run, grid)
     fingerprint = digest({**_identity(run), "split": split.hash, "fit": run.fingerprint("model", "train", "seed")})
-    if (run.folder / "model.json").is_file() and load_card(run.folder).training["fingerprint"] == fingerprint:
+    if _trained(run, fingerprint):
         return run.folder
     run.save(run.folder / "config.yaml")
     split.save(run.folder / "splits.json")
@@ -287,16 +309,45 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, di
     return run.folder
 
 
+def _trained(run: RunConfig, fingerprint: str) -> bool:
+    """Tell whether the model of a run is there; refuse to replace a model or a training of another configuration."""
+    folder, resume = run.folder, run.folder / "resume.pt"
+    found = str(load_card(folder).training.get("fingerprint")) if (folder / "model.json").is_file() else None
+    if found == fingerprint:
+        return True
+    begun = str(load_state(resume)["fingerprint"]) if resume.is_file() else None
+    if found is not None or begun not in (None, fingerprint):
+        raise MismatchError(
+            f"training in {folder} was begun with another configuration ({_differences(run)}); restore the run file, "
+            "choose another name, or delete model.json, resume.pt and the cubes to train anew"
+        )
+    return False
+
+
+def _differences(run: RunConfig) -> str:
+    """List the settings that are not those that the folder's training was begun with."""
+    try:
+        before = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
+        now = run.model_dump(mode="json")
+        pairs = {
+            name: (before[name], now[name])
+            for name in ("grid", "landcover", "scenario", "static", "split", "model", "train", "seed")
+        }
+    except (OSError, yaml.YAMLError, TypeError, KeyError):
+        return "it has no config.yaml that tells which"
+    lines = []
+    for name, (old, new) in pairs.items():
+        parts = {f"{name}.{k}": (old.get(k), new[k]) for k in new} if isinstance(new, dict) else {name: (old, new)}
+        lines += [f"{key} is {b!r:.60}, was {a!r:.60}" for key, (a, b) in parts.items() if a != b]
+    return "; ".join(lines) or "the settings are the same, the package or the split is not"
+
+
 def _validation_batches(load: Any, split: Split, count: int, mask_all: float, mask_some: float) -> list[Any]:
     """Batches that decide when to stop: the validation years, or held-out cells of the training years with holes."""
     cells = split.cells(VALIDATION)
     if split.validation is not None:
         pairs = tuple((split.validation.reference, year) for year in split.validation.years)
         return list(load(cells=cells, pairs=pairs, seed=1_000_003).batches(0, count))
-    if not (split.roles == VALIDATION).any():
-        raise ConfigError(
-            "split has neither validation years nor validation cells, expected one; set split.validation or split.space"
-        )
     return list(load(cells=cells, pairs=split.pairs, seed=1_000_003, mask_all=mask_all, mask_some=mask_some).batches(0, count))
 
 
@@ -315,17 +366,12 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     """Make the cubes of a run; blocks that the ledger has are not done again."""
     from distributed import Client, LocalCluster
 
+    _, card = load_model(run.folder)
+    fits = partial(check_fits, card, legend=legend_of(run), feature_names=[s.name for s in run.static], factor=run.grid.factor)
+    fits(states=list(card.spec.states))
     store_path = align(run, tell=tell)
-    card = load_card(run.folder)
     source = Source(store_path)
-    store = open_store(store_path)
-    check_fits(
-        card,
-        legend=source.legend,
-        feature_names=[str(n) for n in store["feature"].values],
-        states=[str(s) for s in store["state"].values],
-        factor=source.grid.factor,
-    )
+    fits(states=[str(s) for s in open_store(store_path)["state"].values])
     r = run.reconstruct
     threads = r.threads or max(1, (os.cpu_count() or 1) // r.workers)
     work: list[tuple[Path, list[cube.Block], Job]] = []
@@ -363,6 +409,8 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
             for _, blocks, job in work:
                 run_blocks(blocks, job, client=client, progress=step)
     for path, _, _ in work:
+        for left in path.glob("*/c/**/*.partial"):
+            left.unlink()
         cube.finish(path)
     return run.folder / "cube.zarr"
 

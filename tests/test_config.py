@@ -123,7 +123,7 @@ def test_static_layer_method_follows_its_kind():
 def test_files_that_are_no_run_are_refused(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ConfigError, match="run.yaml"):
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
         load_run(path)
 
 

@@ -1,0 +1,489 @@
+"""Side-by-side timings of AI4Land on a synthetic store; ``make bench`` writes ``benchmarks/results.json``.
+
+Every comparison runs its arms in alternation, A B A B, in this one process on a fixed number of cores, and reports the
+median over the rounds of the ratio within a round: what else the machine does hits both arms alike. What each row means
+is told in docs/performance.md. ``--quick`` runs everything on a store of a few cells, to see that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import torch
+import xarray as xr
+import zarr
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from scipy import ndimage
+from xbatcher import BatchGenerator
+
+from ai4land import cube
+from ai4land.align import Layer, open_store, write_store
+from ai4land.batch import PatchLoader
+from ai4land.checkpoint import Card, cached_model, save_model
+from ai4land.config import ModelConfig
+from ai4land.cube import EMPTY, SCALE, Block
+from ai4land.features import FeatureSpec, features, fit_spec
+from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, block_sum, make_grid
+from ai4land.legend import MISSING, Legend, load_legend
+from ai4land.reconstruct import Job, Source, predict, quantise, reconstruct_block
+from ai4land.train import Schedule, fit
+from ai4land.unet import UNet
+
+Arm = Callable[[], Callable[[], object]]
+
+CORES = 2
+RESULTS = Path(__file__).with_name("results.json")
+COARSE_CELL = 0.25
+CONTINUOUS, ZONES = 11, 5
+"""Static maps that are numbers, and codes of the one that is classes."""
+YEARS = (2000, 2001, 2002, 2003, 2004, 2005)
+PAIRS = ((2000, 2001), (2002, 2003), (2004, 2005))
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large everything is.
+
+    ``dense`` and ``sparse`` are patches that the loader cuts from each shard it reads, ``plain`` patches that xbatcher
+    makes in a round, ``mapped`` the years of a block.
+    """
+
+    factor: int
+    shard: int
+    base: int
+    patch: int
+    batch: int
+    dense: int
+    sparse: int
+    plain: int
+    mapped: tuple[int, ...]
+    steps: int
+    rounds: int
+
+
+FULL = Size(30, 720, 16, 120, 16, dense=32, sparse=8, plain=24, mapped=YEARS[1:5], steps=12, rounds=5)
+QUICK = Size(8, 64, 4, 16, 4, dense=8, sparse=4, plain=4, mapped=YEARS[1:3], steps=3, rounds=2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result."""
+
+    name: str
+    value: float
+    unit: str
+    versus: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The store, the model and their folder."""
+
+    size: Size
+    folder: Path
+    grid: Grid
+    legend: Legend
+    spec: FeatureSpec
+    checksum: str
+
+    @property
+    def store(self) -> Path:
+        """Path of the analysis-ready store."""
+        return self.folder / "store.zarr"
+
+    def job(self, path: Path) -> Job:
+        """What :func:`reconstruct_block` needs to write into a cube."""
+        return Job(str(self.store), str(path), str(self.folder), self.checksum, YEARS[0], CORES)
+
+
+def fix_cores() -> None:
+    """Hold this process, PyTorch, Dask and Zarr to ``CORES`` cores."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    torch.set_num_threads(CORES)
+    dask.config.set(scheduler="threads", num_workers=CORES)
+    zarr.config.set({"threading.max_workers": CORES})
+
+
+def alternate(arms: dict[str, Arm], *, rounds: int) -> dict[str, list[float]]:
+    """Time the arms in alternation; seconds of every round, after one round that does not count.
+
+    An arm is called outside the clock for each round and returns what is timed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(rounds + 1):
+        for name, arm in arms.items():
+            work = arm()
+            began = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return median(a / b for a, b in zip(over, under, strict=True))
+
+
+# -- the store and the model --------------------------------------------------------------------------------------------
+
+
+def make_setting(folder: Path, size: Size) -> Setting:
+    """Write a store of 1 x 2 shards with smooth random maps, and a model with random weights."""
+    rng = np.random.default_rng(0)
+    side = COARSE_CELL * size.shard / size.factor
+    grid = make_grid((0, 48 - side, 2 * side, 48), coarse_cell=COARSE_CELL, factor=size.factor, shard=size.shard)
+    legend = load_legend("hildaplus")
+
+    def noise(scale: float) -> NDArray[np.float32]:
+        field = ndimage.gaussian_filter(rng.standard_normal(grid.shape), scale)
+        return ((field - field.mean()) / field.std()).astype(np.float32)
+
+    fields = np.stack([noise(4) for _ in range(legend.n)])
+    trend = np.linspace(-0.1, 0.1, legend.n, dtype=np.float32)[:, None, None]
+    land = noise(size.shard / 16) > -0.5
+    index = [np.where(land, (fields + i * trend).argmax(0), MISSING).astype(np.uint8) for i in range(len(YEARS))]
+    shares = np.stack([[block_sum((m == k).astype(np.float32), grid.factor) for k in range(legend.n)] for m in index])
+    coords = grid.coords()
+    coarse = xr.DataArray(
+        shares / grid.factor**2,
+        dims=("year", "state", *COARSE_DIMS),
+        coords={"year": list(YEARS), "state": [str(c) for c in legend.codes], **{d: coords[d] for d in COARSE_DIMS}},
+    )
+
+    def field(scale: float, levels: int = 0) -> xr.DataArray:
+        values = noise(scale)
+        values = np.digitize(values, np.linspace(-1, 1, levels - 1)).astype(np.float32) + 1 if levels else values
+        return xr.DataArray(values, dims=FINE_DIMS, coords={d: coords[d] for d in FINE_DIMS})
+
+    layers = [Layer(f"field{i}", False, partial(field, 2 + i)) for i in range(CONTINUOUS)]
+    write_store(
+        folder / "store.zarr",
+        grid=grid,
+        legend=legend,
+        mask=land,
+        maps=((y, legend.decode(m)) for y, m in zip(YEARS, index, strict=True)),
+        observed_years=list(YEARS),
+        coarse=coarse,
+        layers=[*layers, Layer("zone", True, partial(field, 8, ZONES))],
+        identity={"made": "by the benchmark"},
+    )
+    cells = np.ones(grid.coarse.shape, dtype=bool)
+    spec = fit_spec(open_store(folder / "store.zarr"), cells=cells, pairs=PAIRS, codes=legend.codes.tolist(), factor=grid.factor)
+    model = make_model(spec, grid, base=size.base)
+    blank = {"weights": "", "split": "", "store": "", "training": {}}
+    card = Card(legend=legend, spec=spec, network=model.settings, cell=(side / size.shard, side / size.shard), **blank)  # type: ignore[arg-type]
+    return Setting(size, folder, grid, legend, spec, save_model(folder, model.state_dict(), card).weights)
+
+
+def make_model(spec: FeatureSpec, grid: Grid, *, base: int) -> UNet:
+    """Make a network whose every part matters: the weights that begin at 0 are drawn at random instead."""
+    torch.manual_seed(0)
+    settings = {**ModelConfig().model_dump(), "base": base}
+    sizes = {"static_channels": len(spec.static_names), "coarse_channels": len(spec.coarse_names), "classes": len(spec.codes)}
+    model = UNet(**sizes, factor=grid.factor, **settings)
+    with torch.no_grad():
+        model.coarse[0].weight.normal_(0, 1)
+        model.head.weight.normal_(0, 1)
+        model.persistence.weight.normal_(0, 1)
+    return model.eval()
+
+
+# -- loader -------------------------------------------------------------------------------------------------------------
+
+
+def loader_rows(s: Setting) -> list[Row]:
+    """Time the patch loader, with nothing in memory yet, against xbatcher over a Dask-backed dataset."""
+    size, shards = s.size, len(s.grid.shards())
+    dims = {"feature": CONTINUOUS + 1, "observed_year": 2, **dict.fromkeys(FINE_DIMS, size.patch)}
+    plain = BatchGenerator(xr.open_zarr(s.store, chunks={}, consolidated=False)[["static", "land_cover"]], input_dims=dims)
+    rng = np.random.default_rng(0)
+
+    def with_dask() -> None:
+        for index in rng.choice(len(plain), size=size.plain, replace=False):
+            patch = plain[int(index)]
+            if patch["static"].shape[-2:] != (size.patch, size.patch) or not isinstance(patch["land_cover"].data, np.ndarray):
+                raise RuntimeError("xbatcher made no patch in memory")
+
+    def ours(per_shard: int) -> Callable[[], None]:
+        # A loader is new in every round, so that nothing is in its memory. Eight draws of a visit meet both shards, and
+        # the length of the visit sets how many patches are cut from them.
+        visit = per_shard * shards // size.batch
+        return partial(_drain, _loader(s, mix=8, visit=visit), visit * size.batch)
+
+    arms: dict[str, Arm] = {"dense": partial(ours, size.dense), "sparse": partial(ours, size.sparse), "dask": lambda: with_dask}
+    counts = {"dense": size.dense * shards, "sparse": size.sparse * shards, "dask": size.plain}
+    each = {n: [v / counts[n] for v in values] for n, values in alternate(arms, rounds=size.rounds).items()}
+    other = f"xbatcher over Dask, patches of {size.patch} cells"
+    return [
+        Row("loader_vs_dask", ratio(each["dask"], each["dense"]), "times", f"{other}; {size.dense} patches a shard read"),
+        Row(
+            "loader_vs_dask_sparse", ratio(each["dask"], each["sparse"]), "times", f"{other}; {size.sparse} patches a shard read"
+        ),
+        Row("loader_rate", 1 / median(each["dense"]), "patches/s", "absolute, as in loader_vs_dask"),
+        Row("xbatcher_dask_rate", 1 / median(each["dask"]), "patches/s", "absolute, as in loader_vs_dask"),
+    ]
+
+
+def _loader(s: Setting, *, mix: int, visit: int, keep: int = 16) -> PatchLoader:
+    return PatchLoader(
+        partial(open_store, s.store),
+        grid=s.grid,
+        legend=s.legend,
+        spec=s.spec,
+        cells=np.ones(s.grid.coarse.shape, dtype=bool),
+        pairs=PAIRS,
+        patch=s.size.patch,
+        batch=s.size.batch,
+        mix=mix,
+        visit=visit,
+        keep=keep,
+    )
+
+
+def _drain(loader: PatchLoader, patches: int) -> None:
+    made = sum(batch.target.shape[0] for batch in loader.batches(0, patches // loader.batch))
+    if made != patches or len(loader._cache) != len(loader.grid.shards()):
+        raise RuntimeError(f"loader made {made} patches of {len(loader._cache)} shards, expected {patches} of every shard")
+
+
+# -- reconstruct --------------------------------------------------------------------------------------------------------
+
+
+def upsample(coarse: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
+    """Interpolate coarse cells ``(channel, rows, columns)`` bilinearly to all fine cells with xarray, the edge repeated."""
+    dims = ("channel", "y", "x")
+    padded = np.pad(coarse, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    centres = {d: np.arange(n, dtype=np.float64) - 0.5 for d, n in zip(dims[1:], padded.shape[1:], strict=True)}
+    fine = {d: (np.arange(n * factor) + 0.5) / factor for d, n in zip(dims[1:], coarse.shape[1:], strict=True)}
+    values: NDArray[np.float32] = xr.DataArray(padded, dims=dims, coords=centres).interp(fine, method="linear").values
+    return values.astype(np.float32)
+
+
+@torch.inference_mode()
+def naive_forward(fixed: NDArray[np.float32], fine: NDArray[np.float32], *, model: UNet) -> NDArray[np.float32]:
+    """Run the network on fine arrays alone: static channels and reference class stacked, coarse features upsampled before."""
+    halo = model.halo
+    known = torch.from_numpy(fixed[-1]).long().sub(1).remainder(model.classes + 1)[None]
+    seen = model.seen(known).permute(0, 3, 1, 2)
+    x = torch.cat([torch.from_numpy(fixed[:-1])[None], torch.from_numpy(fine)[None], seen], dim=1)
+    x, levels = x.contiguous(memory_format=torch.channels_last), []
+    for level, block in enumerate(model.down):
+        x = block(torch.nn.functional.max_pool2d(x, 2) if level else x)
+        levels.append(x)
+    levels.pop()
+    for up, merge in zip(model.up, model.merge, strict=True):
+        x = merge(torch.cat([levels.pop(), up(x)], dim=1))
+    logits = model.head(x) + model.persistence(known).permute(0, 3, 1, 2)
+    return torch.softmax(logits[0, :, halo:-halo, halo:-halo], dim=0).numpy()
+
+
+def naive_year(s: Setting, model: UNet, year: int) -> Any:
+    """Plan the class probabilities of a year as a Dask array: upsample, stack, ``map_overlap``."""
+    ds, source, side = xr.open_zarr(s.store, chunks={}, consolidated=False), Source(s.store), s.grid.shard
+    codes = ds["land_cover"].sel(observed_year=YEARS[0]).data.rechunk(side)
+
+    def fix(raw: NDArray[Any], codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        index = s.legend.encode(codes[0])
+        seen = np.where(index == MISSING, 0, index + 1).astype(np.float32)
+        return np.concatenate([s.spec.static_channels(raw).astype(np.float32), seen[None]])
+
+    raw = ds["static"].data.rechunk({0: -1, 1: side, 2: side})
+    fixed = da.map_blocks(fix, raw, codes[None], dtype=np.float32, chunks=((len(s.spec.static_names) + 1,), *raw.chunks[1:]))
+    every = Window(0, 0, *(int(n) for n in s.grid.coarse.shape))
+    nothing = np.zeros((len(s.spec.static_names), 1, 1), dtype=np.float16)
+    start, wanted = source.states_of(YEARS[0], every), source.states_of(year, every)
+    made = features(nothing, reference=np.zeros((1, 1), np.uint8), wanted=wanted, start=start, lead=year - YEARS[0], spec=s.spec)
+    with torch.inference_mode():
+        coarse = model.coarse(torch.from_numpy(made.coarse)[None])[0].numpy()
+    fine = da.from_array(upsample(coarse, s.grid.factor), chunks=(-1, side, side))
+    depth = {0: 0, 1: model.halo, 2: model.halo}
+    return da.map_overlap(
+        partial(naive_forward, model=model),
+        fixed,
+        fine,
+        depth=[depth, depth],
+        boundary=[{0: "none", 1: 0, 2: 0}, {0: "none", 1: "nearest", 2: "nearest"}],
+        trim=False,
+        align_arrays=False,
+        dtype=np.float32,
+        meta=np.empty((0, 0, 0), dtype=np.float32),
+        chunks=((model.classes,), *raw.chunks[1:]),
+    )
+
+
+def naive_cube(s: Setting, path: Path, model: UNet) -> None:
+    """Write a cube year by year, each year one Dask graph over the whole region."""
+    mask = xr.open_zarr(s.store, chunks={}, consolidated=False)["mask"].data.rechunk(s.grid.shard)[None]
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)
+
+    def pack(p: NDArray[np.float32], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        best = s.legend.decode(p.argmax(axis=0).astype(np.uint8))
+        stack = np.concatenate([best[None], np.rint(p.max(axis=0, keepdims=True) * SCALE).astype(np.uint8), quantise(p)])
+        stack[1:] = np.where(mask, stack[1:], EMPTY)
+        stack[0] = np.where(mask[0], stack[0], s.legend.fill.code)
+        return stack
+
+    for i, year in enumerate(s.size.mapped):
+        p = naive_year(s, model, year)
+        packed = da.map_blocks(pack, p, mask, dtype=np.uint8, chunks=((s.legend.n + 2,), *p.chunks[1:]))
+        whole, year_slice = slice(None), slice(i, i + 1)
+        parts: list[Any] = [packed[0:1], packed[1:2], packed[2:][None]]
+        targets: list[Any] = [group["land_cover"], group["confidence"], group["fraction"]]
+        regions = [(year_slice, *(whole,) * (part.ndim - 1)) for part in parts]
+        # One block at a time, the network on all cores: as the task of a worker.
+        da.store(parts, targets, regions=regions, lock=False, return_stored=False, num_workers=1)
+
+
+def reconstruct_rows(s: Setting) -> list[Row]:
+    """Time a block against the network's bare forward on the same windows, and against the naive way to the same cube."""
+    paths = {name: s.folder / f"{name}.zarr" for name in ("ours", "naive")}
+    for path in paths.values():
+        cube.create(path, grid=s.grid, legend=s.legend, years=s.size.mapped, identity={}, title="benchmark", source="benchmark")
+    model, _ = cached_model(str(s.folder), s.checksum)
+    blocks = [Block(w, s.size.mapped) for w in s.grid.shards()]
+    inputs: list[tuple[Any, ...]] = []
+    hook = model.register_forward_pre_hook(lambda _, given: inputs.append(given))
+    check_same(s, model)
+    hook.remove()
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for given in inputs:
+            model(*given)
+
+    def ours() -> None:
+        for block in blocks:
+            reconstruct_block(block, s.job(paths["ours"]))
+
+    def naive() -> None:
+        naive_cube(s, paths["naive"], model)
+
+    arms: dict[str, Arm] = {"bare": lambda: bare, "ours": lambda: ours, "naive": lambda: naive}
+    seconds = alternate(arms, rounds=s.size.rounds)
+    check_cubes(paths["ours"], paths["naive"])
+    cells = len(s.size.mapped) * s.grid.shape[0] * s.grid.shape[1]
+    years = f"{len(s.size.mapped)} years of {len(blocks)} shards of {s.grid.shard} cells, base {s.size.base}"
+    return [
+        Row("reconstruct_efficiency", ratio(seconds["bare"], seconds["ours"]), "1", f"bare forward on the same windows; {years}"),
+        Row("reconstruct_vs_naive", ratio(seconds["naive"], seconds["ours"]), "times", f"upsample, stack, map_overlap; {years}"),
+        Row("reconstruct_rate", cells / median(seconds["ours"]) / 1e6, "million cells/s", "absolute, as in reconstruct_vs_naive"),
+    ]
+
+
+def check_same(s: Setting, model: UNet, *, tolerance: float = 1e-4) -> None:
+    """Refuse to compare two ways to a map unless every probability is the same."""
+    source = Source(s.store)
+    planned = {year: naive_year(s, model, year) for year in s.size.mapped}
+    for window in s.grid.shards():
+        for year, p in predict(model, source, window, spec=s.spec, reference=YEARS[0], years=s.size.mapped):
+            off = float(np.abs(planned[year][(slice(None), *window.slices)].compute() - p).max())
+            if not off <= tolerance:
+                raise RuntimeError(
+                    f"naive and block-wise probabilities of {year} differ by {off:g}, expected at most {tolerance:g}"
+                )
+
+
+def check_cubes(ours: Path, naive: Path) -> None:
+    """Refuse cubes that differ by more than the rounding of a probability."""
+    names = ("land_cover", "fraction", "confidence")
+    a, b = (
+        {n: xr.open_zarr(p, consolidated=False, mask_and_scale=False)[n].values.astype(np.int16) for n in names}
+        for p in (ours, naive)
+    )
+    off = max(int(np.abs(a[name] - b[name]).max()) for name in ("fraction", "confidence"))
+    same = float(np.mean(a["land_cover"] == b["land_cover"]))
+    if off > 1 or same < 0.9999:
+        raise RuntimeError(
+            f"the cubes differ by {off} units of 1/{SCALE} and agree on {same:.4%} of the classes, expected 1, 99.99%"
+        )
+
+
+def halo_rows() -> list[Row]:
+    """Count the cells that a shard of 1440 is read with."""
+    rows = []
+    for name, depth in (("halo_factor_depth3", 3), ("halo_factor_default", ModelConfig().depth)):
+        model = UNet(static_channels=1, coarse_channels=1, classes=2, factor=30, base=1, depth=depth)
+        window = Window(0, 0, 1440, 1440)
+        read = window.pad(model.halo)
+        value = read.height * read.width / (window.height * window.width)
+        rows.append(Row(name, value, "1", f"cells written; shard of 1440 cells, depth {depth}, halo {model.halo}"))
+    return rows
+
+
+# -- train --------------------------------------------------------------------------------------------------------------
+
+
+def wait_row(s: Setting) -> Row:
+    """Take the share of a short training that the network waits for its batches, the first one included."""
+    shares = []
+    for number in range(s.size.rounds):
+        rows: list[dict[str, float]] = []
+        # One shard in memory and another draw for each batch: a new shard every other batch, as on a globe.
+        loader = _loader(s, mix=1, visit=1, keep=1)
+        fit(
+            make_model(s.spec, s.grid, base=s.size.base),
+            batches=loader.batches,
+            validation=[],
+            weights=torch.ones(s.legend.n),
+            schedule=Schedule(steps=s.size.steps, validate_every=s.size.steps, checkpoint_every=s.size.steps),
+            folder=s.folder / f"fit{number}",
+            fingerprint="benchmark",
+            device=torch.device("cpu"),
+            progress=lambda _, row, rows=rows: rows.append(row),  # type: ignore[misc]
+        )
+        shares.append(sum(r["waited"] for r in rows) / sum(r["seconds"] for r in rows))
+    about = f"seconds of the steps; {s.size.steps} steps of {s.size.batch} patches of {s.size.patch}, base {s.size.base}, CPU"
+    return Row("data_wait_share", median(shares), "1", about)
+
+
+def run(size: Size, *, tell: Callable[[str], None]) -> list[Row]:
+    """Run every row."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="ai4land-bench-") as folder:
+        setting = make_setting(Path(folder), size)
+        tell(f"{time.perf_counter() - began:.0f} s: store made")
+        rows = loader_rows(setting)
+        tell(f"{time.perf_counter() - began:.0f} s: loader done")
+        rows += reconstruct_rows(setting) + halo_rows()
+        tell(f"{time.perf_counter() - began:.0f} s: reconstruct done")
+        rows.append(wait_row(setting))
+        tell(f"{time.perf_counter() - began:.0f} s: train done")
+    return [Row(r.name, float(f"{r.value:.4g}"), r.unit, r.versus) for r in rows]
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few cells and rounds; writes no file unless --output is given")
+    parser.add_argument("--output", type=Path, help=f"JSON file to write (default: {RESULTS.name} beside this script)")
+    given = parser.parse_args()
+    console = Console()
+    fix_cores()
+    rows = run(QUICK if given.quick else FULL, tell=console.print)
+    output = given.output or (None if given.quick else RESULTS)
+    if output is not None:
+        output.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+    table = Table("name", "value", "unit", "versus", title=f"AI4Land on {CORES} cores of {os.cpu_count()}")
+    for row in rows:
+        table.add_row(row.name, f"{row.value:g}", row.unit, row.versus)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

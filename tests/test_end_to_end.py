@@ -1,0 +1,468 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import netCDF4
+import numpy as np
+import pytest
+import rasterio
+import yaml
+from affine import Affine
+
+from ai4land import cli, cube
+from ai4land.align import open_store
+from ai4land.checkpoint import load_model
+from ai4land.config import load_run
+from ai4land.splits import load_split
+from ai4land.synthetic import make_planet
+
+STEPS, CHECKPOINT = 45, 20
+TEST_YEARS = (2005, 2006, 2007)
+STAC = {"catalog": "catalog/catalog.json"}
+RUN: dict[str, Any] = {
+    "name": "tiny",
+    "title": "Land cover of a tiny planet",
+    "grid": {"bbox": [-180, -90, 180, 90], "coarse_cell": 15.0, "factor": 8, "shard": 48},
+    "landcover": {"source": "landcover/HILDAplus_{year}.tif", "legend": "hildaplus"},
+    "scenario": {
+        "kind": "luh2",
+        "paths": ["luh2/states.nc"],
+        "static": "luh2/staticData_quarterdeg.nc",
+        "crosswalk": "luh2_to_hildaplus",
+    },
+    "static": [
+        {"name": "elevation", **STAC, "collection": "terrain", "asset": "elevation"},
+        {"name": "temperature", **STAC, "collection": "climate", "asset": "temperature"},
+        {"name": "climate_zone", **STAC, "collection": "climate", "asset": "climate_zone", "categorical": True},
+        {"name": "soil_depth", "path": "static/soil_depth.tif"},
+    ],
+    "split": {
+        "train": "2000-2003",
+        "max_lead": 3,
+        "validation": {"reference": 2003, "years": 2004},
+        "test": {"reference": 2004, "years": "2005-2007"},
+    },
+    "model": {"base": 6, "depth": 2, "coarse_features": 6},
+    "train": {
+        "steps": STEPS,
+        "batch": 4,
+        "patch": 32,
+        "learning_rate": 0.02,
+        "ema": 0.9,
+        "change_weight": 1000.0,
+        "class_balance": 1.0,
+        "seed": 2,
+        "warmup": 4,
+        "validate_every": 15,
+        "validation_batches": 2,
+        "checkpoint_every": CHECKPOINT,
+        "precision": "float32",
+        "threads": 1,
+    },
+    "reconstruct": {"reference": 2004, "years": "2003-2007", "workers": 1, "threads": 1, "window": 1},
+}
+NAMES = {
+    "overall_accuracy",
+    "macro_f1",
+    "mean_iou",
+    "figure_of_merit",
+    "change_f1",
+    "quantity_disagreement",
+    "allocation_disagreement",
+    "coarse_error",
+}
+
+
+def write_run(folder: Path, planet: Path, **changes: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump({**RUN, "data": str(planet), "runs": str(folder / "runs"), **changes}, sort_keys=False))
+    return file
+
+
+def command(*args: str | Path) -> dict[str, Any]:
+    """The command line in a process of its own, on one thread and without a GPU, so that its bytes can be compared."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {"args": [sys.executable, "-m", "ai4land.cli", *map(str, args)], "env": env}
+
+
+def ai4land(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(**command(*args), capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def contents(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.glob(pattern) if p.is_file()}
+
+
+def cube_bytes(run: Path) -> dict[str, bytes]:
+    return {
+        f"{name}/{k}": v for name in ("cube.zarr", "validation.zarr") for k, v in contents(run / name, "*/c/**/*").items()
+    }
+
+
+@pytest.fixture(scope="session")
+def planet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_planet(tmp_path_factory.mktemp("planet") / "p", coarse_cell=15.0, factor=8, years=range(2000, 2008)).folder
+
+
+@pytest.fixture(scope="session")
+def finished(planet: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    file = write_run(tmp_path_factory.mktemp("finished"), planet)
+    done = ai4land("run", file)
+    return file, done
+
+
+@pytest.fixture
+def copied(finished, tmp_path: Path) -> Path:
+    """The run file of a finished run that a test may spoil."""
+    shutil.copytree(finished[0].parent / "runs", tmp_path / "runs")
+    return write_run(tmp_path, Path(load_run(finished[0]).data))
+
+
+# -- what a run leaves behind -------------------------------------------------------------------------------------------
+
+
+def test_run_leaves_everything_behind(finished):
+    file, done = finished
+    run = load_run(file)
+    folder = run.folder
+    assert "Results are in" in done.stdout and "Traceback" not in done.stderr and "distributed.scheduler" not in done.stderr
+    assert load_run(folder / "config.yaml") == run
+    split = load_split(folder / "splits.json")
+    assert split.training_years == [2000, 2001, 2002, 2003] and split.test is not None and split.test.years == TEST_YEARS
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(STEPS + 1))
+    _model, card = load_model(folder)
+    assert card.training["years"] == [2000, 2001, 2002, 2003] and card.split == split.hash
+    assert {"map.png", "change.png", "curves.png", "test_by_year.png"} <= {p.name for p in (folder / "figures").iterdir()}
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in (folder / "figures").iterdir())
+    assert not list(folder.glob("**/*.part*"))
+
+
+def test_cube_has_the_promised_form(finished):
+    run = load_run(finished[0])
+    ds = cube.open_cube(run.folder / "cube.zarr")
+    assert ds["land_cover"].dims == ("time", "latitude", "longitude")
+    assert ds["fraction"].dims == ("time", "class", "latitude", "longitude")
+    assert ds["confidence"].dims == ds["land_cover"].dims
+    assert ds["year"].dims == ("time",) and ds["year"].dtype.kind == "i" and ds["year"].values.tolist() == list(range(2003, 2008))
+    assert ds["land_cover"].shape == (5, 96, 192) and ds.sizes["class"] == 7
+    mapped = ds["land_cover"].values != 0
+    assert np.allclose(ds["fraction"].sum("class", skipna=False).values[mapped], 1)
+    changed = ds["land_cover"].values[-1] != ds["land_cover"].values[1]
+    assert 0 < changed.mean() < 0.2
+
+
+def read_map(planet: Path, year: int) -> np.ndarray:
+    with rasterio.open(planet / "landcover" / f"HILDAplus_{year}.tif") as file:
+        return file.read(1)
+
+
+def row_areas() -> np.ndarray:
+    """Area of a cell of each row by quadrature of the surface element of WGS 84."""
+    a, e2 = 6378137.0, 6.69437999014e-3
+    edges = np.deg2rad(np.linspace(90, -90, 97))
+    x, w = np.polynomial.legendre.leggauss(12)
+    half = (edges[:-1] - edges[1:]) / 2
+    phi = (edges[:-1] + edges[1:])[:, None] / 2 + half[:, None] * x
+    return half * (a**2 * (1 - e2) * np.cos(phi) / (1 - e2 * np.sin(phi) ** 2) ** 2 @ w) * np.deg2rad(360 / 192)
+
+
+def recomputed(reference: np.ndarray, truth: np.ndarray, guess: np.ndarray) -> dict[str, float]:
+    """Scores of stacks of maps ``(year, row, column)`` in plain numpy."""
+    area = np.broadcast_to(row_areas()[:, None], truth.shape)
+    area = np.where((reference != 0) & (truth != 0), area, 0.0)
+    assert (guess[area > 0] != 0).all()
+    total = area.sum()
+    right, true_change, guessed_change = truth == guess, truth != reference, guess != reference
+    either = area[true_change | guessed_change].sum()
+    both = area[true_change & guessed_change].sum()
+    classes = np.unique(truth[area > 0])
+    per = [[area[(truth == k) & right].sum(), area[truth == k].sum(), area[guess == k].sum()] for k in classes]
+    hit, true, guessed = np.array(per).T
+    return {
+        "overall_accuracy": area[right].sum() / total,
+        "figure_of_merit": area[right & true_change & guessed_change].sum() / either,
+        "change_f1": 2 * both / (both + either),
+        "macro_f1": (2 * hit / (true + guessed)).mean(),
+        "mean_iou": (hit / (true + guessed - hit)).mean(),
+        "quantity_disagreement": np.abs(true - guessed).sum() / 2 / total,
+        "allocation_disagreement": (np.minimum(true, guessed) - hit).sum() / total,
+    }
+
+
+@pytest.mark.parametrize(("split", "store"), [("test", "cube.zarr"), ("validation", "validation.zarr")])
+def test_scores_agree_with_plain_numpy(finished, planet, split, store):
+    run = load_run(finished[0])
+    part = json.loads((run.folder / "evaluation.json").read_text())[split]
+    experiment = getattr(run.split, split)
+    assert part["years"] == experiment.years
+    assert all(part[method].keys() >= NAMES for method in ("model", "persistence", "proportional"))
+    ds = cube.open_cube(run.folder / store).swap_dims(time="year")
+    truth = np.stack([read_map(planet, year) for year in experiment.years])
+    start = np.broadcast_to(read_map(planet, experiment.reference), truth.shape)
+    mask = read_map(planet, run.reconstruct.reference) != 0
+    guess = ds["land_cover"].sel(year=experiment.years).values
+    for method, maps in (("model", guess), ("persistence", start)):
+        for name, value in recomputed(np.where(mask, start, 0), truth, maps).items():
+            assert part[method][name] == pytest.approx(value, abs=1e-9), (method, name)
+    assert part["persistence"]["figure_of_merit"] == 0 < part["model"]["figure_of_merit"] < 1
+    assert part["proportional"]["coarse_error"] < part["persistence"]["coarse_error"] < 1
+
+
+def test_second_run_does_nothing_again(finished, monkeypatch, capsys):
+    run = load_run(finished[0])
+    watched = [p for p in run.folder.rglob("*") if p.is_file() and "figures" not in p.parts and p.name != "zarr.json"]
+    watched = [p for p in watched if p.name != "evaluation.json"]
+    scores = (run.folder / "evaluation.json").read_bytes()
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in watched}
+    code, _out, err = main(monkeypatch, capsys, "run", finished[0])
+    assert code == 0 and "cube: 0 blocks to do" in err and "training" not in err and "Dask" not in err
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in watched} == before
+    assert (run.folder / "evaluation.json").read_bytes() == scores
+
+
+# -- kill -9 ------------------------------------------------------------------------------------------------------------
+
+
+def lines(folder: Path, pattern: str) -> int:
+    return sum(p.read_bytes().count(b"\n") for p in folder.glob(pattern))
+
+
+def run_and_kill(file: Path, when: Callable[[], bool]) -> None:
+    """Start a run and end its whole process group with SIGKILL as soon as ``when`` holds."""
+    process = subprocess.Popen(
+        **command("run", file), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not when():
+            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+            time.sleep(0.02)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_run_ends_with_the_same_bytes(finished, planet, tmp_path):
+    whole = load_run(finished[0]).folder
+    file = write_run(tmp_path, planet)
+    folder = load_run(file).folder
+
+    run_and_kill(file, lambda: lines(folder, "metrics.jsonl") >= CHECKPOINT + 6)
+    steps = lines(folder, "metrics.jsonl") - 1
+    assert CHECKPOINT < steps < 2 * CHECKPOINT and (folder / "resume.pt").is_file() and not (folder / "model.json").exists()
+
+    run_and_kill(file, lambda: lines(folder, "cube.ledger/*.jsonl") >= 5)
+    blocks = lines(whole, "cube.ledger/*.jsonl")
+    done = lines(folder, "cube.ledger/*.jsonl")
+    assert 5 <= done < blocks - 5 and not (folder / "evaluation.json").exists()
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+    again = ai4land("run", file)
+    assert "training" not in again.stderr and f"cube: {blocks - done} blocks to do" in again.stderr
+    assert cube_bytes(folder) == cube_bytes(whole) and len(cube_bytes(whole)) > 3 * 5
+    assert cube.recorded(folder / "cube.zarr") == cube.recorded(whole / "cube.zarr")
+    assert (folder / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
+
+
+def test_no_test_year_reaches_training(finished, planet, tmp_path):
+    spoiled = tmp_path / "planet"
+    shutil.copytree(planet, spoiled)
+    rng = np.random.default_rng(0)
+    for year in TEST_YEARS:
+        with rasterio.open(spoiled / "landcover" / f"HILDAplus_{year}.tif", "r+") as raster:
+            raster.write(rng.choice(np.array([11, 22, 33, 44, 55, 66, 77], np.uint8), raster.shape), 1)
+    with netCDF4.Dataset(spoiled / "luh2" / "states.nc", "r+") as states:
+        names = [n for n in states.variables if n not in ("time", "lat", "lon", "secma", "secmb")]
+        late = [states[n][5:] for n in names]
+        for name, values in zip(names, reversed(late), strict=True):
+            states[name][5:] = values
+    file = write_run(tmp_path, spoiled)
+    ai4land("train", file)
+    run, whole = load_run(file), load_run(finished[0]).folder
+    stores = [open_store(f / "store.zarr") for f in (run.folder, whole)]
+    maps, shares = ([s[name].values for s in stores] for name in ("land_cover", "coarse"))
+    assert np.array_equal(maps[0][:5], maps[1][:5]) and (maps[0][5:] != maps[1][5:]).mean() > 0.5
+    assert np.array_equal(shares[0][:5], shares[1][:5], equal_nan=True)
+    assert (np.abs(shares[0][5:] - shares[1][5:]) > 0.01).mean() > 0.1
+    assert (run.folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert load_model(run.folder)[1] == load_model(whole)[1]
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------------
+
+
+def main(monkeypatch, capsys, *args: str | Path) -> tuple[int, str, str]:
+    """The command line in this process: exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["ai4land", *map(str, args)])
+    capsys.readouterr()
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def refused(monkeypatch, capsys, text: str, *args: str | Path) -> str:
+    """The one clear error of a command that is refused."""
+    code, out, err = main(monkeypatch, capsys, *args)
+    assert code == 1, err
+    assert err.count("error:") == 1 and "Traceback" not in err and not out
+    message = " ".join(err[err.index("error:") :].split())
+    assert text in message
+    return message
+
+
+Change = Callable[[Path], list[str] | None]
+
+
+def states_file(edit: Callable[[Any], None]) -> Change:
+    def change(planet: Path) -> None:
+        with netCDF4.Dataset(planet / "luh2" / "states.nc", "r+") as file:
+            edit(file)
+
+    return change
+
+
+def raster(name: str, edit: Callable[[np.ndarray, dict[str, Any]], np.ndarray], *overrides: str) -> Change:
+    """Write a GeoTIFF of the planet anew."""
+
+    def change(planet: Path) -> list[str]:
+        path = planet / name
+        with rasterio.open(path) as file:
+            values, profile = file.read(1), dict(file.profile)
+        profile.update(driver="GTiff", tiled=False)
+        for key in ("blockxsize", "blockysize"):
+            profile.pop(key, None)
+        values = edit(values, profile)
+        profile.update(height=values.shape[0], width=values.shape[1])
+        path.unlink()
+        with rasterio.open(path, "w", **profile) as file:
+            file.write(values, 1)
+        return list(overrides)
+
+    return change
+
+
+def moved(cells: float, *, origin: float | None = None) -> Callable[[np.ndarray, dict[str, Any]], np.ndarray]:
+    def edit(values: np.ndarray, profile: dict[str, Any]) -> np.ndarray:
+        t = profile["transform"]
+        profile["transform"] = Affine(t.a, 0, (t.c if origin is None else origin) + cells * t.a, 0, t.e, t.f)
+        return values
+
+    return edit
+
+
+def west(values: np.ndarray, profile: dict[str, Any]) -> np.ndarray:
+    return values[:, : values.shape[1] // 2]
+
+
+def coded(code: int) -> Callable[[np.ndarray, dict[str, Any]], np.ndarray]:
+    def edit(values: np.ndarray, profile: dict[str, Any]) -> np.ndarray:
+        values[40:43, 7] = code
+        return values
+
+    return edit
+
+
+def filled(value: float) -> Callable[[np.ndarray, dict[str, Any]], np.ndarray]:
+    return lambda values, profile: np.full_like(values, value)
+
+
+def cut(name: str, part: float) -> Change:
+    def change(planet: Path) -> None:
+        path = planet / name
+        path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+
+    return change
+
+
+def without(name: str) -> Change:
+    return lambda planet: (planet / name).unlink()
+
+
+def settings(*overrides: str) -> Change:
+    return lambda planet: list(overrides)
+
+
+def lessened(file: Any) -> None:
+    values = file["range"][3]
+    values[values < 2] *= 0.5
+    file["range"][3] = values
+
+
+def unmeasured(file: Any) -> None:
+    for variable in file.variables.values():
+        if variable.dimensions == ("time", "lat", "lon"):
+            variable.units = "hectares"
+
+
+MAP = "landcover/HILDAplus_{}.tif"
+BAD: dict[str, tuple[Change, str]] = {
+    "a state is missing": (
+        states_file(lambda f: f.renameVariable("c3nfx", "beans")),
+        "states.nc lacks the states ['c3nfx']",
+    ),
+    "wrong units": (states_file(unmeasured), "are 'hectares', expected 1, percent or km2: wrong units"),
+    "km2 without the side of a cell": (settings("scenario.units=km2"), "wrong units; if the values are km2"),
+    "shares do not sum": (states_file(lessened), "expected 1 - icwtr ="),
+    "scenario is cut off": (cut("luh2/states.nc", 0.6), "states.nc is truncated or not NetCDF"),
+    "scenario lacks years": (settings("reconstruct.years=2003-2009"), "years are [2008, 2009], expected years of"),
+    "scenario is not there": (settings("scenario.paths=[luh2/none.nc]"), "luh2/none.nc does not exist"),
+    "crosswalk is unknown": (settings("scenario.crosswalk=mine"), "crosswalk is 'mine', expected one of"),
+    "maps lack a year": (without(MAP.format(2006)), "land-cover maps of [2006] are needed"),
+    "unknown code in the reference map": (raster(MAP.format(2004), coded(9)), "holds class codes 9 (3 cells)"),
+    "unknown code in a later map": (raster(MAP.format(2007), coded(9)), "holds class codes 9 (3 cells)"),
+    "map half a cell off": (raster(MAP.format(2004), moved(0.5)), "half-pixel shift"),
+    "map in 0..360": (raster(MAP.format(2002), moved(0, origin=0.0)), "longitudes run 0..360"),
+    "map elsewhere": (raster(MAP.format(2004), west, "grid.bbox=[0, 0, 90, 90]"), "does not meet the grid"),
+    "map is cut off": (cut(MAP.format(2004), 0.7), "HILDAplus_2004.tif is truncated"),
+    "map without land": (raster(MAP.format(2004), filled(0)), "is all nodata on the grid"),
+    "static layer is empty": (raster("static/soil_depth.tif", filled(np.nan)), "soil_depth.tif is all nodata"),
+    "static layer of a catalogue is empty": (
+        raster("static/temperature.tif", filled(np.nan)),
+        "static layer temperature is all nodata on the mapped cells",
+    ),
+    "static layer is infinite": (raster("static/soil_depth.tif", filled(np.inf)), "soil_depth.tif is all nodata"),
+    "static layer is cut off": (cut("static/soil_depth.tif", 0.7), "soil_depth.tif is truncated"),
+    "static layer half a cell off": (
+        raster("static/soil_depth.tif", moved(0.5), "static.3={name: soil_depth, path: static/soil_depth.tif, resampling: exact}"),
+        "static",
+    ),
+    "collection is unknown": (
+        settings("static=[{name: x, catalog: catalog/catalog.json, collection: ice, asset: x}]"),
+        "collection is 'ice', expected one of",
+    ),
+    "nothing to stop training by": (settings("split.validation=null"), "neither validation years nor validation cells"),
+    "years that training has seen": (settings("split.test.years=2003-2005"), "test scores years [2003]"),
+    "override of an unknown key": (settings("train.stepz=5"), "train.stepz: Extra inputs are not permitted"),
+    "override without a value": (settings("train.steps"), "override is 'train.steps', expected key=value"),
+    "value of another kind": (settings("train.steps=many"), "train.steps: Input should be a valid integer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_any_work(planet, tmp_path, monkeypatch, capsys, case):
+    change, text = BAD[case]
+    shutil.copytree(planet, tmp_path / "planet")
+    overrides = change(tmp_path / "planet") or []
+    file = write_run(tmp_path, tmp_path / "planet")
+    before = contents(tmp_path / "planet")
+    refused(monkeypatch, capsys, text, "run", file, *overrides)
+    assert not [p for p in (tmp_path / "runs").rglob("*") if p.is_file()]
+    assert contents(tmp_path / "planet") == before
