@@ -123,11 +123,9 @@ def write_store(
             fields[index] = _static(layer, mask, grid, tell)
         static[...] = fields
         cover = create("land_cover", (len(observed_years),), ("observed_year",), "uint8", legend.fill.code, 0)
-        for index, (year, codes) in enumerate(maps):
-            if year != observed_years[index]:
-                raise DataError(
-                    f"maps come with year {year}, expected {observed_years[index]}; give them in the order of the years"
-                )
+        for index, (wanted, (year, codes)) in enumerate(zip(observed_years, maps, strict=True)):
+            if year != wanted:
+                raise DataError(f"maps come with year {year}, expected {wanted}; give them in the order of the years")
             if not (codes[mask] != legend.fill.code).any():
                 raise DataError(f"map of {year} has no class on any mapped cell, expected land; look at the file")
             cover[index] = codes

@@ -68,7 +68,6 @@ class LandCoverConfig(_Model):
     legend: str
     variable: str | None = None
     resampling: Literal["exact", "nearest", "mode"] = "exact"
-    years: Years | None = None
 
 
 class Luh2Config(_Model):
@@ -122,6 +121,8 @@ class StaticLayer(_Model):
         stac = (self.catalog, self.collection, self.asset)
         if (self.path is None) == (stac == (None, None, None)) or (self.path is None and None in stac):
             raise ValueError(f"static layer {self.name} needs either a path, or catalog, collection and asset")
+        if self.categorical and self.resampling in ("bilinear", "average"):
+            raise ValueError(f"static layer {self.name} is categorical with resampling {self.resampling}, expected nearest, mode or exact")
         return self
 
     @property

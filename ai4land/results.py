@@ -86,12 +86,18 @@ def evaluate(run: RunConfig, *, tell: Callable[[str], None] = _log.info) -> dict
     DataError
         If a cube is not there or not finished.
     MismatchError
-        If the store was made with another configuration.
+        If the store was made, or the model trained, with another configuration.
     """
     for path, *_ in cubes_of(run).values():
         cube.open_cube(path)
     source = Source(align(run, tell=tell))
     split = split_of(run, source.grid)
+    saved, trained = load_split(run.folder / "splits.json").hash, load_card(run.folder).split
+    if not split.hash == saved == trained:
+        raise MismatchError(
+            f"model in {run.folder} was trained with split {trained}, expected {split.hash} as in the run file (splits.json has {saved}); "
+            "restore the run file, or train again under another name"
+        )
     result: dict[str, Any] = {}
     for name, scored, role in (("validation", split.validation, VALIDATION), ("test", split.test, TEST)):
         if scored is None:
@@ -235,17 +241,17 @@ def plan(run: RunConfig) -> Iterator[tuple[str, str]]:
         "network",
         f"halo {net.halo} cells: each shard is read {((grid.shard + 2 * net.halo) / grid.shard) ** 2:.2f} times its size",
     )
-    for name, (path, reference, years) in cubes_of(run).items():
+    for path, reference, years in cubes_of(run).values():
         raw = len(years) * rows * cols * (legend.n + 2) / 1e9
         text = f"{len(years)} years from the map of {reference}, at most {raw:.2f} GB before compression"
         if aligned:
             every = plan_blocks(store, years=years, window=run.reconstruct.window)
             left = plan_blocks(store, years=years, window=run.reconstruct.window, done=cube.recorded(path))
             text += f"; {len(every) - len(left)} of {len(every)} blocks done"
-        yield name, text
+        yield path.name, text
     for name, scored in (("validation", split.validation), ("test", split.test)):
         if scored is not None:
-            yield name, f"{len(scored.years)} years from the map of {scored.reference}"
+            yield f"score {name}", f"{len(scored.years)} years from the map of {scored.reference}"
 
 
 def _done(path: Path) -> str:

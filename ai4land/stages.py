@@ -6,10 +6,9 @@ the last place that knows configuration objects: what it calls takes plain value
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -413,15 +412,3 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
             left.unlink()
         cube.finish(path)
     return run.folder / "cube.zarr"
-
-
-def iter_codes(path: Path) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Read the class codes of a cube year by year, whole maps."""
-    ds = cube.open_cube(path)
-    for i, year in enumerate(ds["year"].values):
-        yield int(year), ds["land_cover"][i].values
-
-
-def save_json(path: Path, value: Any) -> None:
-    """Write JSON for people and programs."""
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

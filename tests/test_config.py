@@ -99,6 +99,7 @@ def test_bad_overrides_are_refused_by_name(override, message):
         ({"name": "x", "path": "a.tif", "catalog": "c"}, "needs either a path"),
         ({"name": "x", "catalog": "c", "asset": "a"}, "needs either a path"),
         ({"name": "a b", "path": "a.tif"}, "String should match"),
+        ({"name": "x", "path": "a.tif", "categorical": True, "resampling": "bilinear"}, "expected nearest, mode or exact"),
     ],
 )
 def test_static_layers_need_one_source(layer, message, tmp_path):

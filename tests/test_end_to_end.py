@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from affine import Affine
 
 from ai4land import cli, cube
 from ai4land.align import open_store
-from ai4land.checkpoint import load_model
+from ai4land.checkpoint import load_model, save_model
 from ai4land.config import load_run
 from ai4land.splits import load_split
 from ai4land.synthetic import make_planet
@@ -106,9 +107,7 @@ def contents(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
 
 
 def cube_bytes(run: Path) -> dict[str, bytes]:
-    return {
-        f"{name}/{k}": v for name in ("cube.zarr", "validation.zarr") for k, v in contents(run / name, "*/c/**/*").items()
-    }
+    return {f"{name}/{k}": v for name in ("cube.zarr", "validation.zarr") for k, v in contents(run / name, "*/c/**/*").items()}
 
 
 @pytest.fixture(scope="session")
@@ -322,8 +321,9 @@ def refused(monkeypatch, capsys, text: str, *args: str | Path) -> str:
     """The one clear error of a command that is refused."""
     code, out, err = main(monkeypatch, capsys, *args)
     assert code == 1, err
-    assert err.count("error:") == 1 and "Traceback" not in err and not out
-    message = " ".join(err[err.index("error:") :].split())
+    first = [n for n, line in enumerate(err.splitlines()) if line.startswith("error: ")]
+    assert len(first) == 1 and "Traceback" not in err and not out
+    message = " ".join(" ".join(err.splitlines()[first[0] :]).split())
     assert text in message
     return message
 
@@ -441,15 +441,15 @@ BAD: dict[str, tuple[Change, str]] = {
     "static layer is infinite": (raster("static/soil_depth.tif", filled(np.inf)), "soil_depth.tif is all nodata"),
     "static layer is cut off": (cut("static/soil_depth.tif", 0.7), "soil_depth.tif is truncated"),
     "static layer half a cell off": (
-        raster("static/soil_depth.tif", moved(0.5), "static.3={name: soil_depth, path: static/soil_depth.tif, resampling: exact}"),
-        "static",
+        raster("static/soil_depth.tif", moved(0.5), "static=[{name: soil, path: static/soil_depth.tif, resampling: exact}]"),
+        "soil_depth.tif lies 0.50 x 0.00 cells off the lattice of the grid, expected 0: half-pixel shift",
     ),
     "collection is unknown": (
         settings("static=[{name: x, catalog: catalog/catalog.json, collection: ice, asset: x}]"),
         "collection is 'ice', expected one of",
     ),
     "nothing to stop training by": (settings("split.validation=null"), "neither validation years nor validation cells"),
-    "years that training has seen": (settings("split.test.years=2003-2005"), "test scores years [2003]"),
+    "years that training has seen": (settings("split.test={reference: 2002, years: 2003-2005}"), "test scores years [2003]"),
     "override of an unknown key": (settings("train.stepz=5"), "train.stepz: Extra inputs are not permitted"),
     "override without a value": (settings("train.steps"), "override is 'train.steps', expected key=value"),
     "value of another kind": (settings("train.steps=many"), "train.steps: Input should be a valid integer"),
@@ -466,3 +466,117 @@ def test_bad_input_is_refused_before_any_work(planet, tmp_path, monkeypatch, cap
     refused(monkeypatch, capsys, text, "run", file, *overrides)
     assert not [p for p in (tmp_path / "runs").rglob("*") if p.is_file()]
     assert contents(tmp_path / "planet") == before
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("name: [tiny", "run.yaml is not YAML"),
+        ("- tiny", "run.yaml holds list, expected keys such as name, grid and train"),
+        ("name: tiny\ntrian: {}", "trian: Extra inputs are not permitted"),
+        ("name: tiny", "grid: Field required"),
+        (None, "run.yaml does not exist; give a YAML file"),
+    ],
+)
+def test_broken_run_file_is_refused(tmp_path, monkeypatch, capsys, text, wanted):
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    refused(monkeypatch, capsys, wanted, "plan", tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(("verb", "wanted"), [("reconstruct", "no model in"), ("evaluate", "no cube at")])
+def test_stage_without_the_one_before_is_refused(planet, tmp_path, monkeypatch, capsys, verb, wanted):
+    refused(monkeypatch, capsys, wanted, verb, write_run(tmp_path, planet))
+    assert not (tmp_path / "runs").exists()
+
+
+def retrained(folder: Path) -> None:
+    """Put another model of the same form in place of the one of a run."""
+    model, card = load_model(folder)
+    save_model(folder, {k: v + 0.01 if v.is_floating_point() else v for k, v in model.state_dict().items()}, card)
+
+
+def half_written(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def unfinished(folder: Path) -> None:
+    (folder / "model.json").unlink()
+
+
+def lost(folder: Path) -> None:
+    shutil.rmtree(folder / "cube.ledger")
+
+
+MINE: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
+    "another static layer": (
+        lambda _: None,
+        ["run", "static=[{name: soil_depth, path: static/soil_depth.tif}]"],
+        "store.zarr was made with another configuration (it differs in static)",
+    ),
+    "another reference map": (lambda _: None, ["run", "reconstruct.reference=2003"], "(it differs in reference)"),
+    "years that the store lacks": (
+        lambda _: None,
+        ["run", "reconstruct.years=2000-2007", "split.train=2001-2003", "split.test.years=2005-2008"],
+        "store.zarr was made for other years and lacks the land-cover maps [2008]",
+    ),
+    "another training of a finished run": (
+        lambda _: None,
+        ["run", "train.learning_rate=0.1", "split.max_lead=2"],
+        "was begun with another configuration (split.max_lead is 2, was 3; train.learning_rate is 0.1, was 0.02)",
+    ),
+    "another training of an unfinished run": (unfinished, ["train", "train.seed=5"], "(train.seed is 5, was 2)"),
+    "another model than the cube's": (
+        retrained,
+        ["reconstruct"],
+        "cube.zarr was begun with another configuration (it differs in model)",
+    ),
+    "more years than the cube has": (lambda _: None, ["run", "reconstruct.years=2002-2007"], "(it differs in years)"),
+    "weights that are cut off": (half_written, ["reconstruct"], "do not have the checksum of model.json"),
+    "evaluation of an unfinished cube": (lost, ["evaluate"], "finish it with: ai4land reconstruct"),
+    "evaluation of other years": (lambda _: None, ["evaluate", "split.test.years=2005-2006"], "was trained with split"),
+    "evaluation with another store": (lambda _: None, ["evaluate", "grid.shard=96"], "(it differs in grid)"),
+}
+
+
+@pytest.mark.parametrize("case", MINE)
+def test_finished_run_is_not_touched_by_another_configuration(copied, monkeypatch, capsys, case):
+    spoil, (verb, *overrides), text = MINE[case]
+    folder = load_run(copied).folder
+    spoil(folder)
+    before = contents(folder)
+    refused(monkeypatch, capsys, text, verb, copied, *overrides)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("static=[{name: soil_depth, path: static/soil_depth.tif}]", "checkpoint has static maps ['elevation', 'temperature'"),
+        ("landcover.legend=mine.yaml", "checkpoint has legend ('hildaplus', [11,"),
+        ("grid.factor=16", "checkpoint has fine cells in a coarse cell 8, expected 16"),
+    ],
+)
+def test_checkpoint_of_another_kind_is_refused_before_the_store_is_made(copied, planet, monkeypatch, capsys, override, text):
+    folder = load_run(copied).folder
+    other = folder.with_name("other")
+    other.mkdir()
+    for name in ("model.json", "model.safetensors"):
+        shutil.copy(folder / name, other)
+    data = folder.with_name("data")
+    shutil.copytree(planet, data)
+    legend = Path(str(files("ai4land"))) / "data" / "legends" / "hildaplus.yaml"
+    shutil.copy(legend, data / "mine.yaml")
+    refused(monkeypatch, capsys, text, "reconstruct", copied, "name=other", f"data={data}", override)
+    assert sorted(p.name for p in other.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_a_foreign_model_is_not_trained_over(copied, monkeypatch, capsys):
+    folder = load_run(copied).folder
+    shutil.copytree(folder, folder.with_name("other"))
+    for name in ("config.yaml", "resume.pt"):
+        (folder.with_name("other") / name).unlink()
+    before = contents(folder.with_name("other"))
+    refused(monkeypatch, capsys, "no config.yaml that tells which", "train", copied, "name=other", "train.steps=7")
+    assert contents(folder.with_name("other")) == before

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ai4land import cube, results, stages
+from ai4land.align import Layer, open_store, write_store
+from ai4land.checkpoint import Card, save_model
+from ai4land.config import RunConfig
+from ai4land.errors import DataError, MismatchError
+from ai4land.features import fit_spec
+from ai4land.grid import COARSE_DIMS, FINE_DIMS, block_sum
+from ai4land.legend import load_legend
+from ai4land.reconstruct import Source, plan_blocks
+from ai4land.unet import UNet
+
+YEARS = [2000, 2001, 2002, 2003]
+
+
+def run_in(folder: Path, **changes: Any) -> RunConfig:
+    values: dict[str, Any] = {
+        "name": "small",
+        "title": "A small run",
+        "runs": str(folder),
+        "grid": {"bbox": [-180, -90, 180, 90], "coarse_cell": 22.5, "factor": 8, "shard": 32},
+        "landcover": {"source": "maps/{year}.tif", "legend": "hildaplus"},
+        "scenario": {"kind": "shares", "path": "s.nc", "variable": "v"},
+        "static": [{"name": "height", "path": "h.tif"}, {"name": "zone", "path": "z.tif", "categorical": True}],
+        "split": {
+            "train": [2000],
+            "max_lead": 0,
+            "validation": {"reference": 2000, "years": 2001},
+            "test": {"reference": 2001, "years": [2002, 2003]},
+        },
+        "model": {"base": 4, "depth": 2},
+        "train": {"patch": 32, "steps": 10},
+        "reconstruct": {"reference": 2001, "years": YEARS, "window": 2},
+    }
+    return RunConfig.model_validate({**values, **changes})
+
+
+def prepare(run: RunConfig, store: Path) -> None:
+    """Give a run a store, a split and an untrained model, as if they had been made for it."""
+    shutil.copytree(store, run.folder / "store.zarr")
+    zarr.open_group(run.folder / "store.zarr", mode="r+").attrs["identity"] = stages._identity(run)
+    split = stages.split_of(run, stages.grid_of(run))
+    split.save(run.folder / "splits.json")
+    source, data = Source(store), open_store(store)
+    spec = fit_spec(data, cells=split.roles == 0, pairs=split.pairs, codes=source.legend.codes.tolist(), factor=8)
+    channels = {"static_channels": len(spec.static_names), "coarse_channels": len(spec.coarse_names)}
+    model = UNet(**channels, classes=7, factor=8, base=4, depth=2)
+    about = {"legend": source.legend, "spec": spec, "network": model.settings, "cell": (1.0, 1.0), "store": ""}
+    save_model(run.folder, model.state_dict(), Card(**about, weights="", split=split.hash, training={}))
+
+
+def make_cube(run: RunConfig, name: str, *, observed: bool, keep: int | None = None) -> None:
+    """Write a cube that holds the observed maps, or the reference map in every year."""
+    path, reference, years = stages.cubes_of(run)[name]
+    source = Source(run.folder / "store.zarr")
+    cube.create(path, grid=source.grid, legend=source.legend, years=years, identity={}, title="t", source="s")
+    for block in plan_blocks(run.folder / "store.zarr", years=years, window=2)[:keep]:
+        index = np.stack([source.map_of(y if observed else reference, block.window) for y in block.years])
+        unit = np.where(index[:, None] == 255, 255, 250 * (np.arange(7)[None, :, None, None] == index[:, None]))
+        confidence = np.where(index == 255, 255, 250).astype(np.uint8)
+        codes = source.legend.decode(index)
+        digest = cube.write_block(path, block, land_cover=codes, fraction=unit.astype(np.uint8), confidence=confidence)
+        cube.record(path, block, digest)
+
+
+@pytest.fixture
+def run(tiny_store, tmp_path) -> RunConfig:
+    run = run_in(tmp_path)
+    prepare(run, tiny_store.path)
+    return run
+
+
+# -- plan ---------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_before_anything_is_done(tmp_path):
+    lines = list(results.plan(run_in(tmp_path / "runs")))
+    plan = dict(lines)
+    assert len(plan) == len(lines)
+    assert plan["grid"].startswith("64 x 128 fine cells of 2.8125, 8 x 16 coarse cells, 8 shards of 32")
+    assert plan["legend"] == "hildaplus: 7 classes; scenario: shares; 2 static maps"
+    assert plan["align"].startswith("to do") and "done" not in plan["train"]
+    assert "4 years from the map of 2001" in plan["cube.zarr"] and "blocks" not in plan["cube.zarr"]
+    assert "2 years from the map of 2001" in plan["score test"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_plan_counts_what_is_done(run):
+    (run.folder / "model.json").unlink()
+    assert not dict(results.plan(run))["train"].endswith("done")
+    blocks = len(plan_blocks(run.folder / "store.zarr", years=YEARS, window=2))
+    assert f"0 of {blocks} blocks done" in dict(results.plan(run))["cube.zarr"]
+    make_cube(run, "cube", observed=True, keep=3)
+    (run.folder / "model.json").write_text("{}")
+    plan = dict(results.plan(run))
+    assert f"3 of {blocks} blocks done" in plan["cube.zarr"] and plan["align"] == "done" and plan["train"].endswith("; done")
+
+
+def test_plan_knows_a_legend_beside_the_data(tmp_path):
+    text = "title: two\nfill: {code: 0, name: sea, colour: '#ffffff'}\nclasses:\n"
+    text += "".join(f"  - {{code: {c}, name: c{c}, colour: '#00000{c}'}}\n" for c in (1, 2))
+    (tmp_path / "two.yaml").write_text(text)
+    run = run_in(tmp_path / "runs", data=str(tmp_path), landcover={"source": "x", "legend": "two.yaml"})
+    assert dict(results.plan(run))["legend"].startswith("two: 2 classes")
+
+
+# -- scores and figures -------------------------------------------------------------------------------------------------
+
+
+def test_cube_of_the_observed_maps_scores_full_marks(run):
+    for name in ("cube", "validation"):
+        make_cube(run, name, observed=True)
+    scores = results.evaluate(run)
+    assert json.loads((run.folder / "evaluation.json").read_text()) == scores
+    for split in ("validation", "test"):
+        model, still = scores[split]["model"], scores[split]["persistence"]
+        assert model["overall_accuracy"] == model["figure_of_merit"] == model["macro_f1"] == 1
+        assert model["quantity_disagreement"] == model["allocation_disagreement"] == model["unpredicted_share"] == 0
+        assert still["overall_accuracy"] < 1 and still["figure_of_merit"] == 0
+        assert model["coarse_error"] < still["coarse_error"]
+    assert list(scores["test"]["model"]["per_year"]) == ["2002", "2003"]
+
+
+def test_cube_that_never_changes_scores_like_persistence(run):
+    for name in ("cube", "validation"):
+        make_cube(run, name, observed=False)
+    scores = results.evaluate(run)
+    assert scores["test"]["model"] == scores["test"]["persistence"] != scores["test"]["proportional"]
+
+
+def test_figures_are_drawn(run):
+    for name in ("cube", "validation"):
+        make_cube(run, name, observed=True)
+    rows = [{"step": 0, "validation_loss": 1.0}, {"step": 1, "loss": 0.5, "lr": 0.1}, {"step": 2, "loss": 0.4, "lr": 0.1}]
+    rows[2] |= {"validation_loss": 0.6, "validation_accuracy": 0.5, "validation_figure_of_merit": 0.1}
+    rows[0] |= {"validation_accuracy": 0.4, "validation_figure_of_merit": 0.0}
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    results.evaluate(run)
+    made = {p.name: p.read_bytes() for p in (run.folder / "figures").iterdir()}
+    assert made.keys() == {"map.png", "change.png", "curves.png", "test_by_year.png"}
+    assert all(data.startswith(b"\x89PNG") and len(data) > 2000 for data in made.values())
+
+
+def test_unfinished_cube_is_not_scored(run):
+    make_cube(run, "cube", observed=True, keep=2)
+    make_cube(run, "validation", observed=True)
+    with pytest.raises(DataError, match="lacks 2002 of shard"):
+        results.evaluate(run)
+    assert not (run.folder / "evaluation.json").exists()
+
+
+def test_absent_cube_is_named_before_anything_is_aligned(tmp_path):
+    run = run_in(tmp_path)
+    with pytest.raises(DataError, match=r"no cube at .*cube\.zarr"):
+        results.evaluate(run)
+    assert not run.folder.exists()
+
+
+def test_store_of_another_configuration_is_not_scored(run):
+    for name in ("cube", "validation"):
+        make_cube(run, name, observed=True)
+    other = run.model_copy(update={"static": run.static[:1]})
+    with pytest.raises(MismatchError, match="differs in static"):
+        results.evaluate(other)
+
+
+def test_years_that_are_not_those_of_the_training_are_not_scored(run):
+    for name in ("cube", "validation"):
+        make_cube(run, name, observed=True)
+    test = run.split.test.model_copy(update={"years": [2003]})
+    other = run.model_copy(update={"split": run.split.model_copy(update={"test": test})})
+    with pytest.raises(MismatchError, match="was trained with split"):
+        results.evaluate(other)
+    assert not (run.folder / "evaluation.json").exists()
+
+
+# -- wanted shares ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def all_land(tmp_path_factory) -> RunConfig:
+    """A run whose map has a class everywhere and whose scenario is the class shares of the map."""
+    run = run_in(tmp_path_factory.mktemp("land"))
+    grid, legend = stages.grid_of(run), load_legend("hildaplus")
+    rng = np.random.default_rng(0)
+    index = rng.integers(0, legend.n, (len(YEARS), *grid.shape)).astype(np.uint8)
+    shares = np.stack([[block_sum((m == k).astype(float), 8) / 64 for k in range(legend.n)] for m in index])
+    coords = grid.coords()
+    coarse = xr.DataArray(
+        shares.astype(np.float32),
+        dims=("year", "state", *COARSE_DIMS),
+        coords={"year": YEARS, "state": [str(c) for c in legend.codes], **{d: coords[d] for d in COARSE_DIMS}},
+    )
+    flat = xr.DataArray(np.ones(grid.shape, np.float32), dims=FINE_DIMS, coords={d: coords[d] for d in FINE_DIMS})
+    write_store(
+        run.folder / "store.zarr",
+        grid=grid,
+        legend=legend,
+        mask=np.ones(grid.shape, bool),
+        maps=zip(YEARS, legend.decode(index), strict=True),
+        observed_years=YEARS,
+        coarse=coarse,
+        layers=[Layer(name, False, lambda: flat) for name in ("height", "zone")],
+        identity=stages._identity(run),
+    )
+    return run
+
+
+def shares_of(run: RunConfig, reference: int = 2001) -> results._Shares:
+    return results._Shares(run, Source(run.folder / "store.zarr"), reference)
+
+
+def test_wanted_is_the_scenario_where_it_agrees_with_the_map(all_land):
+    shares = shares_of(all_land)
+    coarse = open_store(all_land.folder / "store.zarr")["coarse"]
+    for year in (2001, 2000, 2003):
+        wanted = shares.wanted(year)
+        assert np.abs(wanted - coarse.sel(year=year).values).max() < 1e-6
+        assert np.allclose(wanted.sum(axis=0), 1)
+    assert np.abs(shares.wanted(2003) - shares.wanted(2000)).max() > 0.01
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rate=st.floats(0, 0.9), to=st.integers(0, 6))
+def test_wanted_follows_the_change_of_a_scenario_of_another_level(all_land, tmp_path, rate, to):
+    path = tmp_path / "small" / "store.zarr"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(all_land.folder / "store.zarr", path)
+    array = zarr.open_group(path, mode="r+")["coarse"]
+    values = np.zeros(array.shape, np.float32)
+    values[:, to], values[:, (to + 1) % 7] = rate, 1 - rate
+    array[...] = values
+    run = run_in(tmp_path)
+    shares = shares_of(run)
+    assert np.allclose(shares.wanted(2003), shares.observed)
+    values[-1, to], values[-1, (to + 1) % 7] = rate + 0.05, 1 - rate - 0.05
+    array[...] = values
+    wanted = shares_of(run).wanted(2003)
+    assert np.allclose(wanted.sum(axis=0), 1) and (wanted >= 0).all()
+    enough = shares.observed[(to + 1) % 7] >= 0.06
+    assert enough.any() and np.allclose((wanted - shares.observed)[to][enough], 0.05, atol=1e-6)
+
+
+def test_cells_without_a_map_want_nothing(run):
+    wanted = shares_of(run).wanted(2003)
+    mask = open_store(run.folder / "store.zarr")["mask"].values
+    empty = block_sum(mask.astype(int), 8) == 0
+    assert empty.any() and np.isnan(wanted[:, empty]).all() and np.isfinite(wanted[:, ~empty]).any()
