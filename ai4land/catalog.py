@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from odc.geo.crs import CRS
 from pystac_client import Client
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
+from pystac_client.warnings import FallbackToPystac
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import FINE_DIMS, Grid
@@ -229,11 +231,14 @@ def _search(catalog: str, collection: str, boxes: list[Bounds], years: list[int]
     root = pystac.read_dict(landing, href=_local(href) or href, stac_io=io)
     if not isinstance(root, pystac.Catalog):
         raise DataError(f"{catalog} is a STAC {type(root).__name__}, expected a catalogue or a collection; give its catalog.json")
-    below = [root] if isinstance(root, pystac.Collection) else []
-    every = {c.id: c for c in (*below, *root.get_all_collections())}
-    if collection not in every:
-        raise _no_collection(catalog, collection, list(every))
-    return list(every[collection].get_items(recursive=True))
+    with warnings.catch_warnings():
+        # A static catalogue is walked: that is what pystac-client warns about.
+        warnings.simplefilter("ignore", FallbackToPystac)
+        below = [root] if isinstance(root, pystac.Collection) else []
+        every = {c.id: c for c in (*below, *root.get_all_collections())}
+        if collection not in every:
+            raise _no_collection(catalog, collection, list(every))
+        return list(every[collection].get_items(recursive=True))
 
 
 def _no_collection(catalog: str, collection: str, known: list[str]) -> DataError:

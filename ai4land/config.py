@@ -122,7 +122,9 @@ class StaticLayer(_Model):
         if (self.path is None) == (stac == (None, None, None)) or (self.path is None and None in stac):
             raise ValueError(f"static layer {self.name} needs either a path, or catalog, collection and asset")
         if self.categorical and self.resampling in ("bilinear", "average"):
-            raise ValueError(f"static layer {self.name} is categorical with resampling {self.resampling}, expected nearest, mode or exact")
+            raise ValueError(
+                f"static layer {self.name} is categorical with resampling {self.resampling}, expected nearest, mode or exact"
+            )
         return self
 
     @property
