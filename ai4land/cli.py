@@ -136,9 +136,9 @@ def align(run: RunFile, overrides: Overrides = None) -> None:
 
     Example: ai4land align pipelines/bavaria.yaml
     """
-    from ai4land import stages
+    from ai4land import inputs
 
-    _out.print(str(stages.align(load_run(run, overrides or []), tell=_tell)), soft_wrap=True)
+    _out.print(str(inputs.align(load_run(run, overrides or []), tell=_tell)), soft_wrap=True)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land import cube, plot, stages
+from ai4land import cube, plot
 from ai4land.align import open_store
 from ai4land.baselines import proportional_allocation
 from ai4land.checkpoint import load_card, write_atomically
@@ -19,12 +19,12 @@ from ai4land.config import RunConfig
 from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import evaluate_years
 from ai4land.grid import Window
+from ai4land.inputs import align, crosswalk_of, cubes_of, grid_of, legend_of, split_of
 from ai4land.legend import MISSING
 from ai4land.reconstruct import Source, plan_blocks
 from ai4land.scenario import class_shares as scenario_shares
 from ai4land.scores import class_shares
 from ai4land.splits import TEST, VALIDATION, Scored, load_split
-from ai4land.stages import align, crosswalk_of, cubes_of, grid_of, split_of
 from ai4land.unet import UNet
 
 _log = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ def plan(run: RunConfig) -> Iterator[tuple[str, str]]:
 
     Reads no more than the run file, the store's mask and the ledgers.
     """
-    grid, legend = grid_of(run), stages.legend_of(run)
+    grid, legend = grid_of(run), legend_of(run)
     split = split_of(run, grid)
     rows, cols = grid.shape
     crows, ccols = grid.coarse.shape

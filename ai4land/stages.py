@@ -1,4 +1,4 @@
-"""The stages of a run: from a run's configuration to calls of the functions that do the work.
+"""The stages that compute: training and reconstruction, from a run's configuration to calls of what does the work.
 
 Each stage looks whether its result is there and is that of this configuration, and does only what is missing. This is
 the last place that knows configuration objects: what it calls takes plain values.
@@ -19,226 +19,23 @@ import xarray as xr
 import yaml
 from numpy.typing import NDArray
 
-from ai4land import cube, scenario
-from ai4land.align import Layer, check_identity, open_store, write_store
+from ai4land import cube
+from ai4land.align import open_store
 from ai4land.batch import PatchLoader
-from ai4land.catalog import find_items, load_asset
 from ai4land.checkpoint import Card, check_fits, load_card, load_model, load_state, save_model
-from ai4land.config import ChangeConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer, digest
-from ai4land.errors import ConfigError, DataError, MismatchError
+from ai4land.config import RunConfig, digest
+from ai4land.errors import MismatchError
 from ai4land.features import fit_spec
-from ai4land.grid import Grid, block_sum, make_grid
-from ai4land.landcover import available_years, iter_maps
-from ai4land.legend import MISSING, Crosswalk, Legend, load_crosswalk, load_legend
+from ai4land.grid import Grid
+from ai4land.inputs import Tell, align, cubes_of, grid_of, identity_of, legend_of, split_of
+from ai4land.legend import Legend
 from ai4land.losses import class_weights
-from ai4land.luh2 import open_states
-from ai4land.raster import open_raster
 from ai4land.reconstruct import Job, Source, plan_blocks, run_blocks
-from ai4land.splits import TRAIN, VALIDATION, Scored, Split, make_split
+from ai4land.splits import TRAIN, VALIDATION, Split
 from ai4land.train import Schedule, fit
 from ai4land.unet import UNet
 
 _log = logging.getLogger(__name__)
-
-Tell = Callable[[str], None]
-
-
-def grid_of(run: RunConfig) -> Grid:
-    """Make the grid of a run."""
-    g = run.grid
-    return make_grid(g.bbox, coarse_cell=g.coarse_cell, factor=g.factor, shard=g.shard, origin=g.origin, crs=g.crs)
-
-
-def legend_of(run: RunConfig) -> Legend:
-    """Load the legend of a run."""
-    name = run.landcover.legend
-    return load_legend(run.path(name) if name.endswith(".yaml") else name)
-
-
-def split_of(run: RunConfig, grid: Grid) -> Split:
-    """Make the split of a run, and check that something decides when training stops."""
-    s = run.split
-    scored = [None if e is None else Scored(e.reference, tuple(e.years)) for e in (s.validation, s.test)]
-    rows, cols = grid.coarse.shape
-    split = make_split(
-        (int(rows), int(cols)),
-        train=s.train,
-        max_lead=s.max_lead,
-        backward=s.backward,
-        validation=scored[0],
-        test=scored[1],
-        space=None if s.space is None else s.space.model_dump(),
-        seed=run.seed,
-        wraps=grid.wraps,
-    )
-    if split.validation is None and not (split.roles == VALIDATION).any():
-        raise ConfigError(
-            "split has neither validation years nor validation cells, expected one; set split.validation or split.space"
-        )
-    return split
-
-
-def crosswalk_of(run: RunConfig, legend: Legend) -> Crosswalk:
-    """Load the crosswalk from the states of the scenario to the legend."""
-    name = run.scenario.crosswalk
-    return load_crosswalk(name if name == "identity" or not name.endswith(".csv") else run.path(name), legend)
-
-
-def cubes_of(run: RunConfig) -> dict[str, tuple[Path, int, list[int]]]:
-    """Name the cubes of a run, with the year of their reference map and their years.
-
-    The published one, and one more for each scored experiment whose reference map is another.
-    """
-    r = run.reconstruct
-    made = {"cube": (run.folder / "cube.zarr", r.reference, list(r.years))}
-    for name, experiment in (("validation", run.split.validation), ("test", run.split.test)):
-        if experiment is None:
-            continue
-        own = experiment.reference == r.reference and set(experiment.years) <= set(r.years)
-        if not own:
-            made[name] = (run.folder / f"{name}.zarr", experiment.reference, list(experiment.years))
-    return made
-
-
-# -- align --------------------------------------------------------------------------------------------------------------
-
-
-def _map_source(run: RunConfig) -> str | dict[int, Path]:
-    source = run.landcover.source
-    return run.path(source) if isinstance(source, str) else {year: Path(run.path(p)) for year, p in source.items()}
-
-
-def _identity(run: RunConfig) -> dict[str, Any]:
-    return {name: run.fingerprint(name) for name in ("grid", "landcover", "scenario", "static")} | {
-        "reference": run.reconstruct.reference
-    }
-
-
-def needed_years(run: RunConfig) -> tuple[set[int], set[int]]:
-    """List the years whose map, and whose scenario, the run uses."""
-    maps = set(run.split.train) | {run.reconstruct.reference}
-    states = set(run.split.train) | set(run.reconstruct.years) | {run.reconstruct.reference}
-    for experiment in (run.split.validation, run.split.test):
-        if experiment is not None:
-            maps |= {experiment.reference, *experiment.years}
-            states |= {experiment.reference, *experiment.years}
-    return maps, states
-
-
-def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, base: NDArray[np.uint8] | None) -> xr.DataArray:
-    s = run.scenario
-    _, years = needed_years(run)
-    if isinstance(s, Luh2Config):
-        return open_states(
-            [run.path(p) for p in s.paths],
-            static=None if s.static is None else run.path(s.static),
-            years=sorted(years),
-            grid=grid,
-            units=s.units,
-            time_units=s.time_units,
-            cell_degrees=s.cell_degrees,
-        )
-    if isinstance(s, SharesConfig):
-        return scenario.open_shares(run.path(s.path), variable=s.variable, grid=grid, years=sorted(years))
-    if base is None:
-        raise ConfigError(f"scenario changes the map of {s.base_year}, which is not among the land-cover maps; add it")
-    shares, area = _base_shares(base, grid, legend)
-    return scenario.open_change(
-        {year: Path(run.path(p)) for year, p in s.paths.items()},
-        base=shares,
-        base_year=s.base_year,
-        area=area,
-        legend=legend,
-        grid=grid,
-    )
-
-
-def _base_shares(codes: NDArray[np.uint8], grid: Grid, legend: Legend) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Area-weighted class shares of a map in each coarse cell, and its mapped area in km2."""
-    index = legend.encode(codes)
-    area = np.broadcast_to(grid.cell_areas()[:, None] / 1e6, index.shape)
-    mapped = block_sum(np.where(index != MISSING, area, 0.0), grid.factor)
-    shares = np.stack([block_sum(np.where(index == k, area, 0.0), grid.factor) for k in range(legend.n)])
-    return np.divide(shares, mapped, out=np.full_like(shares, np.nan), where=mapped > 0), mapped
-
-
-def _layer(run: RunConfig, layer: StaticLayer, grid: Grid) -> xr.DataArray:
-    method: Any = layer.method
-    if layer.path is not None:
-        return open_raster(run.path(layer.path), grid=grid, resampling=method, band=layer.band, variable=layer.variable)
-    catalog, collection, asset = str(layer.catalog), str(layer.collection), str(layer.asset)
-    west, south, east, north = grid.bounds
-    items = find_items(run.path(catalog), collection=collection, bbox=(west, south, east, north))
-    return load_asset(items, asset=asset, grid=grid, resampling=method, dtype="float32", nodata=float("nan"))
-
-
-def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
-    """Make the analysis-ready store of a run, if it is not there."""
-    path = run.folder / "store.zarr"
-    maps, states = needed_years(run)
-    if check_identity(path, _identity(run)):
-        _check_years(path, maps, states)
-        return path
-    grid, legend = grid_of(run), legend_of(run)
-    split_of(run, grid)
-    crosswalk = crosswalk_of(run, legend)
-    source, variable = _map_source(run), run.landcover.variable
-    have = available_years(source, variable=variable)
-    lacking = sorted(maps - set(have))
-    if lacking:
-        raise ConfigError(
-            f"land-cover maps of {lacking} are needed, {run.landcover.source} has {_span(have)}; change the years or the files"
-        )
-    read = partial(iter_maps, source, grid=grid, legend=legend, resampling=run.landcover.resampling, variable=variable)
-    reference = dict(read(years=[run.reconstruct.reference]))[run.reconstruct.reference]
-    base = None
-    if isinstance(run.scenario, ChangeConfig) and run.scenario.base_year in have:
-        base = dict(read(years=[run.scenario.base_year]))[run.scenario.base_year]
-    coarse = _open_scenario(run, grid, legend, base)
-    lacking = sorted(states - {int(y) for y in coarse["year"].values})
-    if lacking:
-        raise ConfigError(
-            f"scenario years {lacking} are needed, the scenario has {_span(coarse['year'].values.tolist())}; change the years or the files"
-        )
-    scenario.class_shares(coarse.isel(year=slice(0, 1)), crosswalk=crosswalk)
-    mask = reference != legend.fill.code
-    if not mask.any():
-        raise DataError(
-            f"land-cover map of {run.reconstruct.reference} has no class anywhere in {grid.bounds}; look at grid.bbox and the file"
-        )
-    years = sorted(maps | ({y for y in have if y in run.reconstruct.years}))
-    write_store(
-        path,
-        grid=grid,
-        legend=legend,
-        mask=mask,
-        maps=read(years=years),
-        observed_years=years,
-        coarse=coarse,
-        layers=[Layer(s.name, s.categorical, partial(_layer, run, s, grid)) for s in run.static],
-        identity=_identity(run),
-        progress=tell,
-    )
-    return path
-
-
-def _check_years(path: Path, maps: set[int], states: set[int]) -> None:
-    """Refuse a store that was made for other years."""
-    source = Source(path)
-    lacking = {"land-cover maps": sorted(maps - set(source.observed)), "scenario years": sorted(states - set(source.years))}
-    for what, years in lacking.items():
-        if years:
-            raise MismatchError(
-                f"store {path} was made for other years and lacks the {what} {years}; "
-                "restore the years of the run file, choose another name, or delete the store"
-            )
-
-
-def _span(years: list[int]) -> str:
-    return f"{min(years)}-{max(years)} ({len(years)} years)" if years else "none"
-
-
-# -- train --------------------------------------------------------------------------------------------------------------
 
 
 def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, dict[str, float]], None] | None = None) -> Path:
@@ -246,7 +43,7 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, di
     store_path = align(run, tell=tell)
     grid = grid_of(run)
     split = split_of(run, grid)
-    fingerprint = digest({**_identity(run), "split": split.hash, "fit": run.fingerprint("model", "train", "seed")})
+    fingerprint = _fingerprint(run, split.hash)
     if _trained(run, fingerprint):
         return run.folder
     run.save(run.folder / "config.yaml")
@@ -293,7 +90,7 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, di
             cell=(float(grid.fine.affine.a), float(-grid.fine.affine.e)),
             weights="",
             split=split.hash,
-            store=digest(_identity(run)),
+            store=digest(identity_of(run)),
             training={
                 "fingerprint": fingerprint,
                 "steps": result.steps,
@@ -306,6 +103,11 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, di
         ),
     )
     return run.folder
+
+
+def _fingerprint(run: RunConfig, split: str) -> str:
+    """Hash all that shapes the weights."""
+    return digest({**identity_of(run), "split": split, "fit": run.fingerprint("model", "train", "seed")})
 
 
 def _trained(run: RunConfig, fingerprint: str) -> bool:
@@ -375,7 +177,7 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     threads = r.threads or max(1, (os.cpu_count() or 1) // r.workers)
     work: list[tuple[Path, list[cube.Block], Job]] = []
     for name, (path, reference, years) in cubes_of(run).items():
-        identity = {"model": card.weights, "store": digest(_identity(run)), "reference": reference, "seed": run.seed}
+        identity = {"model": card.weights, "store": digest(identity_of(run)), "reference": reference, "seed": run.seed}
         cube.create(
             path,
             grid=source.grid,
@@ -411,4 +213,6 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
         for left in path.glob("*/c/**/*.partial"):
             left.unlink()
         cube.finish(path)
+    if card.training.get("fingerprint") == _fingerprint(run, card.split):
+        run.save(run.folder / "config.yaml")
     return run.folder / "cube.zarr"

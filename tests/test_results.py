@@ -12,7 +12,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ai4land import cube, results, stages
+from ai4land import cube, inputs, results
 from ai4land.align import Layer, open_store, write_store
 from ai4land.checkpoint import Card, save_model
 from ai4land.config import RunConfig
@@ -51,8 +51,8 @@ def run_in(folder: Path, **changes: Any) -> RunConfig:
 def prepare(run: RunConfig, store: Path) -> None:
     """Give a run a store, a split and an untrained model, as if they had been made for it."""
     shutil.copytree(store, run.folder / "store.zarr")
-    zarr.open_group(run.folder / "store.zarr", mode="r+").attrs["identity"] = stages._identity(run)
-    split = stages.split_of(run, stages.grid_of(run))
+    zarr.open_group(run.folder / "store.zarr", mode="r+").attrs["identity"] = inputs.identity_of(run)
+    split = inputs.split_of(run, inputs.grid_of(run))
     split.save(run.folder / "splits.json")
     source, data = Source(store), open_store(store)
     spec = fit_spec(data, cells=split.roles == 0, pairs=split.pairs, codes=source.legend.codes.tolist(), factor=8)
@@ -64,7 +64,7 @@ def prepare(run: RunConfig, store: Path) -> None:
 
 def make_cube(run: RunConfig, name: str, *, observed: bool, keep: int | None = None) -> None:
     """Write a cube that holds the observed maps, or the reference map in every year."""
-    path, reference, years = stages.cubes_of(run)[name]
+    path, reference, years = inputs.cubes_of(run)[name]
     source = Source(run.folder / "store.zarr")
     cube.create(path, grid=source.grid, legend=source.legend, years=years, identity={}, title="t", source="s")
     for block in plan_blocks(run.folder / "store.zarr", years=years, window=2)[:keep]:
@@ -194,7 +194,7 @@ def test_years_that_are_not_those_of_the_training_are_not_scored(run):
 def all_land(tmp_path_factory) -> RunConfig:
     """A run whose map has a class everywhere and whose scenario is the class shares of the map."""
     run = run_in(tmp_path_factory.mktemp("land"))
-    grid, legend = stages.grid_of(run), load_legend("hildaplus")
+    grid, legend = inputs.grid_of(run), load_legend("hildaplus")
     rng = np.random.default_rng(0)
     index = rng.integers(0, legend.n, (len(YEARS), *grid.shape)).astype(np.uint8)
     shares = np.stack([[block_sum((m == k).astype(float), 8) / 64 for k in range(legend.n)] for m in index])
@@ -214,7 +214,7 @@ def all_land(tmp_path_factory) -> RunConfig:
         observed_years=YEARS,
         coarse=coarse,
         layers=[Layer(name, False, lambda: flat) for name in ("height", "zone")],
-        identity=stages._identity(run),
+        identity=inputs.identity_of(run),
     )
     return run
 

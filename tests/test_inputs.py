@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ai4land import inputs
+from ai4land.config import RunConfig
+from ai4land.errors import ConfigError, MismatchError
+from ai4land.legend import load_legend
+from ai4land.splits import TEST, VALIDATION
+
+RUN: dict[str, Any] = {
+    "name": "small",
+    "grid": {"bbox": [-180, -90, 180, 90], "coarse_cell": 22.5, "factor": 8, "shard": 32},
+    "landcover": {"source": "maps/{year}.tif", "legend": "hildaplus"},
+    "scenario": {"kind": "luh2", "paths": ["states.nc"]},
+    "static": [{"name": "height", "path": "height.tif"}],
+    "split": {
+        "train": "2000-2002",
+        "validation": {"reference": 2002, "years": 2003},
+        "test": {"reference": 2003, "years": [2005, 2006]},
+    },
+    "train": {"patch": 32},
+    "reconstruct": {"reference": 2003, "years": "2004-2007"},
+}
+
+
+def run_of(**changes: Any) -> RunConfig:
+    return RunConfig.model_validate({**RUN, **changes})
+
+
+def test_maps_and_states_are_needed_where_they_are_used():
+    maps, states = inputs.needed_years(run_of())
+    assert maps == {2000, 2001, 2002, 2003, 2005, 2006}
+    assert states == set(range(2000, 2008))
+
+
+def test_run_without_test_years_does_not_need_their_maps():
+    maps, _ = inputs.needed_years(run_of(split={**RUN["split"], "test": None}))
+    assert maps == {2000, 2001, 2002, 2003}
+
+
+years = st.integers(1990, 2010)
+experiments = st.none() | st.fixed_dictionaries({"reference": years, "years": st.sets(years, min_size=1, max_size=4).map(sorted)})
+
+
+@given(validation=experiments, test=experiments, reference=years, made=st.sets(years, min_size=1, max_size=5).map(sorted))
+def test_every_scored_year_is_in_a_cube_from_its_reference_map(validation, test, reference, made):
+    run = run_of(
+        split={"train": [2000, 2001], "validation": validation, "test": test}, reconstruct={"reference": reference, "years": made}
+    )
+    cubes = inputs.cubes_of(run)
+    assert cubes["cube"] == (run.folder / "cube.zarr", reference, made)
+    assert len({path for path, *_ in cubes.values()}) == len(cubes)
+    for name, experiment in (("validation", run.split.validation), ("test", run.split.test)):
+        if experiment is None:
+            assert name not in cubes
+            continue
+        _, base, held = cubes.get(name, cubes["cube"])
+        assert base == experiment.reference and set(experiment.years) <= set(held)
+    maps, states = inputs.needed_years(run)
+    assert {reference} <= maps <= states and all({base, *held} <= states for _, base, held in cubes.values())
+
+
+def test_crosswalk_of_a_user_lies_beside_the_data(tmp_path: Path):
+    legend = load_legend("hildaplus")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "mine.csv").write_text("state,11,44\nprimf,0.25,0.75\nurban,1,0\n")
+    scenario = {**RUN["scenario"], "crosswalk": "tables/mine.csv"}
+    crosswalk = inputs.crosswalk_of(run_of(data=str(tmp_path), scenario=scenario), legend)
+    assert crosswalk.name == "mine" and crosswalk.matrix[0, [0, 3]].tolist() == [0.25, 0.75]
+    assert inputs.crosswalk_of(run_of(data=str(tmp_path)), legend).name == "luh2_to_hildaplus"
+    with pytest.raises(ConfigError, match=r"tables.none\.csv does not exist"):
+        inputs.crosswalk_of(run_of(data=str(tmp_path), scenario={**RUN["scenario"], "crosswalk": "tables/none.csv"}), legend)
+
+
+def test_identity_crosswalk_is_no_file():
+    shares = {"kind": "shares", "path": "s.nc", "variable": "v"}
+    legend = load_legend("lccs_level1")
+    assert np.array_equal(inputs.crosswalk_of(run_of(scenario=shares), legend).matrix, np.eye(legend.n))
+
+
+def test_legend_of_a_user_lies_beside_the_data(tmp_path: Path):
+    text = (Path(str(files("ai4land"))) / "data" / "legends" / "hildaplus.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text)
+    legend = inputs.legend_of(run_of(data=str(tmp_path), landcover={**RUN["landcover"], "legend": "mine.yaml"}))
+    assert legend.name == "mine" and np.array_equal(legend.codes, inputs.legend_of(run_of()).codes)
+
+
+def test_split_follows_the_run():
+    run = run_of()
+    grid = inputs.grid_of(run)
+    split = inputs.split_of(run, grid)
+    assert split.training_years == [2000, 2001, 2002] and not split.in_space and split.roles.shape == grid.coarse.shape
+    assert split.test is not None and split.test.years == (2005, 2006)
+    assert inputs.split_of(run_of(seed=3), grid).hash == split.hash
+
+
+def test_split_in_space_follows_the_seed():
+    space = {"block": 2, "validation": 0.2, "test": 0.2, "buffer": 0}
+    runs = [run_of(seed=seed, split={**RUN["split"], "space": space}) for seed in (0, 0, 1)]
+    first, again, other = (inputs.split_of(run, inputs.grid_of(run)) for run in runs)
+    assert first.hash == again.hash != other.hash
+    assert (first.roles == VALIDATION).any() and (first.roles == TEST).any()
+
+
+def test_split_without_anything_to_stop_by_is_refused():
+    run = run_of(split={"train": "2000-2002", "space": {"validation": 0.0}})
+    with pytest.raises(ConfigError, match="neither validation years nor validation cells"):
+        inputs.split_of(run, inputs.grid_of(run))
+
+
+def test_map_sources_are_paths_under_data():
+    run = run_of(data="/somewhere", landcover={"source": {2000: "a.tif", 2001: "/else/b.tif"}, "legend": "hildaplus"})
+    assert inputs._map_source(run) == {2000: Path("/somewhere/a.tif"), 2001: Path("/else/b.tif")}
+    assert inputs._map_source(run_of(data="/somewhere")) == str(Path("/somewhere/maps/{year}.tif"))
+
+
+def test_base_shares_are_weighted_by_area():
+    run = run_of()
+    grid, legend = inputs.grid_of(run), load_legend("hildaplus")
+    codes = np.full(grid.shape, 44, np.uint8)
+    codes[:4, :8], codes[8:16, :8] = 11, 0
+    shares, mapped = inputs._base_shares(codes, grid, legend)
+    areas = grid.cell_areas()
+    assert shares[0, 0, 0] == pytest.approx(areas[:4].sum() / areas[:8].sum(), abs=1e-12) and shares[0, 0, 0] < 0.5
+    assert np.isnan(shares[:, 1, 0]).all() and mapped[1, 0] == 0
+    assert mapped[0, 1] == pytest.approx(8 * areas[:8].sum() / 1e6)
+
+
+def test_identity_changes_with_what_the_store_is_made_from_alone():
+    same = [
+        run_of(title="x"),
+        run_of(train={"patch": 32, "steps": 5}),
+        run_of(reconstruct={**RUN["reconstruct"], "years": [2005]}),
+    ]
+    assert all(inputs.identity_of(run) == inputs.identity_of(run_of()) for run in same)
+    other = run_of(static=[{"name": "slope", "path": "s.tif"}])
+    changed = {k for k, v in inputs.identity_of(other).items() if inputs.identity_of(run_of())[k] != v}
+    assert changed == {"static"}
+
+
+def test_store_of_other_years_is_refused(tiny_store):
+    inputs._check_years(tiny_store.path, {2000, 2003}, {2001})
+    with pytest.raises(MismatchError, match=r"lacks the land-cover maps \[1999\]"):
+        inputs._check_years(tiny_store.path, {1999, 2000}, {2001})
+    with pytest.raises(MismatchError, match=r"lacks the scenario years \[2004, 2005\]"):
+        inputs._check_years(tiny_store.path, {2000}, {2003, 2004, 2005})
