@@ -224,16 +224,19 @@ def plan_blocks(path: Path | str, *, years: Iterable[int], window: int, done: It
     return blocks
 
 
-def _task(block_id: tuple[int, ...], blocks: tuple[Block, ...], job: Job) -> NDArray[np.object_]:
+def _task(part: NDArray[np.object_], job: Job) -> NDArray[np.object_]:
+    """Do the one block of a chunk of the plan; its receipt takes its place."""
     receipt = np.empty(1, dtype=object)
-    receipt[0] = reconstruct_block(blocks[block_id[0]], job)
+    receipt[0] = reconstruct_block(part[0], job)
     return receipt
 
 
 def run_blocks(
     blocks: list[Block], job: Job, *, client: Client, progress: Callable[[dict[str, Any]], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Compute blocks on a Dask cluster by ``map_blocks`` without array inputs; receipts are gathered as they come.
+    """Compute blocks on a Dask cluster by ``map_blocks`` over the plan; receipts are gathered as they come.
+
+    A task gets its block and the job, some hundred bytes, and reads what it needs itself.
 
     Raises
     ------
@@ -242,10 +245,10 @@ def run_blocks(
     """
     if not blocks:
         return []
-    plan = tuple(blocks)
-    receipts = da.map_blocks(
-        _task, dtype=object, chunks=((1,) * len(plan),), meta=np.empty(0, dtype=object), blocks=plan, job=job
-    )
+    # One chunk a block, so that a task carries its own block and not the whole plan.
+    plan = np.empty(len(blocks), dtype=object)
+    plan[:] = blocks
+    receipts = da.map_blocks(_task, da.from_array(plan, chunks=1), dtype=object, meta=np.empty(0, dtype=object), job=job)
     futures = client.compute(list(receipts.to_delayed()), retries=2)
     place = {f.key: b for f, b in zip(futures, plan, strict=True)}
     done: list[dict[str, Any]] = []
