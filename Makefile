@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-export OMP_NUM_THREADS ?= 2
 
 .PHONY: install demo test lint bench clean
 
@@ -18,7 +17,7 @@ demo: install  ## the whole path on a synthetic planet: a model, a cube, a table
 	$(BIN)/ai4land demo
 
 test: install  ## the fast tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: install  ## style and types
 	$(BIN)/ruff check .

@@ -1,32 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from test_inputs import RUN, run_of
 
 from ai4land import inputs, stages
 from ai4land.align import open_store
-from ai4land.config import RunConfig
 from ai4land.grid import FINE_DIMS
-
-RUN: dict[str, Any] = {
-    "name": "small",
-    "grid": {"bbox": [-180, -90, 180, 90], "coarse_cell": 22.5, "factor": 8, "shard": 32},
-    "landcover": {"source": "maps/{year}.tif", "legend": "hildaplus"},
-    "scenario": {"kind": "luh2", "paths": ["states.nc"]},
-    "static": [{"name": "height", "path": "height.tif"}],
-    "split": {
-        "train": "2000-2002",
-        "validation": {"reference": 2002, "years": 2003},
-        "test": {"reference": 2003, "years": [2005, 2006]},
-    },
-    "train": {"patch": 32},
-    "reconstruct": {"reference": 2003, "years": "2004-2007"},
-}
-
-
-def run_of(**changes: Any) -> RunConfig:
-    return RunConfig.model_validate({**RUN, **changes})
 
 
 def test_class_counts_are_of_training_cells_alone(tiny_store):
