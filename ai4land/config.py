@@ -250,9 +250,12 @@ class RunConfig(_Model):
         return digest({name: values[name] for name in sections})
 
     def save(self, path: Path) -> None:
-        """Write the resolved run as YAML."""
+        """Write the resolved run as YAML; a file that says the same is left alone."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
 
 def digest(value: Any) -> str:
