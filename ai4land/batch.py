@@ -175,12 +175,13 @@ class PatchLoader:
         """Cut one patch and make its input."""
         year0, year = pair
         cut = place.slices
-        reference: NDArray[np.uint8] | None = tile.maps[year0][cut]
+        seen = tile.maps[year0][cut]
+        reference: NDArray[np.uint8] | None = seen
         draw = rng.random()
         if draw < self.mask_all:
             reference = None
-        elif draw < self.mask_all + self.mask_some and reference is not None:
-            reference = np.where(holes(reference.shape, rng), MISSING, reference).astype(np.uint8)
+        elif draw < self.mask_all + self.mask_some:
+            reference = np.where(holes(seen.shape, rng), MISSING, seen).astype(np.uint8)
         window = Window(tile.window.row + place.row, tile.window.col + place.col, place.height, place.width)
         cells, offset = coarse_window(window, self.grid.factor)
         wanted = read_coarse(self._coarse[year], cells, wrap=self.grid.wraps)
@@ -208,7 +209,7 @@ class PatchLoader:
 
 
 def holes(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Draw rectangular holes that cover about half of a patch, as a mask of the missing cells."""
+    """Draw rectangular holes until they cover at least 30 % of a patch, as a mask of the missing cells."""
     out = np.zeros(shape, dtype=bool)
     while out.mean() < 0.3:
         row, col = (int(rng.integers(0, n)) for n in shape)
