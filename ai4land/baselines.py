@@ -1,4 +1,4 @@
-"""What any model must beat: the map that stays as it is, and the scenario's change put down at random.
+"""What any model must beat: the map that stays, the scenario's change put down at random, or its largest class.
 
 :func:`proportional_allocation` follows the scenario as exactly as whole cells allow, but knows nothing about where in a
 coarse cell the change takes place. Its random numbers are a hash of the seed and the position of a cell on the globe, so
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ai4land.errors import DataError
 from ai4land.legend import MISSING
+from ai4land.quotas import class_quotas
 
 
 def persistence(reference: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -19,68 +20,33 @@ def persistence(reference: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return reference.copy()
 
 
-def integer_quotas(counts: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Round along the first axis by largest remainder, so that the sums stay.
-
-    Every number is rounded down, then the numbers with the largest remainders get one more each until the sum is that of
-    ``counts``, rounded (Hamilton's method of apportionment). Of equal remainders the first comes first.
+def nearest_coarse(shares: NDArray[np.floating], *, factor: int) -> NDArray[np.uint8]:
+    """Give every fine cell the class that the scenario has most of in its coarse cell, for when there is no map to start from.
 
     Parameters
     ----------
-    counts
-        ``(class, ...)``, finite and not negative.
+    shares
+        Class shares of the scenario, ``(class, coarse rows, coarse columns)``.
+    factor
+        Fine cells along one side of a coarse cell.
 
     Returns
     -------
     numpy.ndarray
-        Whole numbers of the same shape, each ``floor(counts)`` or ``ceil(counts)``.
+        Class indices, ``(coarse rows * factor, coarse columns * factor)``; of equal shares the first class; ``MISSING``
+        where any share is NaN or none is above 0.
 
-    >>> integer_quotas(np.array([1.4, 2.5, 0.1, 4.0])).tolist()
-    [1, 3, 0, 4]
+    >>> nearest_coarse(np.array([[[0.2, np.nan]], [[0.8, 0.5]]]), factor=2).tolist()
+    [[1, 1, 255, 255], [1, 1, 255, 255]]
     """
-    values = counts.astype(np.float64)
-    if not (np.isfinite(values) & (values >= 0)).all():
-        raise DataError("counts hold negative or missing numbers, expected finite ones of 0 or more; clip them first")
-    low = np.floor(values)
-    rest = values - low
-    more = np.rint(rest.sum(axis=0))
-    order = np.argsort(-rest, axis=0, kind="stable")
-    rank = np.empty_like(order)
-    places = np.arange(values.shape[0]).reshape(-1, *[1] * (values.ndim - 1))
-    np.put_along_axis(rank, order, np.broadcast_to(places, order.shape), axis=0)
-    return low.astype(np.int64) + (rank < more)
-
-
-def class_quotas(counts: NDArray[np.int64], *, wanted: NDArray[np.floating], start: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Apply the scenario's change to the number of cells of each class.
-
-    A class gives up at most the cells that it has. Where the classes cannot give up as much as the others are to gain, or
-    the other way round, the larger side is cut down proportionally; a class whose share the scenario does not change
-    keeps its cells.
-
-    Parameters
-    ----------
-    counts
-        Cells of each class in each coarse cell of the reference map, ``(class, ...)``.
-    wanted, start
-        Shares of each class that the scenario has, and had in the year of the reference map, ``(class, ...)``. No change
-        where either has a NaN.
-
-    Returns
-    -------
-    numpy.ndarray
-        Cells of each class to have, same shape and same sums as ``counts``.
-    """
-    mapped = counts.sum(axis=0)
-    change = (wanted.astype(np.float64) - start.astype(np.float64)) * mapped
-    change = np.where(np.isfinite(change).all(axis=0), change, 0.0)
-    loss = np.minimum(np.maximum(-change, 0.0), counts)
-    gain = np.maximum(change, 0.0)
-    lost, gained = loss.sum(axis=0), gain.sum(axis=0)
-    moved = np.minimum(lost, gained)
-    loss *= np.divide(moved, lost, out=np.zeros_like(lost), where=lost > 0)
-    gain *= np.divide(moved, gained, out=np.zeros_like(gained), where=gained > 0)
-    return integer_quotas(np.maximum(counts - loss + gain, 0.0))
+    if shares.ndim != 3 or factor < 1:
+        raise DataError(
+            f"shares are {shares.shape} with a factor of {factor}, expected (class, coarse rows, coarse columns) and 1 or more; "
+            "give one share a class and coarse cell"
+        )
+    known = np.isfinite(shares).all(axis=0) & (shares > 0).any(axis=0)
+    best = np.where(known, np.where(known, shares, 0).argmax(axis=0), MISSING).astype(np.uint8)
+    return best.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def proportional_allocation(

@@ -44,12 +44,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Tile:
-    """A shard in memory; ``maps`` holds class indices by year, ``scored`` the cells that may be a target."""
+    """A shard in memory; ``maps`` holds class indices by year, ``scored`` the cells that may be a target, ``moving`` those of them that change."""
 
     window: Window
     static: NDArray[np.float16]
     maps: dict[int, NDArray[np.uint8]]
     scored: NDArray[np.bool_]
+    moving: NDArray[np.bool_]
 
 
 class PatchLoader:
@@ -72,6 +73,10 @@ class PatchLoader:
         Fine cells along the side of a patch, and patches of a batch.
     mask_all, mask_some
         Shares of patches that do not see the reference map, and that see it with holes.
+    disturb
+        Share of the cells of a seen reference map that :func:`disturbed` changes, about.
+    focus
+        Share of the patches that are drawn by their cells that change over the years, not by their cells to score.
     visit, mix, keep
         Batches of a visit, shards of a visit, and shards that are kept in memory.
     rank, world
@@ -97,6 +102,8 @@ class PatchLoader:
         seed: int = 0,
         mask_all: float = 0.0,
         mask_some: float = 0.0,
+        disturb: float = 0.0,
+        focus: float = 0.0,
         visit: int = 8,
         mix: int = 4,
         keep: int = 16,
@@ -105,7 +112,7 @@ class PatchLoader:
     ) -> None:
         self.grid, self.legend, self.spec = grid, legend, spec
         self.pairs, self.patch, self.batch, self.seed = pairs, patch, batch, seed
-        self.mask_all, self.mask_some = mask_all, mask_some
+        self.mask_all, self.mask_some, self.disturb, self.focus = mask_all, mask_some, disturb, focus
         self.visit, self.mix, self.keep = visit, mix, max(keep, mix)
         self.rank, self.world = rank, world
         self.years = sorted({year for pair in pairs for year in pair})
@@ -136,11 +143,14 @@ class PatchLoader:
             return self._cache[index]
         data, window = self._shards[index], self._windows[index]
         codes = data["land_cover"].sel(observed_year=self.years).transpose("observed_year", *FINE_DIMS).values
+        maps = {year: self.legend.encode(m, source=f"map of {year}") for year, m in zip(self.years, codes, strict=True)}
+        scored = self._cells[window.slices]
         tile = _Tile(
             window,
             self.spec.static_channels(data["static"].transpose("feature", *FINE_DIMS).values),
-            {year: self.legend.encode(m, source=f"map of {year}") for year, m in zip(self.years, codes, strict=True)},
-            self._cells[window.slices],
+            maps,
+            scored,
+            scored & (codes != codes[:1]).any(axis=0),
         )
         self._cache[index] = tile
         while len(self._cache) > self.keep:
@@ -152,7 +162,8 @@ class PatchLoader:
         rng = np.random.default_rng([self.seed, 1, visit])
         drawn = rng.choice(len(self._windows), size=self.mix, p=self._odds)
         places: list[tuple[int, Window]] = []
-        odds: list[float] = []
+        scored: list[int] = []
+        moving: list[int] = []
         for index in drawn:
             tile = self._read(int(index))
             jitter = [int(rng.integers(0, min(self.patch, self.grid.shard - self.patch + 1))) for _ in FINE_DIMS]
@@ -163,9 +174,11 @@ class PatchLoader:
                 row, col = (selector[0][d].start + j for d, j in zip(FINE_DIMS, jitter, strict=True))
                 place = Window(row, col, self.patch, self.patch)
                 places.append((int(index), place))
-                odds.append(float(tile.scored[place.slices].sum()))
-        weights = np.array(odds)
-        weights = weights / weights.sum() if weights.any() else np.full(len(odds), 1 / len(odds))
+                scored.append(int(tile.scored[place.slices].sum()))
+                moving.append(int(tile.moving[place.slices].sum()) if self.focus else 0)
+        weights = _odds(scored)
+        if any(moving):
+            weights = self.focus * _odds(moving) + (1 - self.focus) * weights
         for number in rng.choice(len(places), size=self.visit * self.batch, p=weights):
             index, place = places[number]
             pair = self.pairs[int(rng.integers(len(self.pairs)))]
@@ -182,6 +195,8 @@ class PatchLoader:
             reference = None
         elif draw < self.mask_all + self.mask_some:
             reference = np.where(holes(seen.shape, rng), MISSING, seen).astype(np.uint8)
+        if reference is not None and self.disturb:
+            reference = disturbed(reference, rng, share=self.disturb, n=self.legend.n)
         window = Window(tile.window.row + place.row, tile.window.col + place.col, place.height, place.width)
         cells, offset = coarse_window(window, self.grid.factor)
         wanted = read_coarse(self._coarse[year], cells, wrap=self.grid.wraps)
@@ -206,6 +221,49 @@ class PatchLoader:
                 static, reference, coarse, target = (torch.from_numpy(np.stack(columns[i])) for i in (0, 1, 2, 4))
                 yield Batch(static.float(), reference, coarse, torch.tensor(columns[3], dtype=torch.int64), target)
                 step += 1
+
+
+def _odds(counts: list[int]) -> NDArray[np.float64]:
+    """Odds in proportion to counts; equal ones where all are 0."""
+    weights = np.array(counts, dtype=np.float64)
+    return weights / weights.sum() if weights.any() else np.full(len(counts), 1 / len(counts))
+
+
+def disturbed(index: NDArray[np.uint8], rng: np.random.Generator, *, share: float, n: int) -> NDArray[np.uint8]:
+    """Change small patches of a map to a class from close by, as if the map were of another year.
+
+    From the changed map the network learns to find the true one, where no two years of maps are there to learn change
+    from. Patches are of 1 to 6 cells and take the class of a cell about 1 cell away; classes differ in how they spread.
+
+    Parameters
+    ----------
+    index
+        Class indices ``(rows, columns)``; ``MISSING`` cells stay.
+    share
+        Of the cells, to change; about, as patches overlap and many draw their own class.
+    n
+        Number of classes.
+    """
+    out = index.copy()
+    rows, cols = index.shape
+    spread = rng.normal(0, 1.5, n)
+    for height, width, part in ((1, 1, 0.3), (1, 2, 0.4), (2, 2, 0.2), (2, 3, 0.1)):
+        count = rng.poisson(13 * share * part * index.size / (height * width))
+        row, col = rng.integers(0, rows, count), rng.integers(0, cols, count)
+        near = index[
+            np.clip(row + np.rint(rng.normal(0, 1.0, count)).astype(int), 0, rows - 1),
+            np.clip(col + np.rint(rng.normal(0, 1.4, count)).astype(int), 0, cols - 1),
+        ]
+        here = index[row, col]
+        free = (near != here) & (near != MISSING) & (here != MISSING)
+        row, col, near, here = row[free], col[free], near[free], here[free]
+        wins = rng.random(len(row)) < 1 / (1 + np.exp(spread[here] - spread[near]))
+        for i in range(height):
+            for j in range(width):
+                r, c = np.minimum(row[wins] + i, rows - 1), np.minimum(col[wins] + j, cols - 1)
+                known = index[r, c] != MISSING
+                out[r[known], c[known]] = near[wins][known]
+    return out
 
 
 def holes(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.bool_]:

@@ -94,6 +94,21 @@ def years_in(time: xr.DataArray, *, source: str | Path, units: str | None = None
     return years
 
 
+def held_years(paths: Iterable[str | Path], *, dim: str, units: str | None = None) -> set[int]:
+    """Years that files hold along ``dim``, with ``units`` in place of theirs; plain numbers are calendar years.
+
+    A file without this coordinate adds none: whoever reads it says what is wrong with it.
+    """
+    held: set[int] = set()
+    for path in paths:
+        with open_source(path) as dataset:
+            if dim in dataset.coords:
+                time = dataset[dim]
+                text = units or (None if "units" in time.attrs else "years since 0-01-01")
+                held |= set(years_in(time, source=path, units=text).tolist())
+    return held
+
+
 def pick_years(held: Iterable[int], wanted: Iterable[int] | None, *, source: str | Path) -> list[int]:
     """Sort the wanted years, all of them if None, and check that they are held.
 
@@ -121,7 +136,8 @@ def to_shares(
     values, lat
         Field and its latitudes in degrees.
     units
-        "1", "fraction" or "" (shares), "percent" or "%" (also "percent of …"), or "km2": area in a source cell.
+        "1", "fraction" or "" (shares), "percent" or "%" (also "fraction of …", "percent of …"), or "km2": area in a source
+        cell.
     source
         Name of the source for messages.
     cell_degrees
@@ -134,7 +150,7 @@ def to_shares(
     """
     shares = np.where(values < HUGE, values, np.nan).astype(np.float32)
     unit = " ".join(units.lower().split())
-    if unit in ("", "1", "fraction"):
+    if unit in ("", "1", "fraction") or unit.startswith("fraction of"):
         return shares
     if unit in ("%", "percent") or unit.startswith("percent of"):
         return shares / np.float32(100)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ai4land.errors import ConfigError
 
@@ -93,12 +93,41 @@ class SharesConfig(_Model):
     weights: Literal["area", "cells"] = "cells"
 
 
+class FractionsFile(_Model):
+    """One file of :class:`FractionsConfig`: of one ``year``, or of the years along ``year_dim``."""
+
+    path: str
+    year: int | None = None
+    year_dim: str | None = None
+    select: dict[str, str | int] = Field(default={}, description="what to take along the other dimensions, such as rcp and gcm")
+
+    @model_validator(mode="after")
+    def _years(self) -> FractionsFile:
+        if (self.year is None) == (self.year_dim is None):
+            raise ValueError(f"file {self.path} needs either year, or year_dim, the dimension of its years")
+        return self
+
+
+class FractionsConfig(_Model):
+    """Fractions of some land uses, one variable each; see :func:`ai4land.fractions.open_fractions`."""
+
+    kind: Literal["fractions"]
+    files: list[FractionsFile] = Field(min_length=1)
+    states: dict[str, str] = Field(min_length=1, description="variable of each state")
+    remainder: str = Field(default="other", description="state that takes what the others leave of the cell")
+    interpolate: bool = Field(default=False, description="make years between those of the files linearly")
+    mask: bool = Field(default=False, description="map only the coarse cells that the files know")
+    crosswalk: str
+    weights: Literal["area", "cells"] = "area"
+
+
 class ChangeConfig(_Model):
-    """Coarse yearly change of class areas on top of the map of ``base_year``; see :func:`ai4land.scenario.open_change`."""
+    """Coarse yearly change of class areas on top of the map of ``base_year``; see :func:`ai4land.areachange.open_change`."""
 
     kind: Literal["change"]
     paths: dict[int, str]
     base_year: int
+    merge: bool = Field(default=True, description="land without data takes part in the change of the cell it was merged into")
     crosswalk: str = "identity"
     weights: Literal["area", "cells"] = "area"
 
@@ -133,10 +162,29 @@ class StaticLayer(_Model):
         return self.resampling or ("nearest" if self.categorical else "bilinear")
 
 
-class Experiment(_Model):
-    """Years to score, and the year of the map that they are predicted from."""
+class Coordinate(_Model):
+    """The latitude or the longitude of each cell as a static map, in degrees (units of ``grid.crs``)."""
 
-    reference: int
+    name: str = Field(pattern=r"^[A-Za-z0-9_]+$")
+    coordinate: Literal["latitude", "longitude"]
+
+    @property
+    def categorical(self) -> bool:
+        """A coordinate is a number."""
+        return False
+
+
+def _layer_kind(value: Any) -> str:
+    return "coordinate" if isinstance(value, Coordinate) or (isinstance(value, dict) and "coordinate" in value) else "layer"
+
+
+Static = Annotated[Annotated[StaticLayer, Tag("layer")] | Annotated[Coordinate, Tag("coordinate")], Discriminator(_layer_kind)]
+
+
+class Experiment(_Model):
+    """Years to score, and the year of the map that they are predicted from; None: without a reference map."""
+
+    reference: int | None
     years: Years
 
 
@@ -180,9 +228,12 @@ class TrainConfig(_Model):
     clip: float = Field(default=1.0, gt=0)
     ema: float = Field(default=0.99, ge=0, lt=1)
     change_weight: float = Field(default=5.0, ge=1, description="weight of a cell that changes, against one that stays")
-    class_balance: float = Field(default=0.25, ge=0, le=1, description="class weights are frequency to the minus this power")
+    totals_share: float = Field(default=1.0, ge=0, le=1, description="share of the loss with the coarse totals imposed")
+    class_balance: float = Field(default=0.0, ge=0, le=1, description="class weights are frequency to the minus this power")
     mask_all: float = Field(default=0.1, ge=0, le=1, description="share of patches that do not see the reference map")
     mask_some: float = Field(default=0.1, ge=0, le=1, description="share of patches that see it with holes")
+    disturb: float = Field(default=0.0, ge=0, le=1, description="share of the reference map's cells that is changed at random")
+    focus: float = Field(default=0.5, ge=0, le=1, description="share of patches drawn by their cells that change")
     validate_every: int = Field(default=100, ge=1)
     validation_batches: int = Field(default=8, ge=1)
     patience: int = Field(default=10, ge=1, description="validations without improvement before training stops")
@@ -192,14 +243,35 @@ class TrainConfig(_Model):
     seed: int = 0
 
 
-class ReconstructConfig(_Model):
-    """What is predicted, from which map, by how many workers."""
+class ConstrainConfig(_Model):
+    """How the published map meets the scenario's totals; see :mod:`ai4land.totals` and :mod:`ai4land.walk`."""
 
-    reference: int
+    method: Literal["change", "level", "none"] = Field(
+        default="change",
+        description="the scenario's change on top of the reference map (without one: its level), its level, or nothing",
+    )
+    keep: float | None = Field(
+        default=None, ge=0, description="preference for the class before, as log odds; none: only net change"
+    )
+    settle: int = Field(default=5, ge=0, description="years in which a cell that changed does not change back")
+    lock: list[int] = Field(default=[], description="class codes that keep their cells, such as water and ice")
+    protected: str | None = Field(default=None, description="static map whose cells above 0.5 keep their class")
+
+
+class ReconstructConfig(_Model):
+    """What is predicted, from which map (None: without one), by how many workers."""
+
+    reference: int | None
     years: Years
     workers: int = Field(default=1, ge=1)
     threads: int | None = Field(default=None, description="threads of a worker; default: the cores shared by the workers")
-    window: int = Field(default=10, ge=1, description="years that one task walks")
+
+
+class EvaluateConfig(_Model):
+    """How the evaluation is done."""
+
+    boosting: int = Field(default=60000, ge=0, description="cells that the gradient-boosting rival is fitted on; 0: without it")
+    block: int = Field(default=2, ge=1, description="coarse cells along the side of a block of the bootstrap")
 
 
 class RunConfig(_Model):
@@ -212,12 +284,14 @@ class RunConfig(_Model):
     seed: int = 0
     grid: GridConfig
     landcover: LandCoverConfig
-    scenario: Annotated[Luh2Config | SharesConfig | ChangeConfig, Field(discriminator="kind")]
-    static: list[StaticLayer] = Field(min_length=1)
+    scenario: Annotated[Luh2Config | SharesConfig | FractionsConfig | ChangeConfig, Field(discriminator="kind")]
+    static: list[Static] = Field(min_length=1)
     split: SplitConfig
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    constrain: ConstrainConfig = ConstrainConfig()
     reconstruct: ReconstructConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -233,6 +307,15 @@ class RunConfig(_Model):
                 )
         if self.train.patch > self.grid.shard:
             raise ValueError(f"train.patch is {self.train.patch}, expected at most the shard of {self.grid.shard} fine cells")
+        if self.constrain.protected is not None and self.constrain.protected not in names:
+            raise ValueError(f"constrain.protected is {self.constrain.protected!r}, expected a static map of {names}")
+        parts = {"split.validation": self.split.validation, "split.test": self.split.test, "reconstruct": self.reconstruct}
+        without = [name for name, part in parts.items() if part is not None and part.reference is None]
+        if without and self.train.mask_all == 0:
+            raise ValueError(
+                f"train.mask_all is 0, expected more, because {without} have no reference map and the network must learn to do "
+                "without; set train.mask_all, to 1 where nothing has one"
+            )
         return self
 
     @property

@@ -14,8 +14,9 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,15 @@ from ai4land.grid import FINE_DIMS, Grid, Window, spatial_ref
 from ai4land.legend import Legend
 
 SCALE = 250
-"""Fractions and confidences are stored as whole numbers of 1/250."""
+"""Confidences and probabilities of change are stored as whole numbers of 1/250."""
 EMPTY = 255
-"""Stored fraction and confidence of a cell that is not mapped."""
-
-Cells = NDArray[np.uint8]
+"""Stored confidence and probability of change of a cell that has none."""
+FRACTION_SCALE = 65000
+"""Fractions are stored as whole numbers of 1/65000: fine enough to keep the coarse totals to a millionth of the cell."""
+FRACTION_EMPTY = 65535
+"""Stored fraction of a cell that is not mapped."""
+VARIABLES = ("land_cover", "most_likely", "fraction", "confidence", "change_probability")
+"""What a cube holds for every year."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,15 @@ def chunk_side(grid: Grid, *, limit: int = 512) -> int:
 
 
 def create(
-    path: Path, *, grid: Grid, legend: Legend, years: Iterable[int], identity: dict[str, Any], title: str, source: str
+    path: Path,
+    *,
+    grid: Grid,
+    legend: Legend,
+    years: Iterable[int],
+    identity: dict[str, Any],
+    title: str,
+    source: str,
+    totals: str,
 ) -> None:
     """Write the template of a cube, or check that the one that is there is the same.
 
@@ -76,6 +89,8 @@ def create(
         another identity is refused.
     title, source
         For the metadata.
+    totals
+        How the scenario's totals were imposed, in words, for the metadata.
 
     Raises
     ------
@@ -109,70 +124,57 @@ def create(
     )
     side, rows, cols, classes = chunk_side(grid), *grid.shape, legend.n
     _coordinates(group, grid, legend, years)
-    common = {"grid_mapping": "spatial_ref", "coordinates": "year"}
     flags = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in legend.flag_attrs().items()}
-    _array(
-        group,
-        "land_cover",
-        shape=(len(years), rows, cols),
-        dims=("time", *FINE_DIMS),
-        chunks=(1, side, side),
-        shards=(1, grid.shard, grid.shard),
-        fill=legend.fill.code,
-        attrs={
-            "long_name": legend.title,
-            **({"standard_name": "land_cover_lccs"} if legend.name.startswith("lccs") else {}),
-            **flags,
-            "comment": f"code {legend.fill.code} ({legend.fill.name}): not mapped",
-            "cell_methods": "area: mode",
-            **common,
-        },
-    )
+    standard = {"standard_name": "land_cover_lccs"} if legend.name.startswith("lccs") else {}
+    maps = {**standard, **flags, "cell_methods": "area: mode"}
+    shape, chunks, shards = (len(years), rows, cols), (1, side, side), (1, grid.shard, grid.shard)
+    plane = partial(_array, group, shape=shape, dims=("time", *FINE_DIMS), chunks=chunks, shards=shards)
+    blank = f"code {legend.fill.code} ({legend.fill.name}): not mapped"
+    for name, text, comment in (
+        ("land_cover", legend.title, f"{blank}; {totals}"),
+        (
+            "most_likely",
+            f"{legend.title}: most likely class of each cell by itself",
+            f"{blank}; class of the largest fraction, no whole-cell totals",
+        ),
+    ):
+        plane(name, dtype="uint8", fill=legend.fill.code, attrs={"long_name": text, **maps, "comment": comment})
+    for name, text in (
+        ("confidence", "probability of the class in land_cover"),
+        ("change_probability", "probability that the class differs from that of the reference map"),
+    ):
+        plane(name, dtype="uint8", fill=EMPTY, attrs={"long_name": text, **_scaled(SCALE, EMPTY)})
     _array(
         group,
         "fraction",
+        dtype="uint16",
         shape=(len(years), classes, rows, cols),
         dims=("time", "class", *FINE_DIMS),
         chunks=(1, 1, side, side),
         shards=(1, classes, grid.shard, grid.shard),
-        fill=EMPTY,
+        fill=FRACTION_EMPTY,
         attrs={
             "long_name": "fraction of the cell that each class covers",
             "standard_name": "area_fraction",
-            "units": "1",
-            "scale_factor": 1 / SCALE,
-            "_FillValue": EMPTY,
-            "valid_range": [0, SCALE],
-            "comment": f"the stored numbers of a cell sum to exactly {SCALE}",
+            **_scaled(FRACTION_SCALE, FRACTION_EMPTY),
+            "comment": f"the stored numbers of a cell sum to exactly {FRACTION_SCALE}; {totals}",
             "cell_methods": "area: mean",
-            **common,
-        },
-    )
-    _array(
-        group,
-        "confidence",
-        shape=(len(years), rows, cols),
-        dims=("time", *FINE_DIMS),
-        chunks=(1, side, side),
-        shards=(1, grid.shard, grid.shard),
-        fill=EMPTY,
-        attrs={
-            "long_name": "probability that the model gives to the mapped class",
-            "units": "1",
-            "scale_factor": 1 / SCALE,
-            "_FillValue": EMPTY,
-            "valid_range": [0, SCALE],
-            **common,
         },
     )
     shutil.rmtree(ledger_path(path), ignore_errors=True)
     part.replace(path)
 
 
+def _scaled(scale: int, empty: int) -> dict[str, Any]:
+    """Attributes of shares that are stored as whole numbers."""
+    return {"units": "1", "scale_factor": 1 / scale, "_FillValue": empty, "valid_range": [0, scale]}
+
+
 def _array(
     group: zarr.Group,
     name: str,
     *,
+    dtype: str,
     shape: tuple[int, ...],
     dims: tuple[str, ...],
     chunks: tuple[int, ...],
@@ -183,12 +185,12 @@ def _array(
     group.create_array(
         name,
         shape=shape,
-        dtype="uint8",
+        dtype=dtype,
         chunks=chunks,
         shards=shards,
         fill_value=fill,
         dimension_names=dims,
-        attributes=attrs,
+        attributes={**attrs, "grid_mapping": "spatial_ref", "coordinates": "year"},
         compressors=ZstdCodec(level=3),
     )
 
@@ -239,7 +241,7 @@ def _plain(attrs: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(attrs, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)))
 
 
-def write_block(path: Path, block: Block, *, land_cover: Cells, fraction: Cells, confidence: Cells) -> str:
+def write_block(path: Path, block: Block, arrays: Mapping[str, NDArray[Any]]) -> str:
     """Write a shard over some years: the only function that writes cells into a cube.
 
     Parameters
@@ -248,10 +250,9 @@ def write_block(path: Path, block: Block, *, land_cover: Cells, fraction: Cells,
         Of the cube.
     block
         What is written; its window must be a whole shard.
-    land_cover, confidence
-        Codes and stored confidences, ``(year, rows, columns)``.
-    fraction
-        Stored fractions, ``(year, class, rows, columns)``.
+    arrays
+        Stored numbers of every variable of the cube, ``(year, [class,] rows, columns)``: codes in ``land_cover`` and
+        ``most_likely``, shares in ``fraction``, ``confidence`` and ``change_probability``.
 
     Returns
     -------
@@ -261,20 +262,23 @@ def write_block(path: Path, block: Block, *, land_cover: Cells, fraction: Cells,
     Raises
     ------
     ValueError
-        If the block is not a whole shard, or an array has another shape than the block.
+        If the block is not a whole shard, or an array lacks or has another shape or type than the cube.
     """
     group = zarr.open_group(path, mode="r+", use_consolidated=False)
     shard = group["land_cover"].shards[-1]  # type: ignore[union-attr, index]
     w = block.window
     if w.row % shard or w.col % shard or (w.height, w.width) != (shard, shard):
         raise ValueError(f"block {w} is not a whole shard of {shard} cells; blocks must be shards of the cube")
+    if set(arrays) != set(VARIABLES):
+        raise ValueError(f"block {w} has the arrays {sorted(arrays)}, expected {sorted(VARIABLES)}")
     times = _positions(group, block.years)
     digest = hashlib.blake2b(digest_size=16)
-    for name, data in (("land_cover", land_cover), ("fraction", fraction), ("confidence", confidence)):
+    for name in VARIABLES:
         array: Any = group[name]
+        data = arrays[name]
         wanted = (len(times), *array.shape[1:-2], w.height, w.width)
-        if data.shape != wanted or data.dtype != np.uint8:
-            raise ValueError(f"{name} of block {w} is {data.dtype} {data.shape}, expected uint8 {wanted}")
+        if data.shape != wanted or data.dtype != array.dtype:
+            raise ValueError(f"{name} of block {w} is {data.dtype} {data.shape}, expected {array.dtype} {wanted}")
         for time, values in zip(times, data, strict=True):
             array[(time, ..., *w.slices)] = values
         digest.update(np.ascontiguousarray(data).data)
@@ -291,12 +295,13 @@ def ledger_path(path: Path) -> Path:
     return path.with_suffix(".ledger")
 
 
-def record(path: Path, block: Block, digest: str) -> None:
-    """Enter a written block into the ledger, durably."""
+def record(path: Path, block: Block, digest: str, notes: Mapping[str, Any] | None = None) -> None:
+    """Enter a written block into the ledger, durably, with notes (plain values) on how it came out."""
     folder = ledger_path(path)
     folder.mkdir(parents=True, exist_ok=True)
     w = block.window
-    line = json.dumps({"row": w.row, "col": w.col, "years": list(block.years), "digest": digest}) + "\n"
+    entry = {"row": w.row, "col": w.col, "years": list(block.years), "digest": digest, **(notes or {})}
+    line = json.dumps(entry) + "\n"
     with (folder / f"{_WRITER}-{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
         file.write(line)
         file.flush()
@@ -306,17 +311,21 @@ def record(path: Path, block: Block, digest: str) -> None:
 _WRITER = uuid.uuid4().hex[:12]
 
 
-def recorded(path: Path) -> dict[tuple[int, int, int], str]:
-    """Read the ledger: the digest of each finished (row, column, year) of shards."""
-    done: dict[tuple[int, int, int], str] = {}
+def entries(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the ledger line by line; a torn line counts for nothing."""
     for file in sorted(ledger_path(path).glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
-                done |= {(entry["row"], entry["col"], year): entry["digest"] for year in entry["years"]}
+                {(entry["row"], entry["col"], year): entry["digest"] for year in entry["years"]}
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
-    return done
+            yield entry
+
+
+def recorded(path: Path) -> dict[tuple[int, int, int], str]:
+    """Read the ledger: the digest of each finished (row, column, year) of shards."""
+    return {(e["row"], e["col"], year): e["digest"] for e in entries(path) for year in e["years"]}
 
 
 def finish(path: Path) -> None:

@@ -7,7 +7,7 @@ a row for a state, a split that leaks, a store of another configuration.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,18 @@ from numpy.typing import NDArray
 
 from ai4land import scenario
 from ai4land.align import Layer, check_identity, write_store
+from ai4land.areachange import open_change
 from ai4land.catalog import find_items, load_asset
-from ai4land.config import ChangeConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
+from ai4land.coarse import held_years
+from ai4land.config import ChangeConfig, Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
 from ai4land.errors import ConfigError, DataError, MismatchError
-from ai4land.grid import Grid, block_sum, make_grid
+from ai4land.fractions import FractionFile, fraction_years, open_fractions
+from ai4land.grid import FINE_DIMS, Grid, make_grid
 from ai4land.landcover import available_years, iter_maps
-from ai4land.legend import MISSING, Crosswalk, Legend, load_crosswalk, load_legend
+from ai4land.legend import Crosswalk, Legend, load_crosswalk, load_legend
 from ai4land.luh2 import open_states
+from ai4land.predict import Source
 from ai4land.raster import open_raster
-from ai4land.reconstruct import Source
 from ai4land.splits import VALIDATION, Scored, Split, make_split
 
 _log = logging.getLogger(__name__)
@@ -76,13 +79,13 @@ def crosswalk_of(run: RunConfig, legend: Legend) -> Crosswalk:
     return load_crosswalk(name if name == "identity" or not name.endswith(".csv") else run.path(name), legend)
 
 
-def cubes_of(run: RunConfig) -> dict[str, tuple[Path, int, list[int]]]:
-    """Name the cubes of a run, with the year of their reference map and their years.
+def cubes_of(run: RunConfig) -> dict[str, tuple[Path, int | None, list[int]]]:
+    """Name the cubes of a run, with the year of their reference map (None: without one) and their years.
 
     The published one, and one more for each scored experiment whose reference map is another.
     """
     r = run.reconstruct
-    made = {"cube": (run.folder / "cube.zarr", r.reference, list(r.years))}
+    made: dict[str, tuple[Path, int | None, list[int]]] = {"cube": (run.folder / "cube.zarr", r.reference, list(r.years))}
     for name, experiment in (("validation", run.split.validation), ("test", run.split.test)):
         if experiment is None:
             continue
@@ -97,62 +100,105 @@ def _map_source(run: RunConfig) -> str | dict[int, Path]:
     return run.path(source) if isinstance(source, str) else {year: Path(run.path(p)) for year, p in source.items()}
 
 
+def mask_year(run: RunConfig) -> int:
+    """Year of the map that says which cells are mapped: the reference map, or without one that of the first training year."""
+    return min(run.split.train) if run.reconstruct.reference is None else run.reconstruct.reference
+
+
 def identity_of(run: RunConfig) -> dict[str, Any]:
     """Say what the store of a run is made from."""
-    return {name: run.fingerprint(name) for name in ("grid", "landcover", "scenario", "static")} | {
-        "reference": run.reconstruct.reference
+    s = run.scenario
+    return {
+        **{name: run.fingerprint(name) for name in ("grid", "landcover", "scenario", "static")},
+        "reference": run.reconstruct.reference,
+        **({"mask_year": mask_year(run)} if run.reconstruct.reference is None else {}),
+        **({"interpolated": "linearly, in scenario years that the files lack"} if _interpolates(s) else {}),
     }
 
 
-def needed_years(run: RunConfig) -> tuple[set[int], set[int]]:
-    """List the years whose map, and whose scenario, the run uses."""
-    maps = set(run.split.train) | {run.reconstruct.reference}
-    states = set(run.split.train) | set(run.reconstruct.years) | {run.reconstruct.reference}
+def _interpolates(s: object) -> bool:
+    return isinstance(s, FractionsConfig) and s.interpolate
+
+
+def needed_years(run: RunConfig, held: Iterable[int] = ()) -> tuple[set[int], set[int]]:
+    """List the years whose map, and whose scenario, the run uses.
+
+    Parameters
+    ----------
+    run
+        The run.
+    held
+        Years of the scenario. Those between a reference map and the years predicted from it are used as well, so that
+        a map can be followed from year to year; a year that the scenario lacks is left out.
+    """
+    maps = set(run.split.train) | {mask_year(run)}
+    states = set(run.split.train)
     for experiment in (run.split.validation, run.split.test):
         if experiment is not None:
-            maps |= {experiment.reference, *experiment.years}
-            states |= {experiment.reference, *experiment.years}
+            maps |= set(experiment.years)
+    held = set(held)
+    for _, reference, years in cubes_of(run).values():
+        states |= set(years)
+        if reference is not None:
+            maps.add(reference)
+            states.add(reference)
+            states |= held & set(range(min(reference, *years), max(reference, *years) + 1))
     return maps, states
+
+
+def _held(run: RunConfig) -> set[int]:
+    """Years that the scenario of a run can give."""
+    s = run.scenario
+    if isinstance(s, Luh2Config):
+        return held_years([run.path(p) for p in s.paths], dim="time", units=s.time_units)
+    if isinstance(s, SharesConfig):
+        return held_years([run.path(s.path)], dim="year")
+    if isinstance(s, FractionsConfig):
+        return set(fraction_years(_fraction_files(run, s), interpolate=s.interpolate))
+    return {s.base_year, *s.paths}
+
+
+def _fraction_files(run: RunConfig, s: FractionsConfig) -> list[FractionFile]:
+    return [FractionFile(Path(run.path(f.path)), f.year, f.year_dim, dict(f.select)) for f in s.files]
 
 
 def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, base: NDArray[np.uint8] | None) -> xr.DataArray:
     s = run.scenario
-    _, years = needed_years(run)
+    years = sorted(needed_years(run, _held(run))[1])
     if isinstance(s, Luh2Config):
         return open_states(
             [run.path(p) for p in s.paths],
             static=None if s.static is None else run.path(s.static),
-            years=sorted(years),
+            years=years,
             grid=grid,
             units=s.units,
             time_units=s.time_units,
             cell_degrees=s.cell_degrees,
         )
     if isinstance(s, SharesConfig):
-        return scenario.open_shares(run.path(s.path), variable=s.variable, grid=grid, years=sorted(years))
+        return scenario.open_shares(run.path(s.path), variable=s.variable, grid=grid, years=years)
+    if isinstance(s, FractionsConfig):
+        files = _fraction_files(run, s)
+        return open_fractions(files, states=s.states, grid=grid, years=years, remainder=s.remainder, interpolate=s.interpolate)
     if base is None:
         raise ConfigError(f"scenario changes the map of {s.base_year}, which is not among the land-cover maps; add it")
-    shares, area = _base_shares(base, grid, legend)
-    return scenario.open_change(
+    return open_change(
         {year: Path(run.path(p)) for year, p in s.paths.items()},
-        base=shares,
+        base=base,
         base_year=s.base_year,
-        area=area,
         legend=legend,
         grid=grid,
+        merge=s.merge,
     )
 
 
-def _base_shares(codes: NDArray[np.uint8], grid: Grid, legend: Legend) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Area-weighted class shares of a map in each coarse cell, and its mapped area in km2."""
-    index = legend.encode(codes)
-    area = np.broadcast_to(grid.cell_areas()[:, None] / 1e6, index.shape)
-    mapped = block_sum(np.where(index != MISSING, area, 0.0), grid.factor)
-    shares = np.stack([block_sum(np.where(index == k, area, 0.0), grid.factor) for k in range(legend.n)])
-    return np.divide(shares, mapped, out=np.full_like(shares, np.nan), where=mapped > 0), mapped
-
-
-def _layer(run: RunConfig, layer: StaticLayer, grid: Grid) -> xr.DataArray:
+def _layer(run: RunConfig, layer: StaticLayer | Coordinate, grid: Grid) -> xr.DataArray:
+    if isinstance(layer, Coordinate):
+        coords = {d: np.asarray(grid.coords()[d]) for d in FINE_DIMS}
+        along = np.broadcast_to(
+            coords[layer.coordinate][:, None] if layer.coordinate == FINE_DIMS[0] else coords[layer.coordinate], grid.shape
+        )
+        return xr.DataArray(along.astype(np.float32), dims=FINE_DIMS, coords=coords)
     method: Any = layer.method
     if layer.path is not None:
         return open_raster(run.path(layer.path), grid=grid, resampling=method, band=layer.band, variable=layer.variable)
@@ -179,7 +225,7 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
             f"land-cover maps of {lacking} are needed, {run.landcover.source} has {_span(have)}; change the years or the files"
         )
     read = partial(iter_maps, source, grid=grid, legend=legend, resampling=run.landcover.resampling, variable=variable)
-    reference = dict(read(years=[run.reconstruct.reference]))[run.reconstruct.reference]
+    reference = dict(read(years=[mask_year(run)]))[mask_year(run)]
     base = None
     if isinstance(run.scenario, ChangeConfig) and run.scenario.base_year in have:
         base = dict(read(years=[run.scenario.base_year]))[run.scenario.base_year]
@@ -193,8 +239,14 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     mask = reference != legend.fill.code
     if not mask.any():
         raise DataError(
-            f"land-cover map of {run.reconstruct.reference} has no class anywhere in {grid.bounds}; look at grid.bbox and the file"
+            f"land-cover map of {mask_year(run)} has no class anywhere in {grid.bounds}; look at grid.bbox and the file"
         )
+    if isinstance(run.scenario, FractionsConfig) and run.scenario.mask:
+        mask &= _known(coarse, grid)
+        if not mask.any():
+            raise DataError(
+                "scenario knows no coarse cell that the map has a class in, expected some; set scenario.mask to false"
+            )
     years = sorted(maps | ({y for y in have if y in run.reconstruct.years}))
     write_store(
         path,
@@ -209,6 +261,12 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
         progress=tell,
     )
     return path
+
+
+def _known(coarse: xr.DataArray, grid: Grid) -> NDArray[np.bool_]:
+    """Fine cells of the coarse cells that the scenario knows."""
+    known = np.isfinite(coarse.values).all(axis=(0, 1))
+    return np.kron(known, np.ones((grid.factor, grid.factor), dtype=bool))
 
 
 def _check_years(path: Path, maps: set[int], states: set[int]) -> None:

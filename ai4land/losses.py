@@ -1,6 +1,18 @@
-"""What the network minimises: cross-entropy balanced over classes, with more weight on the cells that change."""
+"""What the network minimises: cross-entropy of the cells, with and without the coarse totals imposed.
+
+With the totals imposed, the logits of each coarse cell get one *price* a class, so that the expected class totals are those
+of the target. The prices are the ones that minimise the cross-entropy of the coarse cell, so its gradient with respect to
+them is 0, and they may be taken as constants when differentiating (envelope theorem). What the network then learns is where
+in a coarse cell a class lies, which is what the constraint needs, and not how much there is of it, which the scenario says.
+
+Cells that change are rare. They weigh more, and the logits of a change are raised by the logarithm of that weight while
+training: the minimum is then at the true probabilities, whatever the weight (logit adjustment, Menon et al. 2021,
+arXiv:2007.07314).
+"""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -9,6 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ai4land.legend import MISSING
+
+_LIMIT = 15.0
+"""Largest price: a class that a coarse cell does not have is e^-15 times as likely."""
 
 
 def class_weights(counts: NDArray[np.int64], *, power: float) -> NDArray[np.float32]:
@@ -30,7 +45,16 @@ def class_weights(counts: NDArray[np.int64], *, power: float) -> NDArray[np.floa
     return (weights / (mean or 1.0)).astype(np.float32)
 
 
-def weighted_cross_entropy(logits: Tensor, target: Tensor, reference: Tensor, weights: Tensor, *, change_weight: float) -> Tensor:
+def change_loss(
+    logits: Tensor,
+    target: Tensor,
+    reference: Tensor,
+    weights: Tensor,
+    *,
+    change_weight: float,
+    offset: Tensor | None = None,
+    factor: int = 1,
+) -> Tensor:
     """Cross-entropy over the cells that have a target, as a weighted mean.
 
     Parameters
@@ -43,6 +67,10 @@ def weighted_cross_entropy(logits: Tensor, target: Tensor, reference: Tensor, we
         Weight of each class, ``(class,)``.
     change_weight
         Factor for cells whose reference is known and differs from the target.
+    offset, factor
+        Row and column of the first cell in fine cells from the corner of a coarse cell ``(batch, 2)``, and fine cells along
+        one side of a coarse cell: given the offset, the totals of the target are imposed on each coarse cell, or on the part
+        of it that the patch holds.
 
     Returns
     -------
@@ -51,8 +79,77 @@ def weighted_cross_entropy(logits: Tensor, target: Tensor, reference: Tensor, we
     """
     scored = target != MISSING
     wanted = torch.where(scored, target, 0).long()
+    known = reference != MISSING
     weight = weights[wanted] * scored
-    changed = (reference != MISSING) & (reference != target)
-    weight = torch.where(changed, weight * change_weight, weight)
-    loss = F.cross_entropy(logits.float(), wanted, reduction="none")
+    weight = torch.where(known & (reference != target), weight * change_weight, weight)
+    logits = logits.float()
+    lift = math.log(change_weight) * known[:, None]
+    classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
+    adjusted = logits + torch.where(classes == reference[:, None], 0.0, lift)
+    if offset is not None:
+        part = coarse_parts(offset, size=(target.shape[1], target.shape[2]), factor=factor)
+        prices = total_prices(logits.detach(), target, part)
+        adjusted = adjusted + prices[part.long()].permute(0, 3, 1, 2)
+    loss = F.cross_entropy(adjusted, wanted, reduction="none")
     return (loss * weight).sum() / weight.sum().clamp(min=1e-6)
+
+
+def coarse_parts(offset: Tensor, *, size: tuple[int, int], factor: int) -> Tensor:
+    """Number the coarse cells of a batch, ``(batch, rows, columns)``: cells of one coarse cell have one number.
+
+    >>> coarse_parts(torch.tensor([[1, 0]]), size=(3, 2), factor=2).tolist()
+    [[[0, 0], [2, 2], [2, 2]]]
+    """
+    rows, cols = (
+        torch.div(offset[:, i, None] % factor + torch.arange(size[i], device=offset.device), factor, rounding_mode="floor")
+        for i in (0, 1)
+    )
+    side = -(-(max(size) + factor - 1) // factor)
+    batch = torch.arange(offset.shape[0], device=offset.device)[:, None, None]
+    return (batch * side + rows[:, :, None]) * side + cols[:, None, :]
+
+
+@torch.no_grad()
+def total_prices(logits: Tensor, target: Tensor, part: Tensor, *, steps: int = 8, tolerance: float = 1e-3) -> Tensor:
+    """Find what to add to the logits of each class and part so that the expected totals are those of the target.
+
+    Damped Newton on the convex dual, all parts at once; a few steps suffice, as the gradient of the loss tolerates an error.
+
+    Parameters
+    ----------
+    logits
+        ``(batch, class, rows, columns)``.
+    target
+        Class indices ``(batch, rows, columns)``; cells of ``MISSING`` do not count.
+    part
+        From :func:`coarse_parts`.
+
+    Returns
+    -------
+    Tensor
+        ``(part, class)``, between -15 and 15.
+    """
+    n = logits.shape[1]
+    use = target.flatten() != MISSING
+    cells = logits.permute(0, 2, 3, 1).reshape(-1, n)[use]
+    number, wanted = part.flatten()[use].long(), target.flatten()[use].long()
+    order = torch.argsort(number, stable=True)
+    cells, number, wanted = cells[order], number[order], wanted[order]
+    parts = int(part.max()) + 1
+    sizes = torch.bincount(number, minlength=parts)
+    place = torch.arange(len(number), device=number.device) - (sizes.cumsum(0) - sizes)[number]
+    blocks = cells.new_zeros(parts, max(int(sizes.max()), 1), n)
+    blocks[number, place] = cells
+    there = (torch.arange(blocks.shape[1], device=number.device) < sizes[:, None])[..., None]
+    totals = torch.bincount(number * n + wanted, minlength=parts * n).view(parts, n).to(cells.dtype)
+    prices = torch.where(totals > 0, 0.0, -_LIMIT)
+    for _ in range(steps):
+        p = torch.softmax(blocks + prices[:, None], dim=2) * there
+        expected = p.sum(dim=1)
+        gap = totals - expected
+        if float((gap.abs().sum(dim=1) / sizes.clamp(min=1)).max()) < tolerance:
+            break
+        curvature = torch.diag_embed(expected * 1.001 + 1e-3) - p.mT @ p
+        move = torch.linalg.solve(curvature, gap)
+        prices = (prices + torch.where(totals > 0, move, 0.0).clamp(-2, 2)).clamp(-_LIMIT, _LIMIT)
+    return prices

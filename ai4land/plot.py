@@ -25,15 +25,15 @@ from ai4land.errors import DataError
 from ai4land.legend import MISSING, Legend
 
 DPI = 150
-CHANGE_COLOURS = {
-    "hits": "#0a5bb5",
+HITS_COLOURS = {
+    "hits": "#1f78d1",
     "misses": "#f2a900",
-    "false alarms": "#c01430",
-    "wrong class": "#8a4bd0",
+    "wrong hits": "#2a0a4a",
+    "false alarms": "#b01030",
     "unchanged": "#dcdcdc",
     "no land": "#ffffff",
 }
-"""Colours of :func:`change_figure`, in the order of its legend."""
+"""Colours of :func:`hits_figure`, in the order of its legend; also told apart by the colour-blind."""
 _LINES = ("#0a5bb5", "#6b6b6b", "#c96a00", "#1a7d2b", "#8a4bd0", "#c01430")
 _MARKS = ("o", "s", "^", "D", "v", "P")
 _FRAME = "#8c8c8c"
@@ -88,7 +88,7 @@ def map_figure(
     return _draw_image(table[plain], entries, extent=extent, title=title, path=path, geographic=geographic)
 
 
-def change_figure(
+def hits_figure(
     reference: NDArray[np.uint8],
     truth: NDArray[np.uint8],
     predicted: NDArray[np.uint8],
@@ -97,12 +97,13 @@ def change_figure(
     title: str,
     path: Path,
     geographic: bool = True,
+    areas: NDArray[np.float64] | None = None,
 ) -> Path:
-    """Draw where change since the reference map was foreseen, with the number of cells of each kind.
+    """Draw where change since the reference map was foreseen, with the share of the land of each kind.
 
-    *Hits* changed and were predicted to change to the right class, *wrong class* to another one; *misses* changed and
-    were predicted to stay; *false alarms* stayed and were predicted to change; what is unchanged in both is grey. The
-    numbers count the cells that are drawn.
+    *Hits* changed and were predicted to change to the right class, *wrong hits* to another one; *misses* changed and were
+    predicted to stay; *false alarms* stayed and were predicted to change; what is unchanged in both is grey. The shares are
+    of what is drawn.
 
     Parameters
     ----------
@@ -110,6 +111,8 @@ def change_figure(
         Class indices ``(rows, columns)``, thinned alike; a cell that is ``MISSING`` in any of them is drawn as no land.
     extent, title, path, geographic
         As in :func:`map_figure`.
+    areas
+        Area of a cell of each row, by which the shares are weighted; without it all cells count alike.
     """
     if not reference.shape == truth.shape == predicted.shape:
         raise DataError(
@@ -117,17 +120,16 @@ def change_figure(
         )
     changed, foreseen, right = reference != truth, reference != predicted, truth == predicted
     known = (reference != MISSING) & (truth != MISSING) & (predicted != MISSING)
-    kinds = [changed & right, changed & ~foreseen, ~changed & foreseen, changed & foreseen & ~right, ~changed & ~foreseen]
+    kinds = [changed & right, changed & ~foreseen, changed & foreseen & ~right, ~changed & foreseen, ~changed & ~foreseen]
     kind = np.select([k & known for k in kinds], range(len(kinds)), default=len(kinds))
-    counts = np.bincount(kind.ravel(), minlength=len(CHANGE_COLOURS))
-    land = max(1, int(counts[:-1].sum()))
+    weights = np.broadcast_to(np.ones(1) if areas is None else areas[:, None], kind.shape)
+    sums = np.bincount(kind.ravel(), weights=weights.ravel(), minlength=len(HITS_COLOURS))
+    land = float(sums[:-1].sum())
     entries = []
-    for (name, colour), count in zip(CHANGE_COLOURS.items(), counts.tolist(), strict=True):
-        if count and name == "no land":
-            entries.append((colour, name))
-        elif count:
-            entries.append((colour, f"{name}: {count:,} ({count / land:.1%})"))
-    table = np.array([_rgb(colour) for colour in CHANGE_COLOURS.values()], dtype=np.uint8)
+    for (name, colour), part in zip(HITS_COLOURS.items(), sums.tolist(), strict=True):
+        if part:
+            entries.append((colour, name if name == "no land" else f"{name}: {part / land:.2%}"))
+    table = np.array([_rgb(colour) for colour in HITS_COLOURS.values()], dtype=np.uint8)
     return _draw_image(table[kind], entries, extent=extent, title=title, path=path, geographic=geographic)
 
 
@@ -214,6 +216,42 @@ def lead_figure(per_year: Mapping[str, Mapping[Any, Mapping[str, Any]]], path: P
         _tidy(axes)
     panels[1].set_ylim(0, max(panels[1].get_ylim()[1], 0.05))
     figure.legend(handles=panels[0].get_lines(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def reliability_figure(
+    tables: Mapping[str, Mapping[str, Any]], path: Path, *, given: str = "confidence", came: str = "accuracy"
+) -> Path:
+    """Draw how often what was given a probability came true, and how much of the area has it, against the probability.
+
+    ``tables`` are by name those of :class:`ai4land.calibration.Reliability`, the model first; bins of less than 0.01 % of the
+    area are left out. ``given`` and ``came`` name the probability, and how often it came true.
+    """
+    least = 1e-4
+    drawn = {name: [row for row in table["bins"] if (row["share"] or 0) >= least] for name, table in tables.items()}
+    every = [row for rows in drawn.values() for row in rows]
+    if not every:
+        raise DataError(f"tables of {list(tables)} have no area, expected at least one with probabilities; evaluate with them")
+    top = max(max(row["to"], row["accuracy"]) for row in every)
+    figure = Figure(figsize=(5, 6), dpi=DPI, layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=(3.2, 1), sharex=True)
+    upper.plot((0, top), (0, top), color=_FRAME, linewidth=0.9, linestyle=(0, (4, 3)), label="perfect")
+    for i, (name, rows) in enumerate(drawn.items()):
+        error = tables[name]["expected_calibration_error"]
+        label = name.replace("_", " ") + ("" if error is None else f": error {error:.3f}")
+        style = {"color": _LINES[i % 6], "linewidth": 1.3 if i else 2.0, "zorder": max(3, 10 - i)}
+        points = ([row["confidence"] for row in rows], [row["accuracy"] for row in rows])
+        upper.plot(*points, marker=_MARKS[i % 6], markersize=4.5, clip_on=False, label=label, **style)
+        bins = tables[name]["bins"]
+        lower.stairs(
+            [row["share"] or 0 for row in bins], baseline=least, edges=[bins[0]["from"], *(row["to"] for row in bins)], **style
+        )
+    for axes, label in ((upper, came), (lower, "share of area")):
+        axes.set_title(label, loc="left", fontsize=11)
+        _tidy(axes)
+    upper.set(xlim=(0, top), ylim=(0, top))
+    lower.set(xlabel=given, yscale="log", ylim=(least, 1))
+    upper.legend(loc="upper left", frameon=False, fontsize=8.5)
     return _save(figure, path)
 
 

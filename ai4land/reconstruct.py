@@ -1,204 +1,209 @@
 """From a model and a store to the annual cube, block by block on Dask.
 
-A block is a shard over a window of years. Its task reads the static maps and the reference map once, with a halo that
-covers the network's receptive radius (wrapped at the dateline; no data beyond the poles and the region), walks the
-years, writes whole shards, enters them into the ledger, and returns a receipt. Blocks do not depend on each other: a run
-that was killed is run again and does what the ledger lacks.
+A block is a shard over the years on one side of the reference year. Its task reads the static maps and the reference map
+once, with a halo that covers the network's receptive radius (wrapped at the dateline; no data beyond the poles and the
+region), walks the years outward (:mod:`ai4land.walk`), writes the shard of each year, enters it into the ledger, and returns
+a receipt. Blocks do not depend on each other: a run that was killed is run again, walks the unfinished blocks anew and
+writes what the ledger lacks.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dask.array as da
 import numpy as np
 import torch
-import zarr
 from distributed import Client, as_completed
 from numpy.typing import NDArray
 
 from ai4land import cube
 from ai4land.checkpoint import cached_model
-from ai4land.cube import EMPTY, SCALE, Block
+from ai4land.cube import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, Block
 from ai4land.errors import DataError
-from ai4land.features import FeatureSpec, features
-from ai4land.grid import Grid, Window, coarse_window, read_coarse, read_window
-from ai4land.legend import MISSING, Legend
-from ai4land.unet import UNet
+from ai4land.grid import Window
+from ai4land.legend import Crosswalk, Legend
+from ai4land.predict import Source, predict
+from ai4land.totals import Method, Totals
+from ai4land.walk import Published, walk
 
 _log = logging.getLogger(__name__)
 
-
-class Source:
-    """The arrays of an analysis-ready store that prediction reads, opened without Dask.
-
-    Parameters
-    ----------
-    path
-        Of the store.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        group = zarr.open_group(path, mode="r")
-        attrs: Any = group.attrs
-        self.grid = Grid.from_dict(attrs["grid"])
-        self.legend = Legend(**attrs["legend"])
-        arrays: list[Any] = [group[n] for n in ("static", "mask", "coarse", "land_cover")]
-        self.static, self.mask, self.coarse, self.land_cover = arrays
-        self.years = [int(y) for y in np.asarray(group["year"][...])]  # type: ignore[index]
-        self.observed = [int(y) for y in np.asarray(group["observed_year"][...])]  # type: ignore[index]
-
-    def map_of(self, year: int, window: Window) -> NDArray[np.uint8]:
-        """Class indices of an observed map, ``MISSING`` beyond the grid."""
-        plane = _Plane(self.land_cover, self.observed.index(year))
-        codes = read_window(plane, window, fill=self.legend.fill.code, wrap=self.grid.wraps)
-        return self.legend.encode(codes, source=f"map of {year}")
-
-    def states_of(self, year: int, cells: Window) -> NDArray[np.float32]:
-        """Coarse states ``(state, rows, columns)``, the edge repeated beyond the grid."""
-        return read_coarse(_Plane(self.coarse, self.years.index(year)), cells, wrap=self.grid.wraps)
+_GOLDEN = 0.6180339887498949
+"""The golden ratio less 1."""
 
 
-@dataclass(frozen=True)
-class _Plane:
-    """One step of the first dimension of an array, read when it is cut."""
+def quantise(probabilities: NDArray[np.float32], *, scale: int = FRACTION_SCALE) -> NDArray[np.uint16]:
+    """Turn probabilities into whole numbers of 1/``scale`` that sum to exactly ``scale`` in every cell.
 
-    array: Any
-    index: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.array.shape[1:])
-
-    @property
-    def dtype(self) -> Any:
-        return self.array.dtype
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.array[(self.index, *key)]
-
-
-@torch.inference_mode()
-def predict(
-    model: UNet, source: Source, window: Window, *, spec: FeatureSpec, reference: int | None, years: Iterable[int]
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Predict the class probabilities of a window, year by year.
-
-    The result does not depend on how the globe is cut into windows: the window is read with the halo of the network and
-    its origin lies on the network's stride.
-
-    Parameters
-    ----------
-    model
-        In evaluation mode.
-    source
-        The store.
-    window
-        Fine cells; row, column, height and width must be multiples of the stride.
-    spec
-        Of the model.
-    reference
-        Year of the reference map; None to predict without one.
-    years
-        To predict, in any order.
-
-    Yields
-    ------
-    year, probabilities
-        Float32 ``(class, rows, columns)``.
-    """
-    if any(v % model.stride for v in (window.row, window.col, window.height, window.width)):
-        raise ValueError(f"window {window} is off the network's stride of {model.stride} cells; use whole shards")
-    halo = model.halo
-    outer = window.pad(halo)
-    grid = source.grid
-    raw = read_window(source.static, outer, fill=np.nan, wrap=grid.wraps)
-    static = spec.static_channels(raw)
-    known = None if reference is None else source.map_of(reference, outer)
-    cells, offset = coarse_window(outer, grid.factor)
-    tensors = torch.from_numpy(static).float()[None], torch.tensor([offset], dtype=torch.int64)
-    inner = (slice(halo, halo + window.height), slice(halo, halo + window.width))
-    start = None if reference is None else source.states_of(reference, cells)
-    for year in years:
-        wanted = source.states_of(year, cells)
-        lead = 0 if reference is None else year - reference
-        made = features(static, reference=known, wanted=wanted, start=wanted if start is None else start, lead=lead, spec=spec)
-        logits = model(tensors[0], torch.from_numpy(made.reference)[None], torch.from_numpy(made.coarse)[None], tensors[1])
-        yield year, torch.softmax(logits[0][(slice(None), *inner)].float(), dim=0).numpy()
-
-
-def quantise(probabilities: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Turn probabilities into whole numbers of 1/250 that sum to exactly 250 in every cell.
-
-    Running sums are rounded and differenced, so that an error never adds up: each class is off by less than one unit,
-    and a class of probability 0 stays 0.
+    The running sum over the classes plus an offset of the cell is rounded down and differenced, so that each class is off by
+    less than one unit and a class of probability 0 stays 0. The offsets fill 0..1 evenly from cell to cell (multiples of the
+    golden ratio), so that the errors of many cells cancel, also where a class has a small part of a unit everywhere.
 
     Parameters
     ----------
     probabilities
         ``(class, rows, columns)``, summing to 1.
+    scale
+        Units of 1.
 
-    >>> quantise(np.array([[[0.3333]], [[0.3333]], [[0.3334]]], dtype=np.float32)).ravel().tolist()
-    [83, 84, 83]
+    >>> quantise(np.full((3, 1, 2), 1 / 3, np.float32), scale=250)[:, 0].tolist()
+    [[83, 83], [83, 84], [84, 83]]
     """
-    running = np.rint(np.cumsum(probabilities, axis=0, dtype=np.float32) * SCALE)
-    running = np.minimum(running, SCALE)
-    running[-1] = SCALE
-    return np.diff(running, axis=0, prepend=0).astype(np.uint8)
+    rows, cols = probabilities.shape[1:]
+    offset = (np.arange(rows * cols) * _GOLDEN % 1).reshape(rows, cols)
+    running = np.cumsum(probabilities, axis=0, dtype=np.float64)
+    running *= scale / running[-1]
+    running += offset
+    running = np.minimum(np.floor(running), scale)
+    running[-1] = scale
+    return np.diff(running, axis=0, prepend=0).astype(np.uint16)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the tasks of a reconstruction share: paths and plain values, so that a task is small."""
+    """What the tasks of a reconstruction share: paths and plain values, so that a task is small.
+
+    ``method``, ``keep`` and ``settle`` say how the totals are imposed (:mod:`ai4land.totals`, :mod:`ai4land.walk`),
+    ``weights`` whether they are of the area or of cells; cells of the class codes ``lock``, and those where the static map
+    ``protected`` is above 0.5, keep the class of the reference map.
+    """
 
     store: str
     cube: str
     model: str
     checksum: str
-    reference: int
+    reference: int | None
     threads: int
+    crosswalk: Crosswalk
+    method: Method = "change"
+    weights: Literal["area", "cells"] = "area"
+    keep: float | None = None
+    settle: int = 5
+    lock: tuple[int, ...] = ()
+    protected: str | None = None
 
 
 def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
-    """Predict and write one block; the task of a worker.
+    """Predict and write one block, year by year outward from the reference map; the task of a worker.
 
     Returns
     -------
     dict
-        A receipt: row and column of the shard, years, mapped cells and digest.
+        A receipt: row and column of the shard, years, and mapped cells.
     """
     torch.set_num_threads(job.threads)
     model, card = cached_model(job.model, job.checksum)
     source = Source(job.store)
-    legend, w = source.legend, block.window
+    w = block.window
     mask = np.asarray(source.mask[w.slices], dtype=bool)
-    known = source.map_of(job.reference, w)
-    shape = (len(block.years), w.height, w.width)
-    land_cover = np.full(shape, legend.fill.code, dtype=np.uint8)
-    confidence = np.full(shape, EMPTY, dtype=np.uint8)
-    fraction = np.full((shape[0], legend.n, *shape[1:]), EMPTY, dtype=np.uint8)
-    for year, probabilities in predict(model, source, w, spec=card.spec, reference=job.reference, years=block.years):
-        i = block.years.index(year)
-        if year == job.reference:
-            observed = known != MISSING
-            unit = np.arange(legend.n, dtype=np.uint8)[:, None, None] == known
-            probabilities = np.where(observed, unit, probabilities).astype(np.float32)
-        best = probabilities.argmax(axis=0).astype(np.uint8)
-        land_cover[i] = np.where(mask, legend.decode(best), legend.fill.code)
-        confidence[i] = np.where(mask, np.rint(probabilities.max(axis=0) * SCALE), EMPTY)
-        fraction[i] = np.where(mask, quantise(probabilities), EMPTY)
+    known = None if job.reference is None else source.map_of(job.reference, w)
+    totals = totals_of(source, w, job) if job.method != "none" else None
+    walked = sorted(block.years, key=lambda y: abs(y - (job.reference or 0)))
+    if job.reference is not None and totals is not None:
+        walked = years_between(source.years, job.reference, walked[-1])
+    lacking = sorted(set(block.years) - set(source.years))
+    if lacking:
+        raise DataError(f"store {job.store} lacks the scenario of {lacking}; align anew with these years")
+    steps = walk(
+        predict(model, source, w, spec=card.spec, reference=job.reference, years=walked),
+        mapped=mask,
+        factor=source.grid.factor,
+        totals=totals,
+        reference=known,
+        reference_year=job.reference,
+        locked=None if known is None else _locked(source, w, known, job),
+        keep=job.keep,
+        settle=job.settle,
+        areas=_areas(source, w, job),
+    )
     path = Path(job.cube)
-    digest = cube.write_block(path, block, land_cover=land_cover, fraction=fraction, confidence=confidence)
-    cube.record(path, block, digest)
-    return {"row": w.row, "col": w.col, "years": list(block.years), "cells": int(mask.sum()), "digest": digest}
+    for year, made in steps:
+        if year in block.years:
+            part = Block(w, (year,))
+            digest = cube.write_block(path, part, _stored(made, mask, source.legend))
+            cube.record(path, part, digest, notes_on(made, w, source.grid.factor))
+    return {"row": w.row, "col": w.col, "years": list(block.years), "cells": int(mask.sum())}
 
 
-def plan_blocks(path: Path | str, *, years: Iterable[int], window: int, done: Iterable[tuple[int, int, int]] = ()) -> list[Block]:
-    """List the blocks to compute: shards with cells to map, over windows of years, without what is done.
+def years_between(years: Iterable[int], reference: int, last: int) -> list[int]:
+    """List the years from the reference year to the last one, in the order of walking away from it.
+
+    >>> years_between([2000, 2001, 2003, 2004], 2003, 2000)
+    [2003, 2001, 2000]
+    """
+    low, high = min(reference, last), max(reference, last)
+    return sorted((y for y in years if low <= y <= high), key=lambda y: abs(y - reference))
+
+
+def totals_of(source: Source, window: Window, job: Job) -> Totals:
+    """Make the totals of a window of whole coarse cells."""
+    f = source.grid.factor
+    cells = Window(window.row // f, window.col // f, window.height // f, window.width // f)
+    return Totals(
+        lambda year: source.states_of(year, cells),
+        names=source.states,
+        crosswalk=job.crosswalk,
+        mapped=np.asarray(source.mask[window.slices], dtype=bool),
+        factor=f,
+        areas=_areas(source, window, job),
+        reference=None if job.reference is None else source.map_of(job.reference, window),
+        reference_year=job.reference,
+        level=job.method == "level",
+    )
+
+
+def _areas(source: Source, window: Window, job: Job) -> NDArray[np.float64] | None:
+    return source.grid.cell_areas()[window.slices[0]] if job.weights == "area" else None
+
+
+def _locked(source: Source, window: Window, known: NDArray[np.uint8], job: Job) -> NDArray[np.bool_] | None:
+    """Cells that keep their class; None if there are none."""
+    if not job.lock and job.protected is None:
+        return None
+    held = np.isin(known, [source.legend.codes.tolist().index(c) for c in job.lock])
+    if job.protected is not None:
+        held |= np.nan_to_num(np.asarray(source.static[(source.features.index(job.protected), *window.slices)])) > 0.5
+    return held
+
+
+def _stored(made: Published, mask: NDArray[np.bool_], legend: Legend) -> dict[str, NDArray[Any]]:
+    """Numbers as the cube stores them, one year."""
+
+    def share(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+        there = mask & np.isfinite(values)
+        return np.where(there, np.rint(np.where(there, values, 0) * SCALE), EMPTY).astype(np.uint8)[None]
+
+    def codes(index: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.where(mask, legend.decode(index), legend.fill.code).astype(np.uint8)[None]
+
+    return {
+        "land_cover": codes(made.land_cover),
+        "most_likely": codes(made.most_likely),
+        "fraction": np.where(mask, quantise(made.fractions), np.uint16(FRACTION_EMPTY))[None],
+        "confidence": share(made.confidence),
+        "change_probability": share(
+            np.full(mask.shape, np.nan, np.float32) if made.change_probability is None else made.change_probability
+        ),
+    }
+
+
+def notes_on(made: Published, window: Window, factor: int) -> dict[str, Any]:
+    """Note for the ledger how far a year is from its totals, and every coarse cell where locks contradict them."""
+    k, row, col = np.nonzero(made.unmet)
+    place = zip((row + window.row // factor).tolist(), (col + window.col // factor).tolist(), k.tolist(), strict=True)
+    unmet = [[*p, int(v)] for p, v in zip(place, made.unmet[k, row, col], strict=True)]
+    return {"residual": float(np.max(made.residual, initial=0.0)), "unmet": unmet}
+
+
+def plan_blocks(
+    path: Path | str, *, years: Iterable[int], reference: int | None, done: Iterable[tuple[int, int, int]] = ()
+) -> list[Block]:
+    """List the blocks to compute: shards with cells to map, on either side of the reference year, without what is done.
 
     Parameters
     ----------
@@ -206,22 +211,22 @@ def plan_blocks(path: Path | str, *, years: Iterable[int], window: int, done: It
         Of the analysis-ready store.
     years
         To map.
-    window
-        Years of a block at most.
+    reference
+        Year of the reference map; None without one.
     done
         Finished (row, column, year).
     """
     source = Source(path)
     land = [w for w in source.grid.shards() if np.asarray(source.mask[w.slices]).any()]
     finished, every = set(done), list(years)
+    sides = [every] if reference is None else [[y for y in every if y >= reference], [y for y in every if y < reference]]
     blocks = []
-    for start in range(0, len(every), window):
-        part = every[start : start + window]
+    for side in sides:
         for w in land:
-            left = tuple(y for y in part if (w.row, w.col, y) not in finished)
+            left = tuple(y for y in side if (w.row, w.col, y) not in finished)
             if left:
                 blocks.append(Block(w, left))
-    return blocks
+    return sorted(blocks, key=lambda b: -len(b.years))
 
 
 def _task(part: NDArray[np.object_], job: Job) -> NDArray[np.object_]:

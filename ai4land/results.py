@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,65 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ai4land import cube, plot
-from ai4land.align import open_store
-from ai4land.baselines import proportional_allocation
 from ai4land.checkpoint import load_card, write_atomically
 from ai4land.config import RunConfig
 from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import evaluate_years
 from ai4land.grid import Window
-from ai4land.inputs import align, crosswalk_of, cubes_of, grid_of, legend_of, split_of
-from ai4land.legend import MISSING
-from ai4land.reconstruct import Source, plan_blocks
-from ai4land.scenario import class_shares as scenario_shares
-from ai4land.scores import class_shares
-from ai4land.splits import TEST, VALIDATION, Scored, load_split
+from ai4land.inputs import align, cubes_of, grid_of, legend_of, split_of
+from ai4land.predict import Source
+from ai4land.reconstruct import plan_blocks
+from ai4land.rivals import RIVALS, Wanted, coarse_slices, rival_maps
+from ai4land.splits import TEST, VALIDATION, Scored, Split, load_split
+from ai4land.stages import method_of
+from ai4land.totals import STATEMENTS
 from ai4land.unet import UNet
 
 _log = logging.getLogger(__name__)
-
-Shares = NDArray[np.float64]
-
-
-class _Shares:
-    """Class shares of the scenario, as the change since a reference year on top of the reference map.
-
-    Where the scenario and the map define a class differently, the scenario's level says little but its change counts; where
-    they agree, this is the scenario itself.
-    """
-
-    def __init__(self, run: RunConfig, source: Source, reference: int) -> None:
-        self._coarse = open_store(run.folder / "store.zarr")["coarse"]
-        self._crosswalk = crosswalk_of(run, source.legend)
-        self._source, self._weights, self.reference = source, run.scenario.weights, reference
-        self._last: tuple[int, Shares] = (reference, self._read(reference))
-        self.start, self.observed = self._last[1], self._measure()
-
-    def _read(self, year: int) -> Shares:
-        return np.asarray(scenario_shares(self._coarse.sel(year=[year]), crosswalk=self._crosswalk).values[0])
-
-    def scenario(self, year: int) -> Shares:
-        """Shares that the scenario gives, ``(class, coarse rows, coarse columns)``."""
-        if self._last[0] != year:
-            self._last = (year, self._read(year))
-        return self._last[1]
-
-    def _measure(self) -> Shares:
-        """Class shares of the reference map."""
-        grid, n = self._source.grid, self._source.legend.n
-        shape = (n, *(int(v) for v in grid.coarse.shape))
-        out, f, areas = np.full(shape, np.nan), grid.factor, grid.cell_areas()
-        for w in grid.shards():
-            index = self._source.map_of(self.reference, w)
-            part, _ = class_shares(index, index != MISSING, n=n, factor=f, weights=self._weights, areas=areas[w.slices[0]])
-            out[:, w.row // f : (w.row + w.height) // f, w.col // f : (w.col + w.width) // f] = part
-        return out
-
-    def wanted(self, year: int) -> Shares:
-        """Shares that a map of the year should have."""
-        shares = (self.observed + self.scenario(year) - self.start).clip(0)
-        total = shares.sum(axis=0)
-        return np.divide(shares, total, out=np.full_like(shares, np.nan), where=total > 0)
 
 
 def evaluate(run: RunConfig, *, tell: Callable[[str], None] = _log.info) -> dict[str, Any]:
@@ -102,56 +59,63 @@ def evaluate(run: RunConfig, *, tell: Callable[[str], None] = _log.info) -> dict
     for name, scored, role in (("validation", split.validation, VALIDATION), ("test", split.test, TEST)):
         if scored is None:
             continue
-        tell(f"scoring {name}: {scored.years[0]}-{scored.years[-1]} from the map of {scored.reference}")
-        result[name] = _score(run, source, name, scored, split.cells(role))
+        tell(f"scoring {name}: {scored.years[0]}-{scored.years[-1]} {_origin(scored.reference)}")
+        result[name] = _score(run, source, split, name, scored, split.cells(role))
     write_atomically(run.folder / "evaluation.json", (json.dumps(result, indent=1) + "\n").encode())
     figures(run, result, tell=tell)
     return result
 
 
-def _score(run: RunConfig, source: Source, name: str, scored: Scored, cells: NDArray[np.bool_]) -> dict[str, Any]:
-    grid, legend = source.grid, source.legend
-    shares = _Shares(run, source, scored.reference)
+def _origin(reference: int | None) -> str:
+    return "without a reference map" if reference is None else f"from the map of {reference}"
+
+
+def _score(run: RunConfig, source: Source, split: Split, name: str, scored: Scored, cells: NDArray[np.bool_]) -> dict[str, Any]:
+    grid, legend, base = source.grid, source.legend, scored.reference
+    windows = [w for w in grid.shards() if np.asarray(source.mask[w.slices]).any()]
+    wanted = Wanted(run, source, base, windows)
     cubes = cubes_of(run)
     path = cubes.get(name, cubes["cube"])[0]
     data = cube.open_cube(path)
     place = {int(year): i for i, year in enumerate(data["year"].values)}
     done = cube.recorded(path)
 
-    def model(year: int, w: Window) -> NDArray[np.uint8]:
-        if (w.row, w.col, year) not in done:
-            raise DataError(f"cube {path} lacks {year} of shard {w}; finish it with: ai4land reconstruct RUN.yaml")
-        return np.asarray(data["land_cover"][(place[year], *w.slices)].values)
+    def read(variable: str) -> Callable[[int, Window], NDArray[Any]]:
+        def cut(year: int, w: Window) -> NDArray[Any]:
+            if (w.row, w.col, year) not in done:
+                raise DataError(f"cube {path} lacks {year} of shard {w}; finish it with: ai4land reconstruct RUN.yaml")
+            return np.asarray(data[variable][(place[year], ..., *w.slices)].values)
 
-    def reference(w: Window) -> NDArray[np.uint8]:
-        return legend.decode(source.map_of(scored.reference, w))
-
-    def proportional(year: int, w: Window) -> NDArray[np.uint8]:
-        f = grid.factor
-        cut = (slice(None), slice(w.row // f, (w.row + w.height) // f), slice(w.col // f, (w.col + w.width) // f))
-        index = source.map_of(scored.reference, w)
-        wanted, start = shares.scenario(year)[cut], shares.start[cut]
-        return legend.decode(
-            proportional_allocation(index, wanted=wanted, start=start, factor=f, seed=run.seed, origin=(w.row, w.col))
-        )
+        return cut
 
     def where(w: Window) -> NDArray[np.bool_]:
-        f = grid.factor
-        inside = cells[w.row // f : (w.row + w.height) // f, w.col // f : (w.col + w.width) // f]
-        return np.asarray(source.mask[w.slices], dtype=bool) & np.kron(inside, np.ones((f, f), dtype=bool))
+        inside = np.kron(cells[coarse_slices(w, grid.factor)], np.ones((grid.factor, grid.factor), dtype=bool))
+        return np.asarray(source.mask[w.slices], dtype=bool) & inside
 
-    return evaluate_years(
-        {"model": model, "persistence": lambda _, w: reference(w), "proportional": proportional},
-        truth=lambda year, w: legend.decode(source.map_of(year, w)),
-        reference=reference,
-        where=where,
-        wanted=shares.wanted,
-        grid=grid,
-        legend=legend,
-        windows=[w for w in grid.shards() if np.asarray(source.mask[w.slices]).any()],
-        years=list(scored.years),
-        weights_kind=run.scenario.weights,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        rivals = rival_maps(run, source, scored, wanted, split, Path(scratch))
+        result = evaluate_years(
+            {"model": read("land_cover"), "most_likely": read("most_likely"), **rivals},
+            truth=lambda year, w: legend.decode(source.map_of(year, w)),
+            reference=None if base is None else lambda w: legend.decode(source.map_of(base, w)),
+            reference_year=base,
+            where=where,
+            wanted=wanted.shares,
+            grid=grid,
+            legend=legend,
+            windows=windows,
+            years=list(scored.years),
+            weights_kind=run.scenario.weights,
+            confidence={"model": read("confidence")},
+            change_probability=None if base is None else {"model": read("change_probability")},
+            block=run.evaluate.block,
+            seed=run.seed,
+        )
+    bias = wanted.bias()
+    if bias is not None:
+        bias.to_netcdf(run.folder / f"{name}_bias.nc")
+    result["totals"] = {"method": method_of(run, base), **wanted.check(data, place, list(scored.years))}
+    return result
 
 
 def figures(run: RunConfig, scores: dict[str, Any], *, tell: Callable[[str], None] = _log.info) -> None:
@@ -176,10 +140,10 @@ def figures(run: RunConfig, scores: dict[str, Any], *, tell: Callable[[str], Non
         path=folder / "map.png",
     )
     test = run.split.test
-    if test is not None and test.reference == run.reconstruct.reference:
+    if test is not None and test.reference is not None and test.reference == run.reconstruct.reference:
         year = test.years[-1]
         whole = Window(0, 0, *source.grid.shape)
-        plot.change_figure(
+        plot.hits_figure(
             thin(source.map_of(test.reference, whole)),
             thin(source.map_of(year, whole)),
             thin(source.legend.encode(data["land_cover"][years.index(year)].values)),
@@ -191,9 +155,12 @@ def figures(run: RunConfig, scores: dict[str, Any], *, tell: Callable[[str], Non
     if metrics.is_file():
         plot.curves_figure([json.loads(line) for line in metrics.read_text().splitlines()], path=folder / "curves.png")
     for name, part in scores.items():
-        by_year = {method: part[method]["per_year"] for method in ("model", "persistence", "proportional")}
+        methods = [m for m in ("model", "most_likely", *RIVALS) if m in part]
         if len(part["years"]) > 1:
-            plot.lead_figure(by_year, path=folder / f"{name}_by_year.png")
+            plot.lead_figure({m: part[m]["per_year"] for m in methods}, path=folder / f"{name}_by_year.png")
+        calibration = part["model"]["calibration"]
+        if calibration is not None:
+            plot.reliability_figure({"model": calibration}, folder / f"{name}_reliability.png")
     tell(f"figures: {folder}")
 
 
@@ -230,6 +197,7 @@ def plan(run: RunConfig) -> Iterator[tuple[str, str]]:
         "align",
         "done" if aligned else f"to do: {4 * len(run.static) * rows * cols / 1e9:.2f} GB of static maps before compression",
     )
+    yield "totals", STATEMENTS[run.constrain.method]
     net = UNet(static_channels=len(run.static), coarse_channels=8, classes=legend.n, factor=grid.factor, **run.model.model_dump())
     cells = run.train.steps * run.train.batch * run.train.patch**2
     yield (
@@ -242,16 +210,16 @@ def plan(run: RunConfig) -> Iterator[tuple[str, str]]:
         f"halo {net.halo} cells: each shard is read {((grid.shard + 2 * net.halo) / grid.shard) ** 2:.2f} times its size",
     )
     for path, reference, years in cubes_of(run).values():
-        raw = len(years) * rows * cols * (legend.n + 2) / 1e9
-        text = f"{len(years)} years from the map of {reference}, at most {raw:.2f} GB before compression"
+        raw = len(years) * rows * cols * (2 * legend.n + 4) / 1e9
+        text = f"{len(years)} years {_origin(reference)}, at most {raw:.2f} GB before compression"
         if aligned:
-            every = plan_blocks(store, years=years, window=run.reconstruct.window)
-            left = plan_blocks(store, years=years, window=run.reconstruct.window, done=cube.recorded(path))
+            every = plan_blocks(store, years=years, reference=reference)
+            left = plan_blocks(store, years=years, reference=reference, done=cube.recorded(path))
             text += f"; {len(every) - len(left)} of {len(every)} blocks done"
         yield path.name, text
     for name, scored in (("validation", split.validation), ("test", split.test)):
         if scored is not None:
-            yield f"score {name}", f"{len(scored.years)} years from the map of {scored.reference}"
+            yield f"score {name}", f"{len(scored.years)} years {_origin(scored.reference)}"
 
 
 def _done(path: Path) -> str:

@@ -1,14 +1,14 @@
 """Measures of agreement between an annual map and the observed one.
 
-Every score of the fine map comes from one three-way table of the classes in the reference map, the truth and the
-prediction, in square metres. Tables of tiles and of years add up, so the scores of many tiles are exactly those of the
-whole. How well a map follows the scenario is measured on the coarse grid (:func:`coarse_error`).
+Every score of the fine map comes from a few sums of areas in square metres (:func:`score_sums`), which also follow from one
+three-way table of the classes in the reference map, the truth and the prediction. Sums of tiles and of years add up, so the
+scores of many tiles are exactly those of the whole. How well a map follows the scenario is measured on the coarse grid.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,29 +107,83 @@ def transition_table(
     return table
 
 
+def score_sums(
+    truth: NDArray[np.uint8],
+    predicted: NDArray[np.uint8],
+    reference: NDArray[np.uint8] | None = None,
+    *,
+    n: int,
+    areas: NDArray[np.float64],
+    group: NDArray[np.intp],
+    groups: int,
+) -> NDArray[np.float64]:
+    """Sum, in each group of cells, the areas from which all scores follow.
+
+    Parameters
+    ----------
+    truth, predicted, reference
+        Class indices of the cells, ``(cells,)``. A cell that is ``MISSING`` in the prediction is dropped; the others have a
+        class in the truth and in the reference map. Without a reference map the last four sums are 0.
+    n
+        Number of classes.
+    areas
+        Area of each cell.
+    group, groups
+        Group of each cell, and how many there are.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(groups, 3 n + 4)``: by class the area that is right, that is true, and that is predicted; then the hits, the
+        misses, the wrong hits and the false alarms of change since the reference map.
+    """
+    guess = np.minimum(predicted, n)
+    pair = (group * n + truth) * (n + 1) + guess
+    confusion = np.bincount(pair, weights=areas, minlength=groups * n * (n + 1)).reshape(groups, n, n + 1)[:, :, :n]
+    right = np.diagonal(confusion, axis1=1, axis2=2)
+    change: NDArray[Any] = np.zeros((groups, 4))
+    if reference is not None:
+        moved = np.flatnonzero(((truth != reference) | (guess != reference)) & (guess < n))
+        r, t, g = reference[moved], truth[moved], guess[moved]
+        kind = np.select([(r != t) & (t == g), r == g, r != t], [0, 1, 2], default=3)
+        change = np.bincount(group[moved] * 4 + kind, weights=areas[moved], minlength=groups * 4).reshape(groups, 4)
+    return np.concatenate([right, confusion.sum(axis=2), confusion.sum(axis=1), change], axis=1)
+
+
+def headline(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Compute the scores of many sums at once; see :class:`Scores` for the formulas.
+
+    From ``sums`` ``(…, 3 n + 4)`` as from :func:`score_sums`, which may be added up first, come values ``(…)`` by the names of
+    the scores; NaN where one is not defined.
+    """
+    n = (sums.shape[-1] - 4) // 3
+    right, true, guessed = (sums[..., k * n : (k + 1) * n] for k in range(3))
+    hits, misses, wrong, false = (sums[..., 3 * n + k] for k in range(4))
+    total, both = true.sum(axis=-1), true + guessed
+    there = (both > 0).sum(axis=-1)
+    return {
+        "overall_accuracy": _over(right.sum(axis=-1), total),
+        "macro_f1": _over(np.nan_to_num(_over(2 * right, both)).sum(axis=-1), there),
+        "mean_iou": _over(np.nan_to_num(_over(right, both - right)).sum(axis=-1), there),
+        "figure_of_merit": _over(hits, hits + misses + wrong + false),
+        "change_f1": _over(2 * (hits + wrong), 2 * (hits + wrong) + misses + false),
+        "quantity_disagreement": _over(np.abs(true - guessed).sum(axis=-1) / 2, total),
+        "allocation_disagreement": _over((np.minimum(true, guessed) - right).sum(axis=-1), total),
+    }
+
+
 def scores(table: NDArray[np.float64]) -> Scores:
     """Compute the scores of a table of :func:`transition_table`; see :class:`Scores` for the formulas."""
-    right, true, guessed = _margins(table)
-    total = float(true.sum())
-    there = (true + guessed) > 0
-    if not total > 0:
-        return Scores(*[None] * 7)
-    f1 = 2 * right[there] / (true + guessed)[there]
-    iou = right[there] / (true + guessed - right)[there]
-    change = _change_parts(table)
-    return Scores(
-        overall_accuracy=float(right.sum()) / total,
-        macro_f1=float(f1.mean()),
-        mean_iou=float(iou.mean()),
-        figure_of_merit=ratio(change["hits"], sum(change.values())),
-        change_f1=_change_f1(change),
-        quantity_disagreement=float(np.abs(true - guessed).sum()) / 2 / total,
-        allocation_disagreement=float((np.minimum(true, guessed) - right).sum()) / total,
-    )
+    return Scores(**{name: number(value) for name, value in headline(_table_sums(table)).items()})
 
 
-def per_class(table: NDArray[np.float64]) -> list[dict[str, float | None]]:
+def per_class(sums: NDArray[np.float64]) -> list[dict[str, float | None]]:
     """Score each class, in the order of the indices.
+
+    Parameters
+    ----------
+    sums
+        ``(3 n + 4,)`` as from :func:`score_sums`, or a table of :func:`transition_table`.
 
     Returns
     -------
@@ -137,7 +191,9 @@ def per_class(table: NDArray[np.float64]) -> list[dict[str, float | None]]:
         ``precision`` (user's accuracy, p_kk / p_k+), ``recall`` (producer's accuracy, p_kk / p_+k), ``f1``, ``iou``, and
         the shares of the scored area ``share_true`` and ``share_predicted``; None where a class does not occur.
     """
-    total = float(table.sum())
+    flat = sums if sums.ndim == 1 else _table_sums(sums)
+    right, true, guessed = flat[:-4].reshape(3, -1)
+    total = float(true.sum())
     return [
         {
             "precision": ratio(r, p),
@@ -147,12 +203,17 @@ def per_class(table: NDArray[np.float64]) -> list[dict[str, float | None]]:
             "share_true": ratio(t, total),
             "share_predicted": ratio(p, total),
         }
-        for r, t, p in zip(*_margins(table), strict=True)
+        for r, t, p in zip(right, true, guessed, strict=True)
     ]
 
 
 def observed_change(table: NDArray[np.float64]) -> dict[str, float | None]:
     """Measure the change from the reference map to the truth, as shares of the area.
+
+    Parameters
+    ----------
+    table
+        As from :func:`transition_table`, or its sum over the predicted classes, ``(n, n)``.
 
     Returns
     -------
@@ -160,7 +221,7 @@ def observed_change(table: NDArray[np.float64]) -> dict[str, float | None]:
         ``gross``: the area whose class changed; ``net``: ½ Σ abs(change of the area of class k). What is gross but not
         net is exchange between places (Pontius, Shusas & McEachern 2004, Agriculture, Ecosystems & Environment 101:251-268).
     """
-    pair = table.sum(axis=2)
+    pair = table.sum(axis=2) if table.ndim == 3 else table
     total, still = float(pair.sum()), np.eye(len(pair), dtype=bool)
     net = float(np.abs(pair.sum(axis=1) - pair.sum(axis=0)).sum()) / 2
     return {"gross": ratio(float(pair[~still].sum()), total), "net": ratio(net, total)}
@@ -245,36 +306,14 @@ def coarse_error(
     float or None
         None where no coarse cell is left.
     """
-    return ratio(*coarse_sums(predicted_shares, wanted_shares, weights))
+    error, weight = coarse_parts(predicted_shares, wanted_shares, weights)
+    return ratio(float(error.sum()), float(weight.sum()))
 
 
-def _margins(table: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Per class: the area that is right, that is true, that is predicted."""
-    confusion = table.sum(axis=0)
-    return np.diagonal(confusion).copy(), confusion.sum(axis=1), confusion.sum(axis=0)
-
-
-def _change_parts(table: NDArray[np.float64]) -> dict[str, float]:
-    """Hits, misses, wrong hits and false alarms of change since the reference map."""
-    i, j, k = np.ogrid[tuple(slice(s) for s in table.shape)]
-    changed, foreseen = i != j, i != k
-    return {
-        "hits": float(table[changed & (j == k)].sum()),
-        "misses": float(table[changed & ~foreseen].sum()),
-        "wrong_hits": float(table[changed & foreseen & (j != k)].sum()),
-        "false_alarms": float(table[~changed & foreseen].sum()),
-    }
-
-
-def _change_f1(change: dict[str, float]) -> float | None:
-    both = change["hits"] + change["wrong_hits"]
-    return ratio(2 * both, 2 * both + change["misses"] + change["false_alarms"])
-
-
-def coarse_sums(
+def coarse_parts(
     predicted: NDArray[np.floating], wanted: NDArray[np.floating], weights: NDArray[np.floating]
-) -> tuple[float, float]:
-    """Sum of the weighted error and of the weights."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Give the weighted error and the weight of each coarse cell, both 0 where it is dropped; see :func:`coarse_error`."""
     if predicted.shape != wanted.shape or weights.shape != predicted.shape[1:]:
         raise DataError(
             f"shares are {predicted.shape} and {wanted.shape} with weights of {weights.shape}, expected the same classes and "
@@ -282,9 +321,30 @@ def coarse_sums(
         )
     error = np.abs(predicted.astype(np.float64) - wanted).sum(axis=0) / 2
     use = np.isfinite(error) & (weights > 0)
-    return float((error[use] * weights[use]).sum()), float(weights[use].sum())
+    weight = np.where(use, weights, 0.0).astype(np.float64)
+    return np.where(use, error, 0.0) * weight, weight
 
 
 def ratio(part: float, whole: float) -> float | None:
     """Divide, or give None where there is nothing to divide by."""
     return float(part) / float(whole) if whole > 0 else None
+
+
+def number(value: Any) -> float | None:
+    """Turn a number into a float, NaN into None: as JSON wants it."""
+    return None if np.isnan(value) else float(value)
+
+
+def _over(part: NDArray[np.float64], whole: NDArray[Any]) -> NDArray[np.float64]:
+    """Divide, NaN where there is nothing to divide by."""
+    return np.asarray(np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0), dtype=np.float64)
+
+
+def _table_sums(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums of a three-way table, as from :func:`score_sums` of a single group."""
+    confusion = table.sum(axis=0)
+    i, j, k = np.ogrid[tuple(slice(s) for s in table.shape)]
+    changed, foreseen = i != j, i != k
+    kinds = (changed & (j == k), changed & ~foreseen, changed & foreseen & (j != k), ~changed & foreseen)
+    change = [table[kind].sum() for kind in kinds]
+    return np.concatenate([np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0), change])

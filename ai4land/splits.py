@@ -1,7 +1,8 @@
 """Training, validation and test: by blocks of coarse cells and by years, with a buffer, saved with a hash.
 
 A cell-year is *scored* by at most one of the three. Without a split in space all cells share the years, so the years of
-the three must differ; with one, held-out blocks (and a buffer around them) may share years with training.
+the three must differ; with one, held-out blocks (and a buffer around them) may share years with training: their cells are
+never a target of training, whatever the year.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ TRAIN, VALIDATION, TEST, BUFFER = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class Scored:
-    """Years that are scored, and the year of the map that they are predicted from."""
+    """Years that are scored, and the year of the map that they are predicted from; None: without a reference map."""
 
-    reference: int
+    reference: int | None
     years: tuple[int, ...]
 
 
@@ -96,7 +97,7 @@ def load_split(path: Path) -> Split:
     """
 
     def scored(item: Any) -> Scored | None:
-        return None if item is None else Scored(int(item[0]), tuple(item[1]))
+        return None if item is None else Scored(None if item[0] is None else int(item[0]), tuple(item[1]))
 
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -225,7 +226,7 @@ def make_split(
     for name, scored, role in (("validation", validation, VALIDATION), ("test", test, TEST)):
         if scored is None:
             continue
-        if scored.reference in scored.years:
+        if scored.reference is not None and scored.reference in scored.years:
             raise ConfigError(f"{name} scores {scored.reference}, the year of its own reference map; leave that year out")
         both = sorted(seen & set(scored.years))
         if both and not (roles == role).any():

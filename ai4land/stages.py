@@ -24,14 +24,16 @@ from ai4land.align import open_store
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import Card, check_fits, load_card, load_model, load_state, save_model
 from ai4land.config import RunConfig, digest
-from ai4land.errors import MismatchError
+from ai4land.errors import ConfigError, MismatchError
 from ai4land.features import fit_spec
 from ai4land.grid import Grid
-from ai4land.inputs import Tell, align, cubes_of, grid_of, identity_of, legend_of, split_of
+from ai4land.inputs import Tell, align, crosswalk_of, cubes_of, grid_of, identity_of, legend_of, split_of
 from ai4land.legend import Legend
 from ai4land.losses import class_weights
-from ai4land.reconstruct import Job, Source, plan_blocks, run_blocks
+from ai4land.predict import Source
+from ai4land.reconstruct import Job, plan_blocks, run_blocks
 from ai4land.splits import TRAIN, VALIDATION, Split
+from ai4land.totals import STATEMENTS, Method
 from ai4land.train import Schedule, fit
 from ai4land.unet import UNet
 
@@ -57,8 +59,9 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, di
     load = partial(
         PatchLoader, partial(open_store, store_path), grid=grid, legend=legend, spec=spec, patch=t.patch, batch=t.batch
     )
-    loader = load(cells=split.roles == TRAIN, pairs=split.pairs, seed=t.seed, mask_all=t.mask_all, mask_some=t.mask_some)
-    held = _validation_batches(load, split, t.validation_batches, t.mask_all, t.mask_some)
+    seen: dict[str, Any] = {"mask_all": t.mask_all, "mask_some": t.mask_some, "disturb": t.disturb, "focus": t.focus}
+    loader = load(cells=split.roles == TRAIN, pairs=split.pairs, seed=t.seed, **seen)
+    held = _validation_batches(load, split, t.validation_batches, seen)
     weights = class_weights(_class_counts(store, split, legend, grid), power=t.class_balance)
     model = UNet(
         static_channels=len(spec.static_names),
@@ -143,13 +146,16 @@ def _differences(run: RunConfig) -> str:
     return "; ".join(lines) or "the settings are the same, the package or the split is not"
 
 
-def _validation_batches(load: Any, split: Split, count: int, mask_all: float, mask_some: float) -> list[Any]:
+def _validation_batches(load: Any, split: Split, count: int, seen: dict[str, Any]) -> list[Any]:
     """Batches that decide when to stop: the validation years, or held-out cells of the training years with holes."""
     cells = split.cells(VALIDATION)
     if split.validation is not None:
-        pairs = tuple((split.validation.reference, year) for year in split.validation.years)
-        return list(load(cells=cells, pairs=pairs, seed=1_000_003).batches(0, count))
-    return list(load(cells=cells, pairs=split.pairs, seed=1_000_003, mask_all=mask_all, mask_some=mask_some).batches(0, count))
+        base = split.validation.reference
+        pairs = tuple((year if base is None else base, year) for year in split.validation.years)
+        return list(
+            load(cells=cells, pairs=pairs, seed=1_000_003, mask_all=float(base is None), focus=seen["focus"]).batches(0, count)
+        )
+    return list(load(cells=cells, pairs=split.pairs, seed=1_000_003, **seen).batches(0, count))
 
 
 def _class_counts(store: xr.Dataset, split: Split, legend: Legend, grid: Grid) -> NDArray[np.int64]:
@@ -177,7 +183,12 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     threads = r.threads or max(1, (os.cpu_count() or 1) // r.workers)
     work: list[tuple[Path, list[cube.Block], Job]] = []
     for name, (path, reference, years) in cubes_of(run).items():
-        identity = {"model": card.weights, "store": digest(identity_of(run)), "reference": reference, "seed": run.seed}
+        identity = {
+            "model": card.weights,
+            "store": digest(identity_of(run)),
+            "reference": reference,
+            "constrain": run.constrain.model_dump(mode="json"),
+        }
         cube.create(
             path,
             grid=source.grid,
@@ -186,10 +197,13 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
             identity=identity,
             title=run.title or run.name,
             source=f"ai4land {card.version}, model {card.weights[:16]}, reference map {reference}; legend: {source.legend.title}",
+            totals=STATEMENTS[method_of(run, reference)],
         )
-        blocks = plan_blocks(store_path, years=years, window=r.window, done=cube.recorded(path))
-        tell(f"{name}: {len(blocks)} blocks to do, years {years[0]}-{years[-1]} from the map of {reference}")
-        work.append((path, blocks, Job(str(store_path), str(path), str(run.folder), card.weights, reference, threads)))
+        blocks = plan_blocks(store_path, years=years, reference=reference, done=cube.recorded(path))
+        origin = "without a reference map" if reference is None else f"from the map of {reference}"
+        tell(f"{name}: {len(blocks)} blocks to do, years {years[0]}-{years[-1]} {origin}")
+        job = job_of(run, source, cube_path=path, reference=reference, checksum=card.weights, threads=threads)
+        work.append((path, blocks, job))
     total = sum(len(blocks) for _, blocks, _ in work)
     count = 0
 
@@ -216,3 +230,33 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     if card.training.get("fingerprint") == _fingerprint(run, card.split):
         run.save(run.folder / "config.yaml")
     return run.folder / "cube.zarr"
+
+
+def method_of(run: RunConfig, reference: int | None) -> Method:
+    """How the totals are imposed: without a reference map there is no level to put a change on."""
+    return "level" if reference is None and run.constrain.method == "change" else run.constrain.method
+
+
+def job_of(
+    run: RunConfig, source: Source, *, cube_path: Path, reference: int | None, checksum: str = "", threads: int = 1
+) -> Job:
+    """Put together what the tasks of a reconstruction share."""
+    c = run.constrain
+    unknown = sorted(set(c.lock) - set(source.legend.codes.tolist()))
+    if unknown:
+        raise ConfigError(f"constrain.lock has the codes {unknown}, expected some of {source.legend.codes.tolist()}; mend it")
+    return Job(
+        store=str(run.folder / "store.zarr"),
+        cube=str(cube_path),
+        model=str(run.folder),
+        checksum=checksum,
+        reference=reference,
+        threads=threads,
+        crosswalk=crosswalk_of(run, source.legend),
+        method=method_of(run, reference),
+        weights=run.scenario.weights,
+        keep=c.keep,
+        settle=c.settle,
+        lock=tuple(c.lock),
+        protected=c.protected,
+    )

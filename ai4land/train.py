@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ai4land.batch import Batch, prefetched
 from ai4land.checkpoint import load_state, save_state, write_atomically
 from ai4land.errors import DataError, MismatchError
 from ai4land.legend import MISSING
-from ai4land.losses import weighted_cross_entropy
+from ai4land.losses import change_loss, coarse_parts, total_prices
 from ai4land.unet import UNet
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Schedule:
     clip: float = 1.0
     ema: float = 0.99
     change_weight: float = 5.0
+    totals_share: float = 1.0
     validate_every: int = 100
     patience: int = 10
     checkpoint_every: int = 100
@@ -139,7 +141,7 @@ def fit(
     rows = _Rows(folder / "metrics.jsonl", keep=step)
 
     def score(parameters: dict[str, Tensor]) -> dict[str, float]:
-        return _validate(model, parameters, validation, weights, schedule.change_weight, half)
+        return _validate(model, parameters, validation, weights, schedule, half)
 
     if step == 0:
         first = score(average)
@@ -156,7 +158,7 @@ def fit(
             model.train()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
                 logits = model(batch.static, batch.reference, batch.coarse, batch.offset)
-            loss = weighted_cross_entropy(logits, batch.target, batch.reference, weights, change_weight=schedule.change_weight)
+            loss = _loss(logits, batch, weights, schedule, model.factor)
             if not torch.isfinite(loss):
                 raise DataError(
                     f"training loss is {loss.item()} at step {step}, expected a number; lower train.learning_rate or look for NaN in the inputs"
@@ -201,6 +203,15 @@ def fit(
     return Trained({k: v.cpu() for k, v in best.items()}, best_step, best_loss, step)
 
 
+def _loss(logits: Tensor, batch: Batch, weights: Tensor, schedule: Schedule, factor: int) -> Tensor:
+    """Loss with the totals imposed and without, by their shares."""
+    part = partial(change_loss, logits, batch.target, batch.reference, weights, change_weight=schedule.change_weight)
+    total, share = torch.zeros((), device=logits.device), schedule.totals_share
+    if share:
+        total = total + share * part(offset=batch.offset, factor=factor)
+    return total + (1 - share) * part() if share < 1 else total
+
+
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     """Weight decay for the kernels of convolutions only, not for biases, normalisation and embeddings."""
     kernels = [p for p in model.parameters() if p.ndim == 4]
@@ -219,9 +230,9 @@ def _average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None
 
 @torch.no_grad()
 def _validate(
-    model: UNet, parameters: dict[str, Tensor], batches: list[Batch], weights: Tensor, change_weight: float, half: bool
+    model: UNet, parameters: dict[str, Tensor], batches: list[Batch], weights: Tensor, schedule: Schedule, half: bool
 ) -> dict[str, float]:
-    """Score weights on the validation batches: loss, accuracy, and Figure of Merit against the reference map."""
+    """Score weights on the validation batches: loss, and of the most likely class accuracy and Figure of Merit."""
     own = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(parameters)
     model.eval()
@@ -229,7 +240,10 @@ def _validate(
     for batch in batches:
         with torch.autocast(batch.static.device.type, dtype=torch.bfloat16, enabled=half):
             logits = model(batch.static, batch.reference, batch.coarse, batch.offset)
-        loss += float(weighted_cross_entropy(logits, batch.target, batch.reference, weights, change_weight=change_weight))
+        loss += float(_loss(logits, batch, weights, schedule, model.factor))
+        if schedule.totals_share:
+            part = coarse_parts(batch.offset, size=(logits.shape[2], logits.shape[3]), factor=model.factor)
+            logits = logits.float() + total_prices(logits.float(), batch.target, part)[part].permute(0, 3, 1, 2)
         guess, scored = logits.argmax(1), batch.target != MISSING
         truly, guessed = batch.target != batch.reference, guess != batch.reference
         right += int(((guess == batch.target) & scored).sum())

@@ -33,14 +33,18 @@ from xbatcher import BatchGenerator
 
 from ai4land import cube
 from ai4land.align import Layer, open_store, write_store
+from ai4land.allocate import allocate, level_quotas
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import Card, cached_model, save_model
 from ai4land.config import ModelConfig
-from ai4land.cube import EMPTY, SCALE, Block
+from ai4land.constrain import project
+from ai4land.cube import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, Block
 from ai4land.features import FeatureSpec, features, fit_spec
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, block_sum, make_grid
-from ai4land.legend import MISSING, Legend, load_legend
-from ai4land.reconstruct import Job, Source, predict, quantise, reconstruct_block
+from ai4land.legend import MISSING, Legend, load_crosswalk, load_legend
+from ai4land.predict import Source, predict
+from ai4land.reconstruct import Job, quantise, reconstruct_block
+from ai4land.totals import add_change
 from ai4land.train import Schedule, fit
 from ai4land.unet import UNet
 
@@ -108,7 +112,8 @@ class Setting:
 
     def job(self, path: Path) -> Job:
         """What :func:`reconstruct_block` needs to write into a cube."""
-        return Job(str(self.store), str(path), str(self.folder), self.checksum, YEARS[0], CORES)
+        identity = load_crosswalk("identity", self.legend)
+        return Job(str(self.store), str(path), str(self.folder), self.checksum, YEARS[0], CORES, identity, method="none")
 
 
 def fix_cores() -> None:
@@ -342,19 +347,18 @@ def naive_cube(s: Setting, path: Path, model: UNet) -> None:
     mask = xr.open_zarr(s.store, chunks={}, consolidated=False)["mask"].data.rechunk(s.grid.shard)[None]
     group = zarr.open_group(path, mode="r+", use_consolidated=False)
 
-    def pack(p: NDArray[np.float32], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        best = s.legend.decode(p.argmax(axis=0).astype(np.uint8))
-        stack = np.concatenate([best[None], np.rint(p.max(axis=0, keepdims=True) * SCALE).astype(np.uint8), quantise(p)])
-        stack[1:] = np.where(mask, stack[1:], EMPTY)
-        stack[0] = np.where(mask[0], stack[0], s.legend.fill.code)
-        return stack
+    def pack(p: NDArray[np.float32], mask: NDArray[np.uint8]) -> NDArray[np.uint16]:
+        best = np.where(mask[0], s.legend.decode(p.argmax(axis=0).astype(np.uint8)), s.legend.fill.code)
+        sure = np.where(mask[0], np.rint(p.max(axis=0) * SCALE), EMPTY)
+        return np.concatenate([np.stack([best, sure]), np.where(mask, quantise(p), FRACTION_EMPTY)]).astype(np.uint16)
 
     for i, year in enumerate(s.size.mapped):
         p = naive_year(s, model, year)
-        packed = da.map_blocks(pack, p, mask, dtype=np.uint8, chunks=((s.legend.n + 2,), *p.chunks[1:]))
+        packed = da.map_blocks(pack, p, mask, dtype=np.uint16, chunks=((s.legend.n + 2,), *p.chunks[1:]))
         whole, year_slice = slice(None), slice(i, i + 1)
-        parts: list[Any] = [packed[0:1], packed[1:2], packed[2:][None]]
-        targets: list[Any] = [group["land_cover"], group["confidence"], group["fraction"]]
+        codes, sure = packed[0:1].astype(np.uint8), packed[1:2].astype(np.uint8)
+        parts: list[Any] = [codes, codes, sure, packed[2:][None]]
+        targets: list[Any] = [group[name] for name in ("land_cover", "most_likely", "confidence", "fraction")]
         regions = [(year_slice, *(whole,) * (part.ndim - 1)) for part in parts]
         # One block at a time, the network on all cores: as the task of a worker.
         da.store(parts, targets, regions=regions, lock=False, return_stored=False, num_workers=1)
@@ -364,7 +368,16 @@ def reconstruct_rows(s: Setting) -> list[Row]:
     """Time a block against the network's bare forward on the same windows, and against the naive way to the same cube."""
     paths = {name: s.folder / f"{name}.zarr" for name in ("ours", "naive")}
     for path in paths.values():
-        cube.create(path, grid=s.grid, legend=s.legend, years=s.size.mapped, identity={}, title="benchmark", source="benchmark")
+        cube.create(
+            path,
+            grid=s.grid,
+            legend=s.legend,
+            years=s.size.mapped,
+            identity={},
+            title="benchmark",
+            source="benchmark",
+            totals="not imposed",
+        )
     model, _ = cached_model(str(s.folder), s.checksum)
     blocks = [Block(w, s.size.mapped) for w in s.grid.shards()]
     inputs: list[tuple[Any, ...]] = []
@@ -397,6 +410,57 @@ def reconstruct_rows(s: Setting) -> list[Row]:
     ]
 
 
+def constraint_rows(s: Setting) -> list[Row]:
+    """Time both constrained products of a shard, 2 % net change a coarse cell, against the network's forward on one core."""
+    source, window, f, n = Source(s.store), s.grid.shards()[0], s.grid.factor, s.legend.n
+    rng = np.random.default_rng(0)
+    reference = source.map_of(YEARS[0], window)
+    mapped = reference != MISSING
+    logits = rng.standard_normal((n, *reference.shape), dtype=np.float32)
+    logits += 5 * (np.arange(n)[:, None, None] == reference)
+    p = torch.softmax(torch.from_numpy(logits), dim=0).numpy()
+    cells = block_sum(mapped.astype(np.float64), f)
+    held = np.stack([block_sum((reference == k).astype(np.float64), f) for k in range(n)]) / np.maximum(cells, 1)
+    step = rng.standard_normal(held.shape)
+    step *= 0.04 / np.abs(step - step.mean(axis=0)).sum(axis=0)
+    before, now = (np.where(cells > 0, add_change(held, part * (step - step.mean(axis=0))), np.nan) for part in (0.9, 1.0))
+    quotas = level_quotas(now, cells.astype(np.int64))
+    warm = project(p, totals=before, factor=f, mapped=mapped).multipliers
+    model, _ = cached_model(str(s.folder), s.checksum)
+    inputs: list[tuple[Any, ...]] = []
+    hook = model.register_forward_pre_hook(lambda _, given: inputs.append(given))
+    next(predict(model, source, window, spec=s.spec, reference=YEARS[0], years=YEARS[1:2]))
+    hook.remove()
+    made: dict[str, Any] = {}
+
+    @torch.inference_mode()
+    def forward() -> None:
+        model(*inputs[0])
+
+    def fractions() -> None:
+        made["fractions"] = project(p, totals=now, factor=f, mapped=mapped, multipliers=warm).fractions
+
+    def whole_cells() -> None:
+        scores = np.log(np.maximum(made["fractions"], 1e-12))
+        allocate(scores, current=reference, quotas=quotas, factor=f)
+
+    fractions()
+    torch.set_num_threads(1)
+    try:
+        arms: dict[str, Arm] = {"forward": lambda: forward, "fractions": lambda: fractions, "cells": lambda: whole_cells}
+        seconds = alternate(arms, rounds=s.size.rounds)
+    finally:
+        torch.set_num_threads(CORES)
+    both = [a + b for a, b in zip(seconds["fractions"], seconds["cells"], strict=True)]
+    about = f"{n} classes, factor {f}, one core"
+    return [
+        Row(
+            "constraint_share", ratio(both, seconds["forward"]), "1", f"forward pass of the network, base {s.size.base}; {about}"
+        ),
+        Row("allocate_rate", int(mapped.sum()) / median(seconds["cells"]) / 1e6, "million cells/s", f"absolute; {about}"),
+    ]
+
+
 def check_same(s: Setting, model: UNet, *, year: int, tolerance: float = 1e-4) -> None:
     """Refuse to compare two ways to a map of which a probability differs."""
     source, naive = Source(s.store), naive_year(s, model, year).compute()
@@ -413,14 +477,15 @@ def check_cubes(ours: Path, naive: Path) -> None:
     """Refuse cubes that differ by more than the rounding of a probability."""
     names = ("land_cover", "fraction", "confidence")
     a, b = (
-        {n: xr.open_zarr(p, consolidated=False, mask_and_scale=False)[n].values.astype(np.int16) for n in names}
+        {n: xr.open_zarr(p, consolidated=False, mask_and_scale=False)[n].values.astype(np.int32) for n in names}
         for p in (ours, naive)
     )
-    off = max(int(np.abs(a[name] - b[name]).max()) for name in ("fraction", "confidence"))
+    units = {"fraction": SCALE / FRACTION_SCALE, "confidence": 1}
+    off = max(float(np.abs(a[name] - b[name]).max()) * unit for name, unit in units.items())
     same = float(np.mean(a["land_cover"] == b["land_cover"]))
     if off > 1 or same < 0.9999:
         raise RuntimeError(
-            f"the cubes differ by {off} units of 1/{SCALE} and agree on {same:.4%} of the classes, expected 1, 99.99%"
+            f"the cubes differ by {off:.3g} units of 1/{SCALE} and agree on {same:.4%} of the classes, expected 1, 99.99%"
         )
 
 
@@ -470,7 +535,7 @@ def run(size: Size, *, tell: Callable[[str], None]) -> list[Row]:
         tell(f"{time.perf_counter() - began:.0f} s: store made")
         rows = loader_rows(setting)
         tell(f"{time.perf_counter() - began:.0f} s: loader done")
-        rows += reconstruct_rows(setting) + halo_rows()
+        rows += reconstruct_rows(setting) + constraint_rows(setting) + halo_rows()
         tell(f"{time.perf_counter() - began:.0f} s: reconstruct done")
         rows.append(wait_row(setting))
         tell(f"{time.perf_counter() - began:.0f} s: train done")

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ai4land.baselines import class_quotas, integer_quotas, persistence, proportional_allocation
+from ai4land.baselines import nearest_coarse, persistence, proportional_allocation
 from ai4land.errors import DataError
 from ai4land.grid import block_sum
 from ai4land.legend import MISSING
+from ai4land.quotas import class_quotas, integer_quotas
 
 N, FACTOR = 4, 5
 SHAPE = (10, 15)
@@ -41,6 +42,27 @@ def test_persistence_is_the_map_but_not_the_same_array() -> None:
     got = persistence(reference)
     assert np.array_equal(got, reference)
     assert not np.shares_memory(got, reference)
+
+
+@given(shares(), st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_nearest_coarse_gives_whole_coarse_cells_their_largest_class(raw: Any, factor: int) -> None:
+    got = nearest_coarse(raw, factor=factor)
+    assert got.dtype == np.uint8 and got.shape == (COARSE[0] * factor, COARSE[1] * factor)
+    for row, col in np.ndindex(*got.shape):
+        here = raw[:, row // factor, col // factor]
+        assert here[got[row, col]] == here.max()
+
+
+def test_nearest_coarse_leaves_out_cells_without_shares() -> None:
+    raw = np.array([[[0.5, 0.2, np.nan, 0.0]], [[0.5, 0.8, 1.0, 0.0]]])
+    assert nearest_coarse(raw, factor=1).tolist() == [[0, 1, MISSING, MISSING]]
+
+
+@pytest.mark.parametrize(("shape", "factor"), [((2, 3), 2), ((2, 3, 4), 0)])
+def test_nearest_coarse_refuses_shapes_that_do_not_fit(shape: Any, factor: int) -> None:
+    with pytest.raises(DataError, match="shares are"):
+        nearest_coarse(np.ones(shape), factor=factor)
 
 
 @given(hnp.arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(1, 4)), elements=st.floats(0, 1000)))

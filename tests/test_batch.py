@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ai4land.align import open_store
-from ai4land.batch import Batch, PatchLoader, holes, prefetched
+from ai4land.batch import Batch, PatchLoader, disturbed, holes, prefetched
 from ai4land.errors import DataError
 from ai4land.features import fit_spec
 from ai4land.legend import MISSING
@@ -107,6 +107,35 @@ def test_masking_hides_the_reference_map(tiny_store):
 def test_holes_cover_a_good_part_but_not_all():
     shares = [holes((32, 32), np.random.default_rng(i)).mean() for i in range(50)]
     assert min(shares) >= 0.3 and np.mean(shares) < 0.8
+
+
+def test_disturbed_maps_change_about_the_share_to_classes_from_close_by():
+    rng = np.random.default_rng(0)
+    index = np.kron(rng.integers(0, 5, (30, 30)), np.ones((4, 4))).astype(np.uint8)
+    index[:20] = MISSING
+    out = disturbed(index, rng, share=0.15, n=5)
+    land = index != MISSING
+    assert (out[~land] == MISSING).all()
+    moved = (out != index) & land
+    assert 0.05 < moved.sum() / land.sum() < 0.3
+    for row, col in np.argwhere(moved):
+        near = index[max(row - 7, 0) : row + 8, max(col - 9, 0) : col + 10]
+        assert out[row, col] in near
+
+
+def test_disturbance_reaches_the_input_and_not_the_target(tiny_store):
+    plain, torn = (next(make(tiny_store, pairs=((2000, 2000),), disturb=d).batches()) for d in (0.0, 0.2))
+    assert torch.equal(plain.target, torn.target) and torch.equal(plain.reference, plain.target)
+    assert 0.01 < (torn.reference != torn.target).float().mean() < 0.5
+
+
+def test_focus_draws_more_patches_that_change(tiny_store):
+    def changing(focus: float) -> float:
+        loader = make(tiny_store, pairs=((2000, 2003),), patch=8, focus=focus)
+        batches = list(loader.batches(0, 24))
+        return float(torch.cat([(b.reference != b.target).float().mean(dim=(1, 2)) for b in batches]).mean())
+
+    assert changing(1.0) > 1.05 * changing(0.0)
 
 
 def test_no_target_cell_is_an_error(tiny_store):

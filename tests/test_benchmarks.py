@@ -105,11 +105,18 @@ def test_cubes_with_another_class_are_refused(bench, setting):
     paths = [setting.folder / f"{name}.zarr" for name in "ab"]
     for path in paths:
         bench.cube.create(
-            path, grid=setting.grid, legend=setting.legend, years=setting.size.mapped, identity={}, title="t", source="t"
+            path,
+            grid=setting.grid,
+            legend=setting.legend,
+            years=setting.size.mapped,
+            identity={},
+            title="t",
+            source="t",
+            totals="t",
         )
         for window in setting.grid.shards():
             bench.reconstruct_block(bench.Block(window, setting.size.mapped), setting.job(path))
     bench.check_cubes(*paths)
-    bench.zarr.open_group(paths[1], mode="r+")["fraction"][0, 0, :4, :4] = 77
+    bench.zarr.open_group(paths[1], mode="r+")["fraction"][0, 0, :4, :4] = 7777
     with pytest.raises(RuntimeError, match="the cubes differ by"):
         bench.check_cubes(*paths)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ai4land.config import RunConfig, StaticLayer, digest, expand_years, load_run, pipelines
+from ai4land.config import Coordinate, RunConfig, StaticLayer, digest, expand_years, load_run, pipelines
 from ai4land.errors import ConfigError
 
 SECTIONS = ("grid", "landcover", "scenario", "static", "split", "model", "train", "reconstruct")
@@ -26,7 +27,10 @@ def rewritten(tmp_path: Path, **changes) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("name", "kind"), [("demo", "luh2"), ("bavaria", "shares"), ("uk", "change")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("demo", "luh2"), ("bavaria", "shares"), ("uk", "change"), ("bavaria_space", "shares"), ("global_modis", "fractions")],
+)
 def test_packaged_pipelines_load_and_save_equal(name, kind, tmp_path):
     run = load_run(f"{name}.yaml")
     assert (run.name, run.scenario.kind) == (name, kind)
@@ -39,7 +43,7 @@ def test_packaged_pipelines_load_and_save_equal(name, kind, tmp_path):
 
 def test_missing_file_lists_the_packaged_ones(tmp_path):
     for path in ("nothing.yaml", tmp_path / "demo.yaml", tmp_path):
-        with pytest.raises(ConfigError, match=r"does not exist.*'bavaria.yaml', 'demo.yaml', 'uk.yaml'"):
+        with pytest.raises(ConfigError, match=r"does not exist.*'bavaria.yaml', .*'demo.yaml', .*'uk.yaml'"):
             load_run(path)
 
 
@@ -73,7 +77,7 @@ def test_overrides_reach_nested_keys_lists_and_years():
         ("split.train=", r"split\.train: .*expected numbers such as 1992"),
         ("split.train=[]", r"split\.train: .*at least 1 item"),
         ("split.train={a: 1}", r"split\.train: .*expected numbers"),
-        ("scenario.kind=luh9", r"scenario: .*'luh2', 'shares', 'change'"),
+        ("scenario.kind=luh9", r"scenario: .*'luh2', 'shares', 'fractions', 'change'"),
         ("scenario.kind=shares", r"scenario\.shares\.path: Field required"),
         ("scenario={paths: [a]}", "scenario: Unable to extract tag using discriminator 'kind'"),
         ("scenario.variable=x", r"scenario\.luh2\.variable: Extra inputs"),
@@ -112,6 +116,47 @@ def test_static_layers_need_different_names(tmp_path):
         load_run(rewritten(tmp_path, static=[{"name": "x", "path": "a.tif"}, {"name": "x", "path": "b.tif"}]))
 
 
+@pytest.mark.parametrize("part", ["split.validation", "split.test", "reconstruct"])
+def test_reference_map_may_be_left_out_where_training_does_without(part):
+    run = load_run("demo.yaml", [f"{part}.reference=null"])
+    section: Any = run
+    for name in part.split("."):
+        section = getattr(section, name)
+    assert section.reference is None
+    assert load_run("demo.yaml").fingerprint("split", "reconstruct") != run.fingerprint("split", "reconstruct")
+    with pytest.raises(ConfigError, match=rf"train.mask_all is 0, expected more, because \['{part}'\] have no reference map"):
+        load_run("demo.yaml", [f"{part}.reference=null", "train.mask_all=0"])
+    with pytest.raises(ConfigError, match=r"reference: Field required"):
+        load_run("demo.yaml", ["split.test={years: 2005}"])
+
+
+def test_new_pipelines_do_without_a_reference_map():
+    for name in ("bavaria_space", "global_modis"):
+        run = load_run(f"{name}.yaml")
+        assert run.reconstruct.reference is None and run.train.mask_all == 1 and run.split.max_lead == 0
+        assert run.split.test is not None and run.split.test.reference is None and run.split.space is not None
+
+
+def test_files_of_fractions_need_one_source_of_years():
+    files = load_run("global_modis.yaml").scenario.files
+    assert [(f.year, f.year_dim, f.select.get("rcp")) for f in files] == [(None, "period", "rcp60"), (2005, None, None)]
+    for text in ("{path: a.nc}", "{path: a.nc, year: 2005, year_dim: time}"):
+        with pytest.raises(ConfigError, match=r"file a\.nc needs either year, or year_dim"):
+            load_run("global_modis.yaml", [f"scenario.files=[{text}]"])
+
+
+def test_coordinates_are_static_layers_too(tmp_path):
+    layers = [{"name": "north", "coordinate": "latitude"}, {"name": "x", "path": "a.tif"}]
+    run = load_run(rewritten(tmp_path, static=layers))
+    assert isinstance(run.static[0], Coordinate) and isinstance(run.static[1], StaticLayer) and not run.static[0].categorical
+    run.save(tmp_path / "config.yaml")
+    assert load_run(tmp_path / "config.yaml") == run
+    with pytest.raises(ConfigError, match="expected each name once"):
+        load_run(rewritten(tmp_path, static=[layers[0], {"name": "north", "path": "a.tif"}]))
+    with pytest.raises(ConfigError, match="'latitude' or 'longitude'"):
+        load_run(rewritten(tmp_path, static=[{"name": "up", "coordinate": "height"}]))
+
+
 def test_static_layer_method_follows_its_kind():
     assert StaticLayer(name="a", path="a").method == "bilinear"
     assert StaticLayer(name="a", path="a", categorical=True).method == "nearest"
@@ -148,7 +193,7 @@ def test_paths_start_at_data():
 @pytest.mark.parametrize(
     ("override", "section"),
     [("grid.factor=8", "grid"), ("landcover.legend=ipcc", "landcover"), ("scenario.units=percent", "scenario"),
-     ("split.max_lead=3", "split"), ("model.base=4", "model"), ("train.seed=9", "train"), ("reconstruct.window=2", "reconstruct")],
+     ("split.max_lead=3", "split"), ("model.base=4", "model"), ("train.seed=9", "train"), ("reconstruct.workers=3", "reconstruct")],
 )  # fmt: skip
 def test_fingerprint_changes_with_its_section_alone(override, section):
     before, after = load_run("demo.yaml"), load_run("demo.yaml", [override])

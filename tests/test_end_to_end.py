@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from ai4land import cli, cube
 from ai4land.align import open_store
 from ai4land.checkpoint import load_model, save_model
 from ai4land.config import load_run
+from ai4land.reconstruct import plan_blocks
 from ai4land.splits import load_split
 from ai4land.synthetic import make_planet
 
@@ -69,7 +71,7 @@ RUN: dict[str, Any] = {
         "precision": "float32",
         "threads": 1,
     },
-    "reconstruct": {"reference": 2004, "years": "2003-2007", "workers": 1, "threads": 1, "window": 1},
+    "reconstruct": {"reference": 2004, "years": "2003-2007", "workers": 1, "threads": 1},
 }
 NAMES = {
     "overall_accuracy",
@@ -218,12 +220,20 @@ def test_scores_agree_with_plain_numpy(finished, planet, split, store):
             assert part[method][name] == pytest.approx(value, abs=1e-9), (method, name)
     assert part["persistence"]["figure_of_merit"] == 0 < part["model"]["figure_of_merit"] < 1
     assert part["proportional"]["coarse_error"] < part["persistence"]["coarse_error"] < 1
+    assert part["totals"]["cells_off"] < 1 and part["totals"]["fraction_error"] < 5e-6
+    low, high = part["model"]["interval"]["overall_accuracy"]
+    assert low <= part["model"]["overall_accuracy"] <= high
+    assert set(part["differences"]) >= {"model - persistence", "most_likely - persistence"}
+    likely = ds["most_likely"].sel(year=experiment.years).values
+    assert part["most_likely"]["overall_accuracy"] == pytest.approx(
+        recomputed(np.where(mask, start, 0), truth, likely)["overall_accuracy"], abs=1e-9
+    )
 
 
 def test_second_run_does_nothing_again(finished, monkeypatch, capsys):
     run = load_run(finished[0])
     watched = [p for p in run.folder.rglob("*") if p.is_file() and "figures" not in p.parts and p.name != "zarr.json"]
-    watched = [p for p in watched if p.name != "evaluation.json"]
+    watched = [p for p in watched if p.name != "evaluation.json" and p.suffix != ".nc"]
     scores = (run.folder / "evaluation.json").read_bytes()
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in watched}
     code, _out, err = main(monkeypatch, capsys, "run", finished[0])
@@ -271,7 +281,10 @@ def test_killed_run_ends_with_the_same_bytes(finished, planet, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
     again = ai4land("run", file)
-    assert "training" not in again.stderr and f"cube: {blocks - done} blocks to do" in again.stderr
+    left = int(re.search(r"cube: (\d+) blocks to do", again.stderr)[1])
+    every = plan_blocks(whole / "store.zarr", years=[2003, 2004, 2005, 2006, 2007], reference=2004)
+    assert "training" not in again.stderr and 0 < left < len(every)
+    assert lines(folder, "cube.ledger/*.jsonl") == blocks
     assert cube_bytes(folder) == cube_bytes(whole) and len(cube_bytes(whole)) > 3 * 5
     assert cube.recorded(folder / "cube.zarr") == cube.recorded(whole / "cube.zarr")
     assert (folder / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()

@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ai4land import inputs
+from ai4land.coarse import as_scenario
 from ai4land.config import RunConfig
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.legend import load_legend
-from ai4land.splits import TEST, VALIDATION
+from ai4land.splits import TEST, VALIDATION, Scored
 
 RUN: dict[str, Any] = {
     "name": "small",
@@ -46,11 +48,70 @@ def test_run_without_test_years_does_not_need_their_maps():
     assert maps == {2000, 2001, 2002, 2003}
 
 
+def test_scenario_years_on_the_way_from_the_reference_map_are_needed_where_they_are_there():
+    split = {**RUN["split"], "test": {"reference": 2003, "years": [2008]}}
+    run = run_of(split=split, reconstruct={"reference": 2003, "years": [2000, 2006]})
+    plain = {2000, 2001, 2002, 2003, 2006, 2008}
+    assert inputs.needed_years(run)[1] == plain
+    assert inputs.needed_years(run, held=range(1990, 2020))[1] == plain | {2004, 2005, 2007}
+    assert inputs.needed_years(run, held=[1999, 2004, 2009])[1] == plain | {2004}
+    assert inputs.needed_years(run, held=range(1990, 2020))[0] == inputs.needed_years(run)[0]
+
+
+def test_nothing_lies_on_the_way_without_a_reference_map():
+    split = {"train": "2000-2002", "max_lead": 0, "validation": {"reference": None, "years": 2001}, "test": None}
+    split["space"] = {"block": 2, "validation": 0.3, "test": 0.0}
+    run = run_of(split=split, reconstruct={"reference": None, "years": [1990, 2020]})
+    maps, states = inputs.needed_years(run, held=range(1980, 2030))
+    assert (maps, states) == ({2000, 2001, 2002}, {1990, 2000, 2001, 2002, 2020})
+    assert inputs.mask_year(run) == 2000 and inputs.mask_year(run_of()) == 2003
+    assert inputs.cubes_of(run)["validation"][1] is None
+    assert inputs.identity_of(run)["reference"] is None and inputs.identity_of(run)["mask_year"] == 2000
+    assert "mask_year" not in inputs.identity_of(run_of())
+    assert inputs.split_of(run, inputs.grid_of(run)).validation == Scored(None, (2001,))
+
+
+def test_scenario_years_are_found_without_reading_it(tmp_path: Path):
+    times = {"time": ("time", [10, 12], {"units": "years since 1990-01-01"})}
+    xr.Dataset(coords=times).to_netcdf(tmp_path / "a.nc")
+    xr.Dataset(coords={"year": [2001, 2003], "time": ("time", [2005])}).to_netcdf(tmp_path / "b.nc")
+    luh2 = {"kind": "luh2", "paths": ["a.nc", "b.nc"], "time_units": None}
+    assert inputs._held(run_of(data=str(tmp_path), scenario=luh2)) == {2000, 2002, 2005}
+    assert inputs._held(run_of(data=str(tmp_path), scenario={"kind": "shares", "path": "b.nc", "variable": "v"})) == {2001, 2003}
+    change = {"kind": "change", "base_year": 2009, "paths": {2010: "x.tif", 2011: "y.tif"}}
+    assert inputs._held(run_of(scenario=change)) == {2009, 2010, 2011}
+    years = {"files": [{"path": "b.nc", "year_dim": "year"}, {"path": "a.nc", "year": 2006}], "states": {"crop": "v"}}
+    fractions = {"kind": "fractions", "crosswalk": "isimip2b_to_igbp", **years}
+    assert inputs._held(run_of(data=str(tmp_path), scenario=fractions)) == {2001, 2003, 2006}
+    run = run_of(data=str(tmp_path), scenario={**fractions, "interpolate": True})
+    assert inputs._held(run) == set(range(2001, 2007)) and "linearly" in inputs.identity_of(run)["interpolated"]
+
+
+def test_coordinates_make_maps():
+    run = run_of(static=[{"name": "north", "coordinate": "latitude"}, {"name": "east", "coordinate": "longitude"}])
+    grid = inputs.grid_of(run)
+    north, east = (inputs._layer(run, layer, grid).values for layer in run.static)
+    assert north.shape == east.shape == grid.shape and north.dtype == np.float32
+    assert (north[:, 0] == north[:, -1]).all() and (east[0] == east[-1]).all()
+    assert north[0, 0] == pytest.approx(90 - 22.5 / 16) and east[0, 0] == pytest.approx(-180 + 22.5 / 16)
+
+
+def test_mask_can_be_what_the_scenario_knows(tiny_store):
+    values = np.ones((2, 3, *tiny_store.grid.coarse.shape))
+    values[1, 2, 0, 1] = np.nan
+    known = inputs._known(as_scenario(values, years=[2000, 2001], states=["a", "b", "c"], grid=tiny_store.grid), tiny_store.grid)
+    assert known.shape == tiny_store.grid.shape and known.sum() == known.size - 64 and not known[:8, 8:16].any()
+
+
 years = st.integers(1990, 2010)
-experiments = st.none() | st.fixed_dictionaries({"reference": years, "years": st.sets(years, min_size=1, max_size=4).map(sorted)})
+experiments = st.none() | st.fixed_dictionaries(
+    {"reference": st.none() | years, "years": st.sets(years, min_size=1, max_size=4).map(sorted)}
+)
 
 
-@given(validation=experiments, test=experiments, reference=years, made=st.sets(years, min_size=1, max_size=5).map(sorted))
+@given(
+    validation=experiments, test=experiments, reference=st.none() | years, made=st.sets(years, min_size=1, max_size=5).map(sorted)
+)
 def test_every_scored_year_is_in_a_cube_from_its_reference_map(validation, test, reference, made):
     run = run_of(
         split={"train": [2000, 2001], "validation": validation, "test": test}, reconstruct={"reference": reference, "years": made}
@@ -65,7 +126,8 @@ def test_every_scored_year_is_in_a_cube_from_its_reference_map(validation, test,
         _, base, held = cubes.get(name, cubes["cube"])
         assert base == experiment.reference and set(experiment.years) <= set(held)
     maps, states = inputs.needed_years(run)
-    assert {reference} <= maps <= states and all({base, *held} <= states for _, base, held in cubes.values())
+    assert maps <= states and inputs.mask_year(run) in maps
+    assert all({*held, *({base} - {None})} <= states for _, base, held in cubes.values())
 
 
 def test_crosswalk_of_a_user_lies_beside_the_data(tmp_path: Path):
@@ -120,18 +182,6 @@ def test_map_sources_are_paths_under_data():
     run = run_of(data="/somewhere", landcover={"source": {2000: "a.tif", 2001: "/else/b.tif"}, "legend": "hildaplus"})
     assert inputs._map_source(run) == {2000: Path("/somewhere/a.tif"), 2001: Path("/else/b.tif")}
     assert inputs._map_source(run_of(data="/somewhere")) == str(Path("/somewhere/maps/{year}.tif"))
-
-
-def test_base_shares_are_weighted_by_area():
-    run = run_of()
-    grid, legend = inputs.grid_of(run), load_legend("hildaplus")
-    codes = np.full(grid.shape, 44, np.uint8)
-    codes[:4, :8], codes[8:16, :8] = 11, 0
-    shares, mapped = inputs._base_shares(codes, grid, legend)
-    areas = grid.cell_areas()
-    assert shares[0, 0, 0] == pytest.approx(areas[:4].sum() / areas[:8].sum(), abs=1e-12) and shares[0, 0, 0] < 0.5
-    assert np.isnan(shares[:, 1, 0]).all() and mapped[1, 0] == 0
-    assert mapped[0, 1] == pytest.approx(8 * areas[:8].sum() / 1e6)
 
 
 def test_identity_changes_with_what_the_store_is_made_from_alone():

@@ -30,8 +30,10 @@ def small(**changes) -> dict:
 
 
 def test_built_in_legends_and_crosswalks_are_there():
-    assert {"hildaplus", "hildaplus_forest", "lccs", "lccs_level1", "ipcc"} <= set(LEGENDS)
-    assert {"luh2_to_hildaplus", "luh2_to_lccs_level1", "luh2_to_ipcc", "lccs_level1_to_ipcc"} <= set(CROSSWALKS)
+    assert {"hildaplus", "hildaplus_forest", "lccs", "lccs_level1", "ipcc", "igbp"} <= set(LEGENDS)
+    assert {"luh2_to_hildaplus", "luh2_to_lccs_level1", "luh2_to_ipcc", "lccs_level1_to_ipcc", "isimip2b_to_igbp"} <= set(
+        CROSSWALKS
+    )
 
 
 @pytest.mark.parametrize("name", LEGENDS)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from PIL import Image
 
+from ai4land.calibration import Reliability
 from ai4land.errors import DataError
 from ai4land.legend import MISSING, load_legend
-from ai4land.plot import CHANGE_COLOURS, DPI, change_figure, curves_figure, lead_figure, map_figure, thin
+from ai4land.plot import DPI, HITS_COLOURS, curves_figure, hits_figure, lead_figure, map_figure, reliability_figure, thin
 
 LEGEND = load_legend("hildaplus")
 EXTENT = (10.0, 47.0, 13.0, 49.0)
@@ -86,24 +88,84 @@ def test_change_map_shows_every_kind_with_its_colour(tmp_path: Path) -> None:
         (0, 1, 1),  # hit
         (0, 1, 0),  # miss
         (0, 0, 1),  # false alarm
-        (0, 1, 2),  # wrong class
+        (0, 1, 2),  # wrong hit
         (0, 0, 0),  # unchanged
         (0, MISSING, 0),  # no land
     ]
     maps = [np.array([[k[i] for k in kinds]], np.uint8).repeat(6, 0) for i in range(3)]
-    path = change_figure(*maps, extent=EXTENT, title="Change", path=tmp_path / "change.png")
-    areas = [count(path, colour) for name, colour in CHANGE_COLOURS.items() if name != "no land"]
+    path = hits_figure(*maps, extent=EXTENT, title="Change", path=tmp_path / "change.png")
+    areas = [count(path, colour) for name, colour in HITS_COLOURS.items() if name != "no land"]
     assert min(areas) > 10_000
     assert max(areas) < 1.03 * min(areas)
 
 
+def test_change_map_weighs_its_shares_by_area(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: list[list[str]] = []
+    plain = Axes.legend
+
+    def legend(axes: Axes, patches: Any, names: list[str], **style: Any) -> Any:
+        labels.append(names)
+        return plain(axes, patches, names, **style)
+
+    monkeypatch.setattr(Axes, "legend", legend)
+    reference, predicted = np.zeros((2, 2, 2), np.uint8)
+    truth = np.array([[1, 1], [0, 0]], np.uint8)
+    for areas in (None, np.array([1.0, 3.0])):
+        hits_figure(reference, truth, predicted, extent=EXTENT, title="t", path=tmp_path / "hits.png", areas=areas)
+    assert labels == [["misses: 50.00%", "unchanged: 50.00%"], ["misses: 25.00%", "unchanged: 75.00%"]]
+
+
+def test_colours_of_change_are_told_apart_by_the_colour_blind() -> None:
+    # Machado, Oliveira & Fernandes 2009: linear RGB as seen without red, without green and without blue receptors.
+    seen = {
+        "all": np.eye(3),
+        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    }
+    srgb = np.array([list(bytes.fromhex(c[1:])) for name, c in HITS_COLOURS.items() if name != "no land"]) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    for matrix in seen.values():
+        xyz = np.cbrt((linear @ np.array(matrix).T).clip(0, 1) @ to_xyz.T / to_xyz.sum(axis=1))
+        lab = np.stack([116 * xyz[:, 1], 500 * (xyz[:, 0] - xyz[:, 1]), 200 * (xyz[:, 1] - xyz[:, 2])], axis=1)
+        apart = np.linalg.norm(lab[:, None] - lab[None], axis=-1)[np.triu_indices(len(lab), 1)]
+        assert apart.min() > 35
+
+
+def test_reliability_draws_a_line_a_table(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    p = rng.random(3000)
+    tables = {}
+    for name, power in (("model", 1.0), ("most_likely", 2.0)):
+        sums = Reliability()
+        sums.add(p, rng.random(p.size) < p**power, np.ones(p.size), source="confidence")
+        tables[name] = sums.table()
+    one = reliability_figure({"model": tables["model"]}, tmp_path / "one.png")
+    two = reliability_figure(tables, tmp_path / "two.png", given="probability of change", came="share that changed")
+    assert pixels(two).shape == (6 * DPI, 5 * DPI, 3)
+    assert count(one, "#0a5bb5") > 2000 < count(two, "#0a5bb5")
+    assert count(one, "#6b6b6b") < 50 < 1000 < count(two, "#6b6b6b")
+    with pytest.raises(DataError, match="evaluate with them"):
+        reliability_figure({"model": Reliability().table()}, tmp_path / "none.png")
+
+
+def test_reliability_of_rare_events_fills_the_figure(tmp_path: Path) -> None:
+    p = np.linspace(0, 0.2, 3000)
+    sums = Reliability()
+    sums.add(p, np.random.default_rng(0).random(p.size) < p, np.ones(p.size), source="change")
+    path = reliability_figure({"model": sums.event_table()}, tmp_path / "rare.png")
+    blue = (pixels(path)[: 4 * DPI] == np.array(list(bytes.fromhex("0a5bb5")))).all(axis=-1)
+    assert np.ptp(np.flatnonzero(blue.any(axis=0))) > 2.5 * DPI
+
+
 def test_change_map_leaves_out_what_does_not_occur(tmp_path: Path) -> None:
     still = np.zeros((4, 4), np.uint8)
-    path = change_figure(still, still, still, extent=EXTENT, title="Change", path=tmp_path / "change.png")
-    assert count(path, CHANGE_COLOURS["unchanged"]) > 10_000
-    assert all(count(path, CHANGE_COLOURS[name]) == 0 for name in ("hits", "misses", "false alarms", "wrong class"))
+    path = hits_figure(still, still, still, extent=EXTENT, title="Change", path=tmp_path / "change.png")
+    assert count(path, HITS_COLOURS["unchanged"]) > 10_000
+    assert all(count(path, HITS_COLOURS[name]) == 0 for name in ("hits", "misses", "false alarms", "wrong hits"))
     with pytest.raises(DataError, match="one shape"):
-        change_figure(still, still, still[:2], extent=EXTENT, title="t", path=path)
+        hits_figure(still, still, still[:2], extent=EXTENT, title="t", path=path)
 
 
 def test_curves_draw_both_losses(tmp_path: Path) -> None:

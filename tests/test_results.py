@@ -20,7 +20,9 @@ from ai4land.errors import DataError, MismatchError
 from ai4land.features import fit_spec
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, block_sum
 from ai4land.legend import load_legend
-from ai4land.reconstruct import Source, plan_blocks
+from ai4land.predict import Source
+from ai4land.reconstruct import plan_blocks
+from ai4land.rivals import Wanted
 from ai4land.unet import UNet
 
 YEARS = [2000, 2001, 2002, 2003]
@@ -43,7 +45,8 @@ def run_in(folder: Path, **changes: Any) -> RunConfig:
         },
         "model": {"base": 4, "depth": 2},
         "train": {"patch": 32, "steps": 10},
-        "reconstruct": {"reference": 2001, "years": YEARS, "window": 2},
+        "reconstruct": {"reference": 2001, "years": YEARS, "workers": 1},
+        "evaluate": {"boosting": 0},
     }
     return RunConfig.model_validate({**values, **changes})
 
@@ -66,14 +69,15 @@ def make_cube(run: RunConfig, name: str, *, observed: bool, keep: int | None = N
     """Write a cube that holds the observed maps, or the reference map in every year."""
     path, reference, years = inputs.cubes_of(run)[name]
     source = Source(run.folder / "store.zarr")
-    cube.create(path, grid=source.grid, legend=source.legend, years=years, identity={}, title="t", source="s")
-    for block in plan_blocks(run.folder / "store.zarr", years=years, window=2)[:keep]:
+    cube.create(path, grid=source.grid, legend=source.legend, years=years, identity={}, title="t", source="s", totals="exact")
+    for block in plan_blocks(run.folder / "store.zarr", years=years, reference=reference)[:keep]:
         index = np.stack([source.map_of(y if observed else reference, block.window) for y in block.years])
-        unit = np.where(index[:, None] == 255, 255, 250 * (np.arange(7)[None, :, None, None] == index[:, None]))
-        confidence = np.where(index == 255, 255, 250).astype(np.uint8)
+        unit = cube.FRACTION_SCALE * (np.arange(7)[None, :, None, None] == index[:, None])
+        sure = np.where(index == 255, 255, 250).astype(np.uint8)
         codes = source.legend.decode(index)
-        digest = cube.write_block(path, block, land_cover=codes, fraction=unit.astype(np.uint8), confidence=confidence)
-        cube.record(path, block, digest)
+        arrays = {"land_cover": codes, "most_likely": codes, "confidence": sure, "change_probability": sure}
+        arrays["fraction"] = np.where(index[:, None] == 255, cube.FRACTION_EMPTY, unit).astype(np.uint16)
+        cube.record(path, block, cube.write_block(path, block, arrays))
 
 
 @pytest.fixture
@@ -101,7 +105,7 @@ def test_plan_before_anything_is_done(tmp_path):
 def test_plan_counts_what_is_done(run):
     (run.folder / "model.json").unlink()
     assert not dict(results.plan(run))["train"].endswith("done")
-    blocks = len(plan_blocks(run.folder / "store.zarr", years=YEARS, window=2))
+    blocks = len(plan_blocks(run.folder / "store.zarr", years=YEARS, reference=2001))
     assert f"0 of {blocks} blocks done" in dict(results.plan(run))["cube.zarr"]
     make_cube(run, "cube", observed=True, keep=3)
     (run.folder / "model.json").write_text("{}")
@@ -138,7 +142,10 @@ def test_cube_that_never_changes_scores_like_persistence(run):
     for name in ("cube", "validation"):
         make_cube(run, name, observed=False)
     scores = results.evaluate(run)
-    assert scores["test"]["model"] == scores["test"]["persistence"] != scores["test"]["proportional"]
+    model, still, other = (scores["test"][name] for name in ("model", "persistence", "proportional"))
+    same = still.keys() - {"calibration", "change_calibration"}
+    assert {k: model[k] for k in same} == {k: still[k] for k in same} != {k: other[k] for k in same}
+    assert scores["test"]["most_likely"]["overall_accuracy"] == still["overall_accuracy"]
 
 
 def test_figures_are_drawn(run):
@@ -150,7 +157,14 @@ def test_figures_are_drawn(run):
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     results.evaluate(run)
     made = {p.name: p.read_bytes() for p in (run.folder / "figures").iterdir()}
-    assert made.keys() == {"map.png", "change.png", "curves.png", "test_by_year.png"}
+    assert made.keys() == {
+        "map.png",
+        "change.png",
+        "curves.png",
+        "test_by_year.png",
+        "test_reliability.png",
+        "validation_reliability.png",
+    }
     assert all(data.startswith(b"\x89PNG") and len(data) > 2000 for data in made.values())
 
 
@@ -219,18 +233,20 @@ def all_land(tmp_path_factory) -> RunConfig:
     return run
 
 
-def shares_of(run: RunConfig, reference: int = 2001) -> results._Shares:
-    return results._Shares(run, Source(run.folder / "store.zarr"), reference)
+def wanted_of(run: RunConfig, reference: int = 2001) -> Wanted:
+    source = Source(run.folder / "store.zarr")
+    windows = [w for w in source.grid.shards() if np.asarray(source.mask[w.slices]).any()]
+    return Wanted(run, source, reference, windows)
 
 
 def test_wanted_is_the_scenario_where_it_agrees_with_the_map(all_land):
-    shares = shares_of(all_land)
+    shares = wanted_of(all_land)
     coarse = open_store(all_land.folder / "store.zarr")["coarse"]
     for year in (2001, 2000, 2003):
-        wanted = shares.wanted(year)
+        wanted = shares.shares(year)
         assert np.abs(wanted - coarse.sel(year=year).values).max() < 1e-6
         assert np.allclose(wanted.sum(axis=0), 1)
-    assert np.abs(shares.wanted(2003) - shares.wanted(2000)).max() > 0.01
+    assert np.abs(shares.shares(2003) - shares.shares(2000)).max() > 0.01
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -244,18 +260,19 @@ def test_wanted_follows_the_change_of_a_scenario_of_another_level(all_land, tmp_
     values[:, to], values[:, (to + 1) % 7] = rate, 1 - rate
     array[...] = values
     run = run_in(tmp_path)
-    shares = shares_of(run)
-    assert np.allclose(shares.wanted(2003), shares.observed)
+    shares = wanted_of(run)
+    held = shares.shares(2001)
+    assert np.allclose(shares.shares(2003), held)
     values[-1, to], values[-1, (to + 1) % 7] = rate + 0.05, 1 - rate - 0.05
     array[...] = values
-    wanted = shares_of(run).wanted(2003)
+    wanted = wanted_of(run).shares(2003)
     assert np.allclose(wanted.sum(axis=0), 1) and (wanted >= 0).all()
-    enough = shares.observed[(to + 1) % 7] >= 0.06
-    assert enough.any() and np.allclose((wanted - shares.observed)[to][enough], 0.05, atol=1e-6)
+    enough = held[(to + 1) % 7] >= 0.06
+    assert enough.any() and np.allclose((wanted - held)[to][enough], 0.05, atol=1e-6)
 
 
 def test_cells_without_a_map_want_nothing(run):
-    wanted = shares_of(run).wanted(2003)
+    wanted = wanted_of(run).shares(2003)
     mask = open_store(run.folder / "store.zarr")["mask"].values
     empty = block_sum(mask.astype(int), 8) == 0
     assert empty.any() and np.isnan(wanted[:, empty]).all() and np.isfinite(wanted[:, ~empty]).any()

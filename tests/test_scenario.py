@@ -1,24 +1,21 @@
-"""Class shares, shares of map products and yearly changes, on the real files where they are."""
+"""Class shares and shares of map products, on the real files where they are."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import rasterio
 import xarray as xr
-from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ai4land.errors import ConfigError, DataError, MismatchError
+from ai4land.errors import ConfigError, DataError
 from ai4land.grid import make_grid
 from ai4land.legend import Crosswalk, load_crosswalk, load_legend
 from ai4land.luh2 import STATES, as_scenario, open_states
-from ai4land.scenario import class_shares, open_change, open_shares
+from ai4land.scenario import class_shares, open_shares
 
 GRID = make_grid((0, 40, 20, 50), coarse_cell=5, factor=2, shard=4)
 BAVARIA = make_grid((9.0, 47.3, 13.8, 50.5), coarse_cell=100 / 360, factor=100, shard=400)
-HILDA = load_legend("hildaplus_forest")
 
 
 def scenario(states, *, seed=0, left=0.2):
@@ -125,115 +122,3 @@ def test_real_scenario_and_real_map_agree_on_cropland(real_data):
     )
     both = np.isfinite(crops) & np.isfinite(seen.values.ravel())
     assert both.sum() > 1000 and np.corrcoef(crops[both], seen.values.ravel()[both])[0, 1] > 0.85
-
-
-def write_change(path, bands, transform, *, crs="EPSG:4326"):
-    first = next(iter(bands.values()))
-    profile = {"driver": "GTiff", "height": first.shape[0], "width": first.shape[1], "count": len(bands), "dtype": "float32"}
-    with rasterio.open(path, "w", crs=crs, transform=transform, nodata=np.nan, **profile) as file:
-        for number, (label, values) in enumerate(bands.items(), start=1):
-            file.write(values.astype("float32"), number)
-            file.set_band_description(number, label)
-    return path
-
-
-def base_of(grid, seed=0):
-    shares = np.random.default_rng(seed).dirichlet(np.ones(HILDA.n), size=grid.coarse.shape)
-    return np.moveaxis(shares, -1, 0)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0, 60000))
-def test_change_keeps_shares(tmp_path_factory, seed, size):
-    folder = tmp_path_factory.mktemp("change")
-    rng = np.random.default_rng(seed)
-    rows, cols = GRID.coarse.shape
-    change = rng.normal(size=(rows, cols)) * size / 4
-    change = np.clip(change, -size, size)
-    path = write_change(folder / "a.tif", {"LC11": change, "LC22": -change, "cell_area": change}, GRID.coarse.affine)
-    area = np.full((rows, cols), 2e5)
-    area[0, 0] = 0
-    base = base_of(GRID, seed)
-    coarse = open_change({2001: path}, base=base, base_year=2000, area=area, legend=HILDA, grid=GRID)
-    assert coarse.year.values.tolist() == [2000, 2001] and np.isnan(coarse.values[:, :, 0, 0]).all()
-    np.testing.assert_allclose(coarse.values[0][:, area > 0], base[:, area > 0], atol=1e-6)
-    valid = coarse.values[1][:, area > 0]
-    np.testing.assert_allclose(valid.sum(axis=0), 1, atol=1e-5)
-    assert valid.min() >= 0
-    part = change / 2e5
-    kept = (base[0] + part > 0) & (base[1] - part > 0) & (area > 0)
-    np.testing.assert_allclose(coarse.values[1, 0][kept], (base[0] + part)[kept], atol=1e-5)
-
-
-def test_change_of_other_cells_is_conserved(tmp_path):
-    rng = np.random.default_rng(0)
-    change = rng.uniform(-100, 100, (3, 6))
-    change[0, 0] = np.nan
-    path = write_change(tmp_path / "a.tif", {"LC11": change, "LC22": -change}, Affine(3, 0, 1, 0, -3, 49.5))
-    area, base = np.full(GRID.coarse.shape, 2e5), np.zeros((HILDA.n, *GRID.coarse.shape))
-    base[:2] = 0.5
-    coarse = open_change({2001: path}, base=base, base_year=2000, area=area, legend=HILDA, grid=GRID)
-    gained = (coarse.values[1, 0].astype(np.float64) - 0.5) * area
-    assert gained.sum() == pytest.approx(np.nansum(change), abs=0.5)
-    assert np.abs(gained).max() > 10
-
-
-def test_changes_with_faults_are_refused(tmp_path):
-    change, a = np.ones(GRID.coarse.shape), GRID.coarse.affine
-    area, base = np.full(change.shape, 1e5), base_of(GRID)
-
-    def read(path, *, years=(2001,), base=base):
-        return open_change(dict.fromkeys(years, path), base=base, base_year=2000, area=area, legend=HILDA, grid=GRID)
-
-    good = write_change(tmp_path / "good.tif", {"LC11": change}, a)
-    assert read(good, years=(2001, 2002)).shape[0] == 3
-    with pytest.raises(DataError, match="expected every year from 2001"):
-        read(good, years=(2001, 2003))
-    with pytest.raises(MismatchError, match="expected shares that sum to 1"):
-        read(good, base=base / 2)
-    with pytest.raises(MismatchError, match="make both from the map"):
-        read(good, base=base[:3])
-    with pytest.raises(DataError, match="expected bands described LC"):
-        read(write_change(tmp_path / "b.tif", {"urban": change}, a))
-    with pytest.raises(DataError, match="class codes 12"):
-        read(write_change(tmp_path / "c.tif", {"LC12": change}, a))
-    with pytest.raises(DataError, match="expected km2"):
-        read(write_change(tmp_path / "d.tif", {"LC11": change * 1e6}, a))
-    with pytest.raises(DataError, match="reproject it"):
-        read(write_change(tmp_path / "e.tif", {"LC11": change}, Affine(1e3, 0, 0, 0, -1e3, 0), crs="EPSG:32632"))
-    with pytest.raises(DataError, match="expected some overlap"):
-        read(write_change(tmp_path / "f.tif", {"LC11": change}, Affine(5, 0, -170, 0, -5, -20)))
-    (tmp_path / "g.tif").write_bytes(good.read_bytes()[:100])
-    with pytest.raises(DataError, match="truncated or not a GeoTIFF"):
-        read(tmp_path / "g.tif")
-
-
-def test_real_hilda_change_leads_from_one_map_to_the_other(real_data):
-    folder = real_data / "uk_hilda_plus"
-    grid = make_grid((-8.5, 49.5, 2, 61), coarse_cell=0.5, factor=50, shard=400)
-    paths = {y: folder / f"20221006_HILDA_UK_LUC_{y - 1}_{y}.tif" for y in (2010, 2011, 2012)}
-    km2 = {}
-    for year, name in ((2009, "20221006_HILDA_UK_LULC_2009.tif"), (2012, "20230211_HILDA_UK_LULC_2012.tif")):
-        with rasterio.open(folder / name) as file:
-            codes, a = file.read(1), file.transform
-        y, x = a.f + (np.arange(codes.shape[0]) + 0.5) * a.e, a.c + (np.arange(codes.shape[1]) + 0.5) * a.a
-        left, _, _, top = grid.bounds
-        row, col = np.floor((top - y) / 0.5).astype(int), np.floor((x - left) / 0.5).astype(int)
-        size = (np.deg2rad(a.a) * 6371) ** 2 * np.cos(np.deg2rad(y))
-        total = np.zeros((HILDA.n, *grid.coarse.shape))
-        inside = np.isfinite(codes) & (row >= 0)[:, None] & (col >= 0) & (col < total.shape[2]) & (row < total.shape[1])[:, None]
-        i, j = np.nonzero(inside)
-        known = np.isin(codes[i, j], HILDA.codes)
-        i, j = i[known], j[known]
-        index = HILDA.encode(codes[i, j].astype(int))
-        np.add.at(total, (index, row[i], col[j]), size[i])
-        km2[year] = total
-    area = km2[2009].sum(axis=0)
-    base = km2[2009] / np.where(area > 0, area, 1)
-    coarse = open_change(paths, base=base, base_year=2009, area=area, legend=HILDA, grid=grid)
-    assert coarse.shape == (4, HILDA.n, *grid.coarse.shape) and coarse.state.values[0] == "11"
-    full = area > 1000
-    want = (km2[2012] / np.where(area > 0, area, 1))[:, full]
-    start, end = coarse.values[0][:, full], coarse.values[3][:, full]
-    assert np.isfinite(end).all() and full.sum() > 50
-    assert np.abs(end - want).mean() < 0.2 * np.abs(start - want).mean()

@@ -13,7 +13,17 @@ from hypothesis.extra import numpy as hnp
 from ai4land.errors import DataError
 from ai4land.grid import tiles
 from ai4land.legend import MISSING
-from ai4land.scores import class_shares, coarse_error, observed_change, per_class, scores, transition_table
+from ai4land.scores import (
+    class_shares,
+    coarse_error,
+    headline,
+    number,
+    observed_change,
+    per_class,
+    score_sums,
+    scores,
+    transition_table,
+)
 
 # Ten cells of area 1, classes 0, 1, 2:                 hit hit miss wrong false  stay stay stay stay stay
 REFERENCE = np.array([[0, 0, 0, 0, 1, 0, 1, 1, 2, 2]], np.uint8)
@@ -184,3 +194,28 @@ def test_coarse_error_of_a_worked_example() -> None:
     assert coarse_error(got, want, np.zeros((1, 3))) is None
     with pytest.raises(DataError, match="weights of"):
         coarse_error(got, want, np.ones(3))
+
+
+@given(maps(), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_sums_of_groups_give_the_scores_of_their_tables(three: Any, groups: int) -> None:
+    reference, truth, predicted = three
+    weights = np.linspace(1, 2, 6)
+    known = (reference != MISSING) & (truth != MISSING)
+    group = np.broadcast_to(np.arange(8) * groups // 8, truth.shape)
+    cells = {"areas": np.broadcast_to(weights[:, None], truth.shape)[known], "group": group[known], "groups": groups, "n": 3}
+    sums = score_sums(truth[known], predicted[known], reference[known], **cells)
+    many = headline(sums)
+    for g in range(groups):
+        table = transition_table(reference, np.where(group == g, truth, MISSING), predicted, n=3, weights=weights)
+        want = vars(scores(table))
+        assert {k: number(v[g]) for k, v in many.items()} == {k: pytest.approx(v) for k, v in want.items()}
+        assert per_class(sums[g]) == [{k: pytest.approx(v) for k, v in row.items()} for row in per_class(table)]
+    alone = headline(score_sums(truth[known], predicted[known], **cells))
+    assert np.isnan(alone["figure_of_merit"]).all() and np.isnan(alone["change_f1"]).all()
+    np.testing.assert_allclose(alone["mean_iou"], many["mean_iou"])
+
+
+def test_observed_change_needs_no_prediction() -> None:
+    table = transition_table(REFERENCE, TRUTH, PREDICTED, n=3, weights=ONE)
+    assert observed_change(table.sum(axis=2)) == observed_change(table) == {"gross": 0.4, "net": pytest.approx(0.4)}

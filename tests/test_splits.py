@@ -11,7 +11,7 @@ from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.splits import BUFFER, TEST, TRAIN, VALIDATION, Scored, Split, block_roles, load_split, make_split, training_pairs
 
 YEARS = st.sets(st.integers(2000, 2008), min_size=1, max_size=4)
-SCORED = st.none() | st.builds(lambda r, y: Scored(r, tuple(sorted(y))), st.integers(2000, 2008), YEARS)
+SCORED = st.none() | st.builds(lambda r, y: Scored(r, tuple(sorted(y))), st.none() | st.integers(2000, 2008), YEARS)
 SPACE = st.fixed_dictionaries(
     {"block": st.integers(1, 4), "validation": st.floats(0, 0.6), "test": st.floats(0, 0.6), "buffer": st.integers(0, 3)}
 )
@@ -51,7 +51,7 @@ def test_no_cell_year_is_scored_twice(shape, train, lead, backward, validation, 
         count[year] += split.roles == TRAIN
     for scored, role in ((split.validation, VALIDATION), (split.test, TEST)):
         if scored is not None:
-            assert scored.reference not in scored.years
+            assert scored.reference is None or scored.reference not in scored.years
             for year in scored.years:
                 count[year] += split.cells(role)
     assert count.max() == 1
@@ -178,6 +178,23 @@ def test_held_out_blocks_may_share_years_with_training():
     assert (split.roles[split.cells(TEST)] == TEST).all()
     assert not split_of(space=None).in_space
     assert split_of(space=None).cells(TEST).all()
+
+
+def test_without_a_reference_map_years_are_shared_in_space_alone(tmp_path):
+    alone = {"max_lead": 0, "validation": Scored(None, (2001, 2002)), "test": Scored(None, (2001, 2003, 2005))}
+    split = split_of(**alone)
+    assert set(split.training_years) >= {2001, 2002, 2003} and all(a == b for a, b in split.pairs)
+    roles = [split.cells(role) for role in (TRAIN, VALIDATION, TEST)]
+    assert all(r.any() for r in roles) and np.sum(roles, axis=0).max() == 1
+    split.save(tmp_path / "splits.json")
+    again = load_split(tmp_path / "splits.json")
+    assert (again.validation, again.test, again.hash) == (split.validation, split.test, split.hash)
+    assert split.hash != split_of(**{**alone, "test": Scored(1999, (2001, 2003, 2005))}).hash
+    with pytest.raises(ConfigError, match=r"test scores years \[2001, 2003\] that training has seen"):
+        split_of(**alone, space={"block": 2, "validation": 0.3, "test": 0.0, "buffer": 0})
+    for space in (None, {"block": 2, "validation": 0.0, "test": 0.3, "buffer": 0}):
+        with pytest.raises(ConfigError, match=r"validation scores years \[2001, 2002\] that training has seen"):
+            split_of(**alone, space=space)
 
 
 @given(years=st.sets(st.integers(1990, 2010), min_size=2), lead=st.integers(0, 8), backward=st.booleans())

@@ -1,0 +1,343 @@
+"""Class maps with whole-number quotas: in every coarse cell exactly so many cells of each class, where they fit best.
+
+To fill the quotas of a coarse cell at the greatest sum of scores is a transportation problem. Its dual has one price a
+class; the best class of a cell is the one with the greatest score less price. :func:`allocate` finds the prices by the
+Newton steps of :mod:`ai4land.constrain` at falling temperature, for all coarse cells side by side. The few cells that are
+then still over are passed on along the cheapest chains of classes (successive shortest paths) until every quota is met.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ai4land.chains import pass_on
+from ai4land.constrain import segments, solve
+from ai4land.errors import DataError
+from ai4land.legend import MISSING
+from ai4land.quotas import class_quotas, fit_quotas, integer_quotas, level_quotas
+
+__all__ = ["Allocation", "allocate", "class_quotas", "integer_quotas", "level_quotas"]
+
+_BAND = 1 << 17
+"""Fine cells worked on at once."""
+_WORST = -1e4
+"""Scores further below the best of a cell count as that far below."""
+_FORBIDDEN = -1e6
+"""Score of a class that a cell must not get."""
+_CLOSED = 1e7
+"""Price of a class of which there is to be nothing."""
+_NONE = 254
+"""Class before of a cell that has none."""
+_FLOOR = 1e-9
+"""Least part of a class in the smooth sharing."""
+_DOUBT = 4
+"""Cells within the first temperature, as a multiple of those to change."""
+_LEVELS, _COOL, _STEPS = 3, 4, 5
+"""Temperatures, the factor between them, and Newton steps at each."""
+_PRUNE = 3
+"""After the first temperature only the cells most in doubt count, one in so many."""
+_SHIFT = 15.0
+"""Largest change of a price at one temperature, in temperatures."""
+_HARD = 10
+"""Cells too many (but at least one in 250) from which on prices are worked on once more, with all cells and more steps."""
+_REACH = 6.0
+"""Lead of the best class, in last temperatures, from which on a cell is not moved unless it must."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A map that meets its quotas.
+
+    Attributes
+    ----------
+    land_cover
+        Class indices ``(rows, columns)``, ``MISSING`` where nothing is mapped.
+    unmet
+        Cells that each class has, less its quota, ``(class, coarse rows, coarse columns)``: 0 but where locked cells
+        contradict the quotas.
+    """
+
+    land_cover: NDArray[np.uint8]
+    unmet: NDArray[np.int64]
+
+
+def allocate(
+    scores: NDArray[np.floating],
+    *,
+    current: NDArray[np.uint8] | None,
+    quotas: NDArray[np.integer],
+    factor: int,
+    keep: float | None = None,
+    locked: NDArray[np.bool_] | None = None,
+    mapped: NDArray[np.bool_] | None = None,
+    groups: NDArray[np.floating] | None = None,
+) -> Allocation:
+    """Give each cell a class, so that the quotas are met and the sum of the scores is as large as can be.
+
+    Each coarse cell is solved by itself, and of equal choices the place in the coarse cell decides: the result does not
+    depend on how a map is cut into tiles.
+
+    Parameters
+    ----------
+    scores
+        How well each class fits, such as logarithms of probabilities, ``(class, rows, columns)`` of whole coarse cells.
+        They are compared within a cell; one more than 1e4 below the best of its cell counts as 1e4 below.
+    current
+        Class indices before, ``(rows, columns)``; ``MISSING`` cells stay. None where there is no map yet: then every cell
+        of ``mapped`` is free, and ``keep`` does nothing.
+    quotas
+        Cells of each class, ``(class, rows / factor, columns / factor)``, with the sum of the mapped cells. A coarse cell
+        with a negative quota has none: there every cell gets its best class.
+    factor
+        Fine cells along one side of a coarse cell.
+    keep
+        Added to the score of the class before. With None or infinity only net changes take place: no class that is to
+        gain loses a cell, no class that is to lose gains one, and without quotas nothing changes.
+    locked
+        Cells that keep their class whatever the quotas are. What they hold beyond a quota is taken from the other
+        classes in proportion, and told in ``unmet``.
+    mapped
+        Cells to fill where there is no map before, ``(rows, columns)``.
+    groups
+        Where quotas are those of groups of classes: 1 where a class belongs to a group, ``(group, class)``, each class to
+        one. The best class of the group is taken in each cell.
+
+    Raises
+    ------
+    DataError
+        If shapes do not fit, quotas do not sum to the mapped cells, an index is not a class, or a score is not a number.
+    """
+    n, rows, cols = scores.shape
+    before = _before(current, mapped, scores.shape)
+    net = current is not None and (keep is None or keep == float("inf"))
+    bonus = 0.0 if current is None or keep is None or net else float(keep)
+    lock = np.zeros((rows, cols), bool) if locked is None else np.asarray(locked, dtype=bool)
+    member = np.arange(n) if groups is None else _members(groups, n)
+    m = int(member.max()) + 1 if groups is None else len(np.asarray(groups))
+    crows, ccols = rows // factor, cols // factor
+    if rows % factor or cols % factor or quotas.shape != (m, crows, ccols):
+        raise DataError(
+            f"scores are {scores.shape} and quotas {quotas.shape}, expected whole coarse cells of {factor} and "
+            f"{(m, crows, ccols)}; cut them from the same window"
+        )
+    if lock.shape != (rows, cols):
+        raise DataError(f"locked is {lock.shape}, expected {(rows, cols)}; cut it from the window of the scores")
+    lock = lock & (before < n)
+    real = np.float64 if scores.dtype == np.float64 else np.float32
+    land_cover = np.full((rows, cols), MISSING, np.uint8)
+    unmet = np.zeros(quotas.shape, np.int64)
+    height = max(1, _BAND // (factor * max(cols, 1)))
+    for row in range(0, crows, height):
+        band = slice(row, min(row + height, crows))
+        fine = slice(band.start * factor, band.stop * factor)
+        x, was, held = (
+            segments(torch.from_numpy(np.require(a[:, fine], kind, ["C", "W"])), factor, fill=fill)
+            for a, kind, fill in ((scores, real, 0.0), (before[None], np.uint8, MISSING), (lock[None], np.bool_, False))
+        )
+        want = quotas[:, band].reshape(m, -1).T.astype(np.int64)
+        got, miss = _allocate_segments(x, was[:, 0], held[:, 0], want, member=member, bonus=bonus, net=net)
+        count = band.stop - band.start
+        place = torch.from_numpy(land_cover[fine]).unflatten(1, (ccols, factor)).unflatten(0, (count, factor))
+        got = got[:, : factor * factor].unflatten(1, (factor, factor)).unflatten(0, (count, ccols))
+        place.copy_(got.permute(0, 2, 1, 3))
+        unmet[:, band] = miss.T.reshape(m, count, ccols)
+    return Allocation(land_cover, unmet)
+
+
+def _allocate_segments(
+    x: Tensor, was: Tensor, held: Tensor, quotas: NDArray[np.int64], *, member: NDArray[np.intp], bonus: float, net: bool
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """Allocate coarse cells: classes ``(coarse cell, cell)``, and what each group has beyond its quota."""
+    mapped, known = was != MISSING, was < x.shape[1]
+    index = was.clamp(max=x.shape[1] - 1).long()
+    if bonus:
+        x.scatter_add_(1, index[:, None], (known.to(x.dtype) * bonus)[:, None])
+    of, best_of = index, None
+    if (member != np.arange(len(member))).any():
+        x, best_of = _group_scores(x, member)
+        of = torch.from_numpy(member)[index]
+    m = x.shape[1]
+    free = mapped & ~held
+    top = x.amax(1)
+    if not bool(top[mapped].isfinite().all()):
+        raise DataError("scores of mapped cells are not all numbers, expected a finite best score; look at the network")
+    if not bool(top.isfinite().all()):
+        x = torch.where(top.isfinite()[:, None], x, 0.0)
+        top = torch.where(top.isfinite(), top, 0.0)
+    x -= top[:, None]
+    x.clamp_(min=_WORST)
+
+    sizes, stuck = mapped.sum(1).numpy(), _count(of, held & known, m)
+    asked = np.all(quotas >= 0, axis=1)
+    wrong = np.flatnonzero(asked & (quotas.sum(1) != sizes))
+    if wrong.size:
+        i = wrong[0]
+        raise DataError(
+            f"quotas of a coarse cell sum to {quotas[i].sum()}, expected its {sizes[i]} mapped cells; "
+            "make them with level_quotas or class_quotas"
+        )
+    want = fit_quotas(quotas - stuck, sizes - stuck.sum(1)) + stuck
+    want[~asked] = -1
+    if net:
+        have = _count(of, known, m)
+        gains, loses = (torch.from_numpy(asked[:, None] & side) for side in (have < want, have > want))
+        free &= loses.gather(1, of)
+        own = x.gather(1, of[:, None])
+        x.masked_fill_(~gains[:, :, None], _FORBIDDEN)
+        x.scatter_(1, of[:, None], own)
+        stuck = _count(of, known & ~free, m)
+    got = torch.where(free, _fill(x, free, want - stuck, asked), of)
+    unmet = np.where(asked[:, None], _count(got, mapped, m) - quotas, 0)
+    if best_of is not None:
+        inside = best_of.gather(1, got[:, None])[:, 0]
+        stays = (held | (net & (got == of))) & known
+        got = torch.where(stays, index, inside)
+    return torch.where(mapped, got.to(torch.uint8), MISSING), unmet
+
+
+def _fill(x: Tensor, free: Tensor, want: NDArray[np.int64], asked: NDArray[np.bool_]) -> Tensor:
+    """Give every free cell a class: the best one, or in the coarse cells with quotas the best ones that meet them."""
+    best, _ = _best(x)
+    over = _count(best, free, x.shape[1]) - want
+    rows = torch.from_numpy(np.flatnonzero(asked & (over != 0).any(1)))
+    if not len(rows):
+        return best
+    every = len(rows) == len(x)
+    x, free, goal = (x, free, want) if every else (x[rows], free[rows], want[rows.numpy()])
+    prices, width = _prices(x, free, torch.from_numpy(over)[rows], torch.from_numpy(goal))
+    x = x - prices.to(x.dtype)[:, :, None]
+    priced, gap = _best(x)
+    over = _count(priced, free, x.shape[1]) - goal
+    hard = torch.from_numpy(np.flatnonzero(np.maximum(over, 0).sum(1) > max(_HARD, x.shape[2] // 250)))
+    if len(hard):
+        again = torch.zeros_like(prices[hard])
+        warm = width[hard] * _COOL ** (_LEVELS - 1)
+        again = _cool(x[hard], free[hard].to(x.dtype), torch.from_numpy(goal)[hard], again, warm, levels=_LEVELS, steps=25)
+        x[hard] -= again.to(x.dtype)[:, :, None]
+        priced[hard], gap[hard] = _best(x[hard])
+        over[hard.numpy()] = _count(priced[hard], free[hard], x.shape[1]) - goal[hard.numpy()]
+    for reach in (_REACH, 8 * _REACH, np.inf):
+        todo = np.flatnonzero((over > 0).any(1))
+        if not todo.size:
+            break
+        pick = torch.from_numpy(todo)
+        near = free[pick] & (gap[pick] <= (width[pick] * reach)[:, None])
+        place, cell = (i.numpy() for i in torch.nonzero(near, as_tuple=True))
+        values = x[pick[place], :, cell].double().numpy()
+        classes = priced[pick[place], cell].numpy()
+        left = over[todo]
+        pass_on(values, place, classes, left, limit=np.inf if np.isinf(reach) else -_FORBIDDEN / 10)
+        priced[pick[place], cell] = torch.from_numpy(classes)
+        over[todo] = left
+    best[rows] = priced
+    return best
+
+
+def _best(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Class of the greatest score in each cell, the first of equal ones, and how far ahead of the second it is."""
+    best = torch.zeros_like(x[:, 0], dtype=torch.int64)
+    top, second = x[:, 0].clone(), torch.full_like(x[:, 0], -torch.inf)
+    for k in range(1, x.shape[1]):
+        value = x[:, k]
+        best.masked_fill_(value > top, k)
+        torch.maximum(second, torch.minimum(value, top), out=second)
+        torch.maximum(top, value, out=top)
+    return best, top.sub_(second)
+
+
+def _prices(x: Tensor, free: Tensor, over: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
+    """Prices of the classes at which the best classes nearly meet the quotas, and the width of what is left open.
+
+    Classes with too few cells first become as cheap as it takes to win one. Then the classes are shared out smoothly, in
+    proportion to exp((score − price) / temperature), and Newton steps find the prices that fit. The temperature starts
+    where some times as many cells are in doubt as have to change, and falls.
+    """
+    size = free.sum(1).clamp(min=1)
+    far = torch.where(free, 0.0, -torch.inf).to(x.dtype)
+    prices = torch.where(over < 0, (x - x.amax(1, keepdim=True) + far[:, None]).amax(2).double(), 0.0)
+    prices = prices.masked_fill(want == 0, _CLOSED)
+    weight = free.to(x.dtype)
+    doubt = (over.clamp(min=0).sum(1) * _DOUBT).clamp(min=8).minimum(size // 2)
+    _, gap = _best(x - prices.to(x.dtype)[:, :, None])
+    heat = _quantile(gap.masked_fill(~free, torch.inf), doubt)
+    prices = _cool(x, weight, want, prices, heat, levels=1)
+    some = -(-x.shape[2] // _PRUNE // 16) * 16
+    best, gap = _best(x - prices.to(x.dtype)[:, :, None])
+    near = gap.masked_fill_(~free, torch.inf).topk(some, dim=1, largest=False)
+    part = x.gather(2, near.indices[:, None].expand(-1, x.shape[1], -1))
+    rest = torch.from_numpy(_count(best, free.scatter(1, near.indices, False), x.shape[1]))
+    left = (want - rest).clamp(min=0)
+    prices = _cool(part, weight.gather(1, near.indices), left, prices, heat / _COOL, levels=_LEVELS - 1)
+    return prices.masked_fill(want == 0, _CLOSED), heat / _COOL ** (_LEVELS - 1)
+
+
+def _quantile(gap: Tensor, rank: Tensor) -> Tensor:
+    """Value of a rank in each row, from every third one where there are many."""
+    step = 3 if gap.shape[1] > 300 else 1
+    ordered = gap[:, ::step].sort(1).values
+    found = ordered.gather(1, torch.div(rank, step, rounding_mode="floor")[:, None])[:, 0]
+    return found.double().clamp(min=1e-5, max=-_WORST)
+
+
+def _cool(x: Tensor, weight: Tensor, want: Tensor, prices: Tensor, heat: Tensor, *, levels: int, steps: int = _STEPS) -> Tensor:
+    """Prices at which the classes of the cells, shared out smoothly at a falling temperature, have what is wanted."""
+    share = want / want.sum(1, keepdim=True).clamp(min=1).double()
+    unit = torch.eye(x.shape[1], dtype=torch.float64)
+    p = torch.empty_like(x)
+    for _ in range(levels):
+        torch.sub(x, prices.to(x.dtype)[:, :, None], out=p)
+        p -= p.amax(1, keepdim=True)
+        p /= heat[:, None, None].to(x.dtype)
+        p.exp_().clamp_(min=_FLOOR)
+        found = solve(p, weight, share, torch.zeros_like(share), unit, tolerance=0.3 / x.shape[2], max_steps=steps)
+        prices = prices - heat[:, None] * found.multipliers.clamp(-_SHIFT, _SHIFT).masked_fill(share == 0, 0.0)
+        heat = heat / _COOL
+    return prices
+
+
+def _count(classes: Tensor, which: Tensor, n: int) -> NDArray[np.int64]:
+    """Cells of each class, ``(coarse cell, class)``."""
+    flat = (torch.arange(len(classes))[:, None] * (n + 1) + torch.where(which, classes, n)).flatten()
+    return torch.bincount(flat, minlength=len(classes) * (n + 1)).unflatten(0, (-1, n + 1))[:, :n].numpy().copy()
+
+
+def _group_scores(x: Tensor, member: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
+    """Best score of each group, and its class."""
+    parts = [x[:, torch.from_numpy(np.flatnonzero(member == g))].max(1) for g in range(int(member.max()) + 1)]
+    classes = [torch.from_numpy(np.flatnonzero(member == g))[p.indices] for g, p in enumerate(parts)]
+    return torch.stack([p.values for p in parts], 1), torch.stack(classes, 1)
+
+
+def _members(groups: NDArray[np.floating], n: int) -> NDArray[np.intp]:
+    """Group of each class."""
+    matrix = np.asarray(groups)
+    if matrix.ndim != 2 or matrix.shape[1] != n or not np.isin(matrix, (0, 1)).all() or (matrix.sum(axis=0) != 1).any():
+        raise DataError(
+            f"groups are {matrix.shape} with parts of classes, expected (groups, {n}) with one 1 a column; project the "
+            "fractions first, and make class quotas of them with level_quotas"
+        )
+    if (matrix.sum(axis=1) == 0).any():
+        raise DataError("groups hold one without a class, expected classes in each; leave it out")
+    return matrix.argmax(axis=0)
+
+
+def _before(current: NDArray[np.uint8] | None, mapped: NDArray[np.bool_] | None, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Classes before: ``MISSING`` where nothing is mapped, ``_NONE`` where there is no class yet."""
+    if current is None:
+        if mapped is None or mapped.shape != shape[1:]:
+            raise DataError(
+                f"mapped is {None if mapped is None else mapped.shape}, expected {shape[1:]}; without a map before say "
+                "which cells to fill"
+            )
+        return np.where(mapped, _NONE, MISSING).astype(np.uint8)
+    if current.shape != shape[1:]:
+        raise DataError(f"map is {current.shape}, expected {shape[1:]}; cut it from the window of the scores")
+    top = int(current[current != MISSING].max(initial=0))
+    if top >= shape[0]:
+        raise DataError(f"class index is {top}, expected 0..{shape[0] - 1} or {MISSING}; encode the codes with the legend")
+    return current

@@ -1,0 +1,117 @@
+"""From the analysis-ready store to class probabilities of a window, year by year."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+
+from ai4land.features import FeatureSpec, features
+from ai4land.grid import Grid, Window, coarse_window, read_coarse, read_window
+from ai4land.legend import Legend
+from ai4land.unet import UNet
+
+
+class Source:
+    """The arrays of an analysis-ready store that prediction reads, opened without Dask.
+
+    Parameters
+    ----------
+    path
+        Of the store.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        group = zarr.open_group(path, mode="r")
+        attrs: Any = group.attrs
+        self.grid = Grid.from_dict(attrs["grid"])
+        self.legend = Legend(**attrs["legend"])
+        arrays: list[Any] = [group[n] for n in ("static", "mask", "coarse", "land_cover")]
+        self.static, self.mask, self.coarse, self.land_cover = arrays
+        self.years = [int(y) for y in np.asarray(group["year"][...])]  # type: ignore[index]
+        self.states, self.features = ([str(s) for s in attrs[n]] for n in ("state_names", "feature_names"))
+        self.observed = [int(y) for y in np.asarray(group["observed_year"][...])]  # type: ignore[index]
+
+    def map_of(self, year: int, window: Window) -> NDArray[np.uint8]:
+        """Class indices of an observed map, ``MISSING`` beyond the grid."""
+        plane = _Plane(self.land_cover, self.observed.index(year))
+        codes = read_window(plane, window, fill=self.legend.fill.code, wrap=self.grid.wraps)
+        return self.legend.encode(codes, source=f"map of {year}")
+
+    def states_of(self, year: int, cells: Window) -> NDArray[np.float32]:
+        """Coarse states ``(state, rows, columns)``, the edge repeated beyond the grid."""
+        return read_coarse(_Plane(self.coarse, self.years.index(year)), cells, wrap=self.grid.wraps)
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """One step of the first dimension of an array, read when it is cut."""
+
+    array: Any
+    index: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.array[(self.index, *key)]
+
+
+@torch.inference_mode()
+def predict(
+    model: UNet, source: Source, window: Window, *, spec: FeatureSpec, reference: int | None, years: Iterable[int]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Predict the class probabilities of a window, year by year.
+
+    The result does not depend on how the globe is cut into windows: the window is read with the halo of the network and
+    its origin lies on the network's stride.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    source
+        The store.
+    window
+        Fine cells; row, column, height and width must be multiples of the stride.
+    spec
+        Of the model.
+    reference
+        Year of the reference map; None to predict without one.
+    years
+        To predict, in any order.
+
+    Yields
+    ------
+    year, probabilities
+        Float32 ``(class, rows, columns)``.
+    """
+    if any(v % model.stride for v in (window.row, window.col, window.height, window.width)):
+        raise ValueError(f"window {window} is off the network's stride of {model.stride} cells; use whole shards")
+    halo = model.halo
+    outer = window.pad(halo)
+    grid = source.grid
+    raw = read_window(source.static, outer, fill=np.nan, wrap=grid.wraps)
+    static = spec.static_channels(raw)
+    known = None if reference is None else source.map_of(reference, outer)
+    cells, offset = coarse_window(outer, grid.factor)
+    tensors = torch.from_numpy(static).float()[None], torch.tensor([offset], dtype=torch.int64)
+    inner = (slice(halo, halo + window.height), slice(halo, halo + window.width))
+    start = None if reference is None else source.states_of(reference, cells)
+    for year in years:
+        wanted = source.states_of(year, cells)
+        lead = 0 if reference is None else year - reference
+        made = features(static, reference=known, wanted=wanted, start=wanted if start is None else start, lead=lead, spec=spec)
+        logits = model(tensors[0], torch.from_numpy(made.reference)[None], torch.from_numpy(made.coarse)[None], tensors[1])
+        yield year, torch.softmax(logits[0][(slice(None), *inner)].float(), dim=0).numpy()
