@@ -210,6 +210,10 @@ def _layer(run: RunConfig, layer: StaticLayer | Coordinate, grid: Grid) -> xr.Da
 def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     """Make the analysis-ready store of a run, if it is not there."""
     path = run.folder / "store.zarr"
+    codes = legend_of(run).codes.tolist()
+    unknown = sorted(set(run.constrain.lock) - set(codes))
+    if unknown:
+        raise ConfigError(f"constrain.lock has the codes {unknown}, expected some of {codes}; mend it")
     maps, states = needed_years(run)
     if check_identity(path, identity_of(run)):
         _check_years(path, maps, states)

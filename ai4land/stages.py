@@ -24,7 +24,7 @@ from ai4land.align import open_store
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import Card, check_fits, load_card, load_model, load_state, save_model
 from ai4land.config import RunConfig, digest
-from ai4land.errors import ConfigError, MismatchError
+from ai4land.errors import MismatchError
 from ai4land.features import fit_spec
 from ai4land.grid import Grid
 from ai4land.inputs import Tell, align, crosswalk_of, cubes_of, grid_of, identity_of, legend_of, split_of
@@ -242,9 +242,6 @@ def job_of(
 ) -> Job:
     """Put together what the tasks of a reconstruction share."""
     c = run.constrain
-    unknown = sorted(set(c.lock) - set(source.legend.codes.tolist()))
-    if unknown:
-        raise ConfigError(f"constrain.lock has the codes {unknown}, expected some of {source.legend.codes.tolist()}; mend it")
     return Job(
         store=str(run.folder / "store.zarr"),
         cube=str(cube_path),

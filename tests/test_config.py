@@ -87,6 +87,9 @@ def test_overrides_reach_nested_keys_lists_and_years():
         ("train.patch=100", r"train\.patch is 100, expected a multiple of 8"),
         ("train.patch=296", r"train\.patch is 296, expected at most the shard of 288"),
         ("model.depth=5", r"train\.patch|grid\.shard"),
+        ("constrain.method=sometimes", r"constrain\.method: .*'change', 'level' or 'none'"),
+        ("constrain.keep=-1", r"constrain\.keep: .*greater than or equal to 0"),
+        ("constrain.protected=parks", r"constrain\.protected is 'parks', expected a static map of \['elevation'"),
         ("train.precision=float16", r"train\.precision: .*'float32'"),
     ],
 )  # fmt: skip

@@ -202,3 +202,10 @@ def test_store_of_other_years_is_refused(tiny_store):
         inputs._check_years(tiny_store.path, {1999, 2000}, {2001})
     with pytest.raises(MismatchError, match=r"lacks the scenario years \[2004, 2005\]"):
         inputs._check_years(tiny_store.path, {2000}, {2003, 2004, 2005})
+
+
+def test_locked_codes_that_the_legend_lacks_are_refused_before_anything_is_read(tmp_path):
+    run = run_of(runs=str(tmp_path), data=str(tmp_path / "nowhere"), constrain={"lock": [77, 12345]})
+    with pytest.raises(ConfigError, match=r"constrain\.lock has the codes \[12345\], expected some of \[11"):
+        inputs.align(run)
+    assert not list(tmp_path.iterdir())
