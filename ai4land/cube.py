@@ -36,7 +36,7 @@ SCALE = 250
 EMPTY = 255
 """Stored confidence and probability of change of a cell that has none."""
 FRACTION_SCALE = 65000
-"""Fractions are stored as whole numbers of 1/65000: fine enough to keep the coarse totals to a millionth of the cell."""
+"""Fractions are stored as whole numbers of 1/65000: where 25 or more fine cells lie along a coarse one, the totals stay within about a millionth."""
 FRACTION_EMPTY = 65535
 """Stored fraction of a cell that is not mapped."""
 VARIABLES = ("land_cover", "most_likely", "fraction", "confidence", "change_probability")
