@@ -44,6 +44,37 @@ def integer_quotas(counts: NDArray[np.floating]) -> NDArray[np.int64]:
     return low.astype(np.int64) + (rank < more)
 
 
+def add_change(held: NDArray[np.floating], change: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Put a change of class amounts on top of what a map holds; the sum over the classes stays.
+
+    A class gives up at most what it holds. Where the classes cannot give up as much as the others are to gain, or the other
+    way round, the larger side is cut down in proportion; a class that does not change keeps its amount.
+
+    Parameters
+    ----------
+    held
+        Amounts of the classes, such as shares or cells, ``(class, ...)``.
+    change
+        Change of the amounts, same shape. With a NaN in any class nothing is known.
+
+    Returns
+    -------
+    numpy.ndarray
+        Amounts with the sum of ``held``, NaN where unknown.
+
+    >>> add_change(np.array([0.2, 0.7, 0.1]), np.array([-0.3, 0.2, 0.1])).round(3).tolist()
+    [0.0, 0.833, 0.167]
+    """
+    known = np.isfinite(held).all(axis=0) & np.isfinite(change).all(axis=0)
+    step = np.where(known, change, 0.0)
+    loss, gain = np.minimum(np.maximum(-step, 0.0), np.where(known, held, 0.0)), np.maximum(step, 0.0)
+    lost, gained = loss.sum(axis=0), gain.sum(axis=0)
+    moved = np.minimum(lost, gained)
+    loss *= np.divide(moved, lost, out=np.zeros_like(lost), where=lost > 0)
+    gain *= np.divide(moved, gained, out=np.zeros_like(gained), where=gained > 0)
+    return np.where(known, held - loss + gain, np.nan)
+
+
 def class_quotas(counts: NDArray[np.int64], *, wanted: NDArray[np.floating], start: NDArray[np.floating]) -> NDArray[np.int64]:
     """Apply the scenario's change to the number of cells of each class.
 
@@ -64,16 +95,9 @@ def class_quotas(counts: NDArray[np.int64], *, wanted: NDArray[np.floating], sta
     numpy.ndarray
         Cells of each class to have, same shape and same sums as ``counts``.
     """
-    mapped = counts.sum(axis=0)
-    change = (wanted.astype(np.float64) - start.astype(np.float64)) * mapped
+    change = (wanted.astype(np.float64) - start.astype(np.float64)) * counts.sum(axis=0)
     change = np.where(np.isfinite(change).all(axis=0), change, 0.0)
-    loss = np.minimum(np.maximum(-change, 0.0), counts)
-    gain = np.maximum(change, 0.0)
-    lost, gained = loss.sum(axis=0), gain.sum(axis=0)
-    moved = np.minimum(lost, gained)
-    loss *= np.divide(moved, lost, out=np.zeros_like(lost), where=lost > 0)
-    gain *= np.divide(moved, gained, out=np.zeros_like(gained), where=gained > 0)
-    return integer_quotas(np.maximum(counts - loss + gain, 0.0))
+    return integer_quotas(np.maximum(add_change(counts.astype(np.float64), change), 0.0))
 
 
 def level_quotas(shares: NDArray[np.floating], mapped: NDArray[np.integer]) -> NDArray[np.int64]:

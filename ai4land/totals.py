@@ -16,9 +16,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land.allocate import level_quotas
 from ai4land.grid import block_sum
 from ai4land.legend import Crosswalk
+from ai4land.quotas import add_change, level_quotas
 from ai4land.scenario import REMAINDER, spread, takes_remainder
 from ai4land.scores import class_shares
 
@@ -33,37 +33,6 @@ STATEMENTS: dict[Method, str] = {
 """What is said of the totals in a cube's metadata."""
 _LEAST_LAND = 0.01
 """Share of land below which the scenario's change in a coarse cell is not scaled up any further."""
-
-
-def add_change(held: Shares, change: Shares) -> Shares:
-    """Put a change of class shares on top of the shares that a map holds.
-
-    A class gives up at most what it holds. Where the classes cannot give up as much as the others are to gain, or the other
-    way round, the larger side is cut down in proportion; a class that does not change keeps its share.
-
-    Parameters
-    ----------
-    held
-        Shares with the sum 1, ``(class, ...)``.
-    change
-        Change of the shares, same shape. With a NaN in any class nothing is known.
-
-    Returns
-    -------
-    numpy.ndarray
-        Shares with the sum 1, NaN where unknown.
-
-    >>> add_change(np.array([0.2, 0.7, 0.1]), np.array([-0.3, 0.2, 0.1])).round(3).tolist()
-    [0.0, 0.833, 0.167]
-    """
-    known = np.isfinite(held).all(axis=0) & np.isfinite(change).all(axis=0)
-    step = np.where(known, change, 0.0)
-    loss, gain = np.minimum(np.maximum(-step, 0.0), np.where(known, held, 0.0)), np.maximum(step, 0.0)
-    lost, gained = loss.sum(axis=0), gain.sum(axis=0)
-    moved = np.minimum(lost, gained)
-    loss *= np.divide(moved, lost, out=np.zeros_like(lost), where=lost > 0)
-    gain *= np.divide(moved, gained, out=np.zeros_like(gained), where=gained > 0)
-    return np.where(known, held - loss + gain, np.nan)
 
 
 class Totals:

@@ -43,8 +43,8 @@ from ai4land.features import FeatureSpec, features, fit_spec
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, block_sum, make_grid
 from ai4land.legend import MISSING, Legend, load_crosswalk, load_legend
 from ai4land.predict import Source, predict
+from ai4land.quotas import add_change
 from ai4land.reconstruct import Job, quantise, reconstruct_block
-from ai4land.totals import add_change
 from ai4land.train import Schedule, fit
 from ai4land.unet import UNet
 
