@@ -77,6 +77,8 @@ class PatchLoader:
         Share of the cells of a seen reference map that :func:`disturbed` changes, about.
     focus
         Share of the patches that are drawn by their cells that change over the years, not by their cells to score.
+    turn
+        Show patches mirrored and turned, in one of the eight ways that a square has, drawn at random.
     visit, mix, keep
         Batches of a visit, shards of a visit, and shards that are kept in memory.
     rank, world
@@ -104,6 +106,7 @@ class PatchLoader:
         mask_some: float = 0.0,
         disturb: float = 0.0,
         focus: float = 0.0,
+        turn: bool = False,
         visit: int = 8,
         mix: int = 4,
         keep: int = 16,
@@ -112,7 +115,7 @@ class PatchLoader:
     ) -> None:
         self.grid, self.legend, self.spec = grid, legend, spec
         self.pairs, self.patch, self.batch, self.seed = pairs, patch, batch, seed
-        self.mask_all, self.mask_some, self.disturb, self.focus = mask_all, mask_some, disturb, focus
+        self.mask_all, self.mask_some, self.disturb, self.focus, self.turn = mask_all, mask_some, disturb, focus, turn
         self.visit, self.mix, self.keep = visit, mix, max(keep, mix)
         self.rank, self.world = rank, world
         self.years = sorted({year for pair in pairs for year in pair})
@@ -205,7 +208,8 @@ class PatchLoader:
             tile.static[(slice(None), *cut)], reference=reference, wanted=wanted, start=start, lead=year - year0, spec=self.spec
         )
         target = np.where(tile.scored[cut], tile.maps[year][cut], MISSING).astype(np.uint8)
-        return made.static, made.reference, made.coarse, offset, target
+        patch = made.static, made.reference, made.coarse, offset, target
+        return turned(patch, self.grid.factor, way=int(rng.integers(8))) if self.turn else patch
 
     def batches(self, first: int = 0, last: int | None = None) -> Iterator[Batch]:
         """Yield the batches of steps ``first`` to ``last`` (exclusive; without end where None)."""
@@ -227,6 +231,29 @@ def _odds(counts: list[int]) -> NDArray[np.float64]:
     """Odds in proportion to counts; equal ones where all are 0."""
     weights = np.array(counts, dtype=np.float64)
     return weights / weights.sum() if weights.any() else np.full(len(counts), 1 / len(counts))
+
+
+def turned(patch: tuple[Any, ...], factor: int, *, way: int) -> tuple[Any, ...]:
+    """Mirror and transpose a patch and the coarse cells around it.
+
+    Parameters
+    ----------
+    patch
+        Static channels, reference map, coarse channels, offset and target, as :class:`Batch` holds them.
+    factor
+        Fine cells along one side of a coarse cell.
+    way
+        0 to 7: 1 mirrors the rows, 2 the columns, 4 swaps rows and columns, and sums of these.
+    """
+    static, reference, coarse, offset, target = patch
+    size, cells = target.shape, coarse.shape[-2:]
+    mirrored = [bool(way & 1), bool(way & 2)]
+    order = (slice(None, None, -1) if mirrored[0] else slice(None), slice(None, None, -1) if mirrored[1] else slice(None))
+    offset = tuple(cells[i] * factor - offset[i] - size[i] if mirrored[i] else offset[i] for i in range(2))
+    arrays = [a[(..., *order)] for a in (static, reference, coarse, target)]
+    if way & 4:
+        arrays, offset = [a.swapaxes(-1, -2) for a in arrays], offset[::-1]
+    return arrays[0], arrays[1], arrays[2], offset, arrays[3]
 
 
 def disturbed(index: NDArray[np.uint8], rng: np.random.Generator, *, share: float, n: int) -> NDArray[np.uint8]:

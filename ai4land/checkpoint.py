@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import ai4land
+from ai4land.ensemble import Ensemble
 from ai4land.errors import DataError, MismatchError
 from ai4land.features import FeatureSpec
 from ai4land.legend import Legend
@@ -35,7 +36,9 @@ class Card(BaseModel):
     Attributes
     ----------
     network
-        Arguments of :class:`ai4land.unet.UNet`.
+        Arguments of :class:`ai4land.unet.UNet`, for every member.
+    members, sharpness
+        Of the :class:`ai4land.ensemble.Ensemble`.
     cell
         Width and height of a fine cell in the units of the grid.
     weights
@@ -43,16 +46,18 @@ class Card(BaseModel):
     split, store
         Fingerprints of the split and of the analysis-ready store it was trained on.
     training
-        Steps taken, best step and validation loss, class weights, training years.
+        Steps taken, best step and validation loss of each member, class weights, training years.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     version: str = ai4land.__version__
     legend: Legend
     spec: FeatureSpec
     network: dict[str, Any]
+    members: int = 1
+    sharpness: float = 1.0
     cell: tuple[float, float]
     weights: str
     split: str
@@ -74,10 +79,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def save_model(folder: Path, weights: dict[str, torch.Tensor], card: Card) -> Card:
-    """Write weights and card; return the card with the checksum of the weights."""
-    data = save({name: value.detach().cpu().contiguous() for name, value in sorted(weights.items())})
-    card = card.model_copy(update={"weights": hashlib.sha256(data).hexdigest()})
+def save_model(folder: Path, members: list[dict[str, torch.Tensor]], card: Card) -> Card:
+    """Write the weights of every member and the card; return the card with their number and the checksum of the weights."""
+    named = {f"{i}.{name}": value for i, weights in enumerate(members) for name, value in weights.items()}
+    data = save({name: value.detach().cpu().contiguous() for name, value in sorted(named.items())})
+    card = card.model_copy(update={"weights": hashlib.sha256(data).hexdigest(), "members": len(members)})
     write_atomically(folder / WEIGHTS, data)
     write_atomically(folder / CARD, (json.dumps(card.model_dump(mode="json"), indent=1) + "\n").encode())
     return card
@@ -100,7 +106,7 @@ def load_card(folder: Path) -> Card:
         raise DataError(f"model card {path} is not valid: {error}; train again") from error
 
 
-def load_model(folder: Path) -> tuple[UNet, Card]:
+def load_model(folder: Path) -> tuple[Ensemble, Card]:
     """Load a model for inference.
 
     Raises
@@ -119,15 +125,15 @@ def load_model(folder: Path) -> tuple[UNet, Card]:
             f"weights {path} do not have the checksum of {CARD}; the files are of two trainings, or damaged: train again"
         )
     try:
-        model = UNet(**card.network)
-        model.load_state_dict(load_file(path))
+        model = Ensemble((UNet(**card.network) for _ in range(card.members)), sharpness=card.sharpness)
+        model.members.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, TypeError) as error:
         raise MismatchError(f"weights {path} do not fit the network of {CARD}: {error}") from error
     return model.eval(), card
 
 
 @lru_cache(maxsize=1)
-def cached_model(folder: str, checksum: str) -> tuple[UNet, Card]:
+def cached_model(folder: str, checksum: str) -> tuple[Ensemble, Card]:
     """Load a model once a process; ``checksum`` is that of the weights, so that a new model is loaded anew."""
     model, card = load_model(Path(folder))
     if card.weights != checksum:

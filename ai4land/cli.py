@@ -77,7 +77,7 @@ def _train(run: RunConfig) -> None:
     with _bar("train") as bar:
 
         def step(number: int, row: dict[str, float]) -> None:
-            bar(number, run.train.steps, f"loss {row['loss']:.4f}")
+            bar(number, run.train.members * run.train.steps, f"loss {row['loss']:.4f}")
 
         stages.train(run, tell=_tell, progress=step)
 

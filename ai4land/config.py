@@ -219,6 +219,7 @@ class ModelConfig(_Model):
 class TrainConfig(_Model):
     """How long and how the network learns."""
 
+    members: int = Field(default=1, ge=1, description="networks, alike but for their seed, whose log probabilities are averaged")
     steps: int = Field(default=1000, ge=1)
     batch: int = Field(default=16, ge=1)
     patch: int = Field(default=128, ge=8, description="fine cells along the side of a patch")
@@ -234,6 +235,7 @@ class TrainConfig(_Model):
     mask_some: float = Field(default=0.1, ge=0, le=1, description="share of patches that see it with holes")
     disturb: float = Field(default=0.0, ge=0, le=1, description="share of the reference map's cells that is changed at random")
     focus: float = Field(default=0.5, ge=0, le=1, description="share of patches drawn by their cells that change")
+    turn: bool = Field(default=True, description="show patches mirrored and turned at random")
     validate_every: int = Field(default=100, ge=1)
     validation_batches: int = Field(default=8, ge=1)
     patience: int = Field(default=10, ge=1, description="validations without improvement before training stops")

@@ -12,6 +12,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
+from ai4land.ensemble import Ensemble
 from ai4land.features import FeatureSpec, features
 from ai4land.grid import Grid, Window, coarse_window, read_coarse, read_window
 from ai4land.legend import Legend
@@ -70,7 +71,7 @@ class _Plane:
 
 @torch.inference_mode()
 def predict(
-    model: UNet, source: Source, window: Window, *, spec: FeatureSpec, reference: int | None, years: Iterable[int]
+    model: UNet | Ensemble, source: Source, window: Window, *, spec: FeatureSpec, reference: int | None, years: Iterable[int]
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Predict the class probabilities of a window, year by year.
 

@@ -199,10 +199,11 @@ def plan(run: RunConfig) -> Iterator[tuple[str, str]]:
     )
     yield "totals", STATEMENTS[run.constrain.method]
     net = UNet(static_channels=len(run.static), coarse_channels=8, classes=legend.n, factor=grid.factor, **run.model.model_dump())
-    cells = run.train.steps * run.train.batch * run.train.patch**2
+    t = run.train
+    cells = t.members * t.steps * t.batch * t.patch**2
     yield (
         "train",
-        f"{len(split.pairs)} pairs of years, {run.train.steps} steps, {cells / 1e6:.0f} million cells"
+        f"{len(split.pairs)} pairs of years, {t.members} x {t.steps} steps, {cells / 1e6:.0f} million cells"
         + _done(run.folder / "model.json"),
     )
     yield (

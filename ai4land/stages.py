@@ -24,6 +24,7 @@ from ai4land.align import open_store
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import Card, check_fits, load_card, load_model, load_state, save_model
 from ai4land.config import RunConfig, digest
+from ai4land.ensemble import Ensemble, fit_sharpness
 from ai4land.errors import MismatchError
 from ai4land.features import fit_spec
 from ai4land.grid import Grid
@@ -34,10 +35,13 @@ from ai4land.predict import Source
 from ai4land.reconstruct import Job, plan_blocks, run_blocks
 from ai4land.splits import TRAIN, VALIDATION, Split
 from ai4land.totals import STATEMENTS, Method
-from ai4land.train import Schedule, fit
+from ai4land.train import Schedule, Trained, fit
 from ai4land.unet import UNet
 
 _log = logging.getLogger(__name__)
+
+_SEEDS_APART = 1000
+"""Between the seeds of two members."""
 
 
 def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, dict[str, float]], None] | None = None) -> Path:
@@ -52,7 +56,6 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, di
     split.save(run.folder / "splits.json")
     t = run.train
     torch.set_num_threads(t.threads or os.cpu_count() or 1)
-    torch.manual_seed(t.seed + run.seed)
     store = open_store(store_path)
     legend = Legend(**store.attrs["legend"])
     spec = fit_spec(store, cells=split.roles == TRAIN, pairs=split.pairs, codes=legend.codes.tolist(), factor=grid.factor)
@@ -60,52 +63,70 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, di
         PatchLoader, partial(open_store, store_path), grid=grid, legend=legend, spec=spec, patch=t.patch, batch=t.batch
     )
     seen: dict[str, Any] = {"mask_all": t.mask_all, "mask_some": t.mask_some, "disturb": t.disturb, "focus": t.focus}
-    loader = load(cells=split.roles == TRAIN, pairs=split.pairs, seed=t.seed, **seen)
     held = _validation_batches(load, split, t.validation_batches, seen)
     weights = class_weights(_class_counts(store, split, legend, grid), power=t.class_balance)
-    model = UNet(
-        static_channels=len(spec.static_names),
-        coarse_channels=len(spec.coarse_names),
-        classes=legend.n,
-        factor=grid.factor,
-        **run.model.model_dump(),
-    )
-    tell(
-        f"training {sum(p.numel() for p in model.parameters()):,} parameters on {len(split.pairs)} pairs of years, {t.steps} steps"
-    )
-    result = fit(
-        model,
-        batches=loader.batches,
-        validation=held,
-        weights=torch.from_numpy(weights),
-        schedule=Schedule(**{k: v for k, v in t.model_dump().items() if k in Schedule.__dataclass_fields__}),
-        folder=run.folder,
-        fingerprint=fingerprint,
-        progress=progress,
-    )
+    members: list[UNet] = []
+    fits: list[Trained] = []
+    for number in range(t.members):
+        seed = t.seed + run.seed + _SEEDS_APART * number
+        torch.manual_seed(seed)
+        model = UNet(
+            static_channels=len(spec.static_names),
+            coarse_channels=len(spec.coarse_names),
+            classes=legend.n,
+            factor=grid.factor,
+            **run.model.model_dump(),
+        )
+        size = sum(p.numel() for p in model.parameters())
+        tell(
+            f"training member {number + 1} of {t.members}: {size:,} parameters, {len(split.pairs)} pairs of years, {t.steps} steps"
+        )
+        done = fit(
+            model,
+            batches=load(cells=split.roles == TRAIN, pairs=split.pairs, seed=seed, turn=t.turn, **seen).batches,
+            validation=held,
+            weights=torch.from_numpy(weights),
+            schedule=Schedule(**{k: v for k, v in t.model_dump().items() if k in Schedule.__dataclass_fields__}),
+            folder=run.folder / f"member_{number + 1}" if number else run.folder,
+            fingerprint=fingerprint,
+            progress=None if progress is None else partial(_onward, progress, number * t.steps),
+        )
+        model.load_state_dict(done.weights)
+        members.append(model.cpu())
+        fits.append(done)
+    ensemble = Ensemble(members)
+    even = _validation_batches(load, split, t.validation_batches, {**seen, "focus": 0.0})
+    sharpness = fit_sharpness(ensemble, even, totals=t.totals_share > 0)
+    tell(f"sharpness {sharpness:.3f} on validation")
     save_model(
         run.folder,
-        result.weights,
+        [f.weights for f in fits],
         Card(
             legend=legend,
             spec=spec,
-            network=model.settings,
+            network=ensemble.settings,
+            sharpness=sharpness,
             cell=(float(grid.fine.affine.a), float(-grid.fine.affine.e)),
             weights="",
             split=split.hash,
             store=digest(identity_of(run)),
             training={
                 "fingerprint": fingerprint,
-                "steps": result.steps,
-                "best_step": result.best_step,
-                "validation_loss": result.best_loss,
+                "steps": [f.steps for f in fits],
+                "best_step": [f.best_step for f in fits],
+                "validation_loss": [f.best_loss for f in fits],
                 "years": split.training_years,
                 "class_weights": [round(float(w), 5) for w in weights],
-                "receptive_radius": model.receptive_radius,
+                "receptive_radius": ensemble.receptive_radius,
             },
         ),
     )
     return run.folder
+
+
+def _onward(progress: Callable[[int, dict[str, float]], None], done: int, step: int, row: dict[str, float]) -> None:
+    """Report a step of a later member as one after those of the members before."""
+    progress(done + step, row)
 
 
 def _fingerprint(run: RunConfig, split: str) -> str:

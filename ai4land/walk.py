@@ -19,8 +19,10 @@ from ai4land.legend import MISSING
 from ai4land.totals import Totals
 
 _RETURN = 30.0
-"""What going back to the class of a few years ago costs, in units of the logarithm of the probability."""
+"""What going back to a class of the last few years costs, in units of the logarithm of the probability."""
 _LEAST = 1e-12
+_NEVER = -(10**6)
+"""Year in which a cell left a class that it has not left."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def walk(
     keep
         Preference for the class of the year before, as a logarithm of odds; None: only the net change of each class.
     settle
-        Years in which a cell that has changed does not change back, unless the totals leave no other way.
+        Years for which a cell does not go back to a class that it has left, unless the totals leave no other way.
     areas
         Area of a cell of each row if the totals are of the area.
 
@@ -96,8 +98,7 @@ def walk(
     """
     current = None if reference is None else np.where(mapped, reference, np.uint8(MISSING))
     fixed = None if locked is None or current is None else locked & mapped & (current != MISSING)
-    former = np.full(mapped.shape, MISSING, dtype=np.uint8)
-    since = np.zeros(mapped.shape, dtype=np.int32)
+    left: NDArray[np.int32] | None = None
     multipliers: NDArray[np.float64] | None = None
     for year, raw in predictions:
         n = len(raw)
@@ -124,16 +125,15 @@ def walk(
                 land_cover = current
             else:
                 scores = np.log(np.maximum(fractions, _LEAST))
-                recent = (former != MISSING) & (np.abs(year - since) <= settle)
-                if recent.any():
-                    rows, cols = np.nonzero(recent)
-                    scores[former[rows, cols], rows, cols] -= _RETURN
+                if left is not None:
+                    scores[np.abs(year - left) <= settle] -= _RETURN
                 quotas = totals.quotas(year)
                 got = allocate(scores, current=current, quotas=quotas, factor=factor, keep=keep, locked=fixed, mapped=mapped)
                 land_cover, unmet = got.land_cover, got.unmet
                 if current is not None:
-                    moved = (land_cover != current) & mapped
-                    former, since = np.where(moved, current, former), np.where(moved, year, since)
+                    left = np.full(scores.shape, _NEVER, dtype=np.int32) if left is None else left
+                    rows, cols = np.nonzero((land_cover != current) & mapped)
+                    left[current[rows, cols], rows, cols] = year
                     current = land_cover
         chosen = np.where(mapped, land_cover, 0)[None].astype(np.intp)
         confidence = np.take_along_axis(fractions, chosen, axis=0)[0]

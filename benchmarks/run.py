@@ -193,7 +193,7 @@ def make_setting(folder: Path, size: Size) -> Setting:
     model = make_model(spec, grid, base=size.base)
     blank = {"weights": "", "split": "", "store": "", "training": {}}
     card = Card(legend=legend, spec=spec, network=model.settings, cell=(side / size.shard, side / size.shard), **blank)
-    return Setting(size, folder, grid, legend, spec, save_model(folder, model.state_dict(), card).weights)
+    return Setting(size, folder, grid, legend, spec, save_model(folder, [model.state_dict()], card).weights)
 
 
 def make_model(spec: FeatureSpec, grid: Grid, *, base: int) -> UNet:

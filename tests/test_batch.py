@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from ai4land.align import open_store
-from ai4land.batch import Batch, PatchLoader, disturbed, holes, prefetched
+from ai4land.batch import Batch, PatchLoader, disturbed, holes, prefetched, turned
 from ai4land.errors import DataError
 from ai4land.features import fit_spec
 from ai4land.legend import MISSING
+from ai4land.losses import coarse_parts
+from ai4land.unet import interpolate
 
 PAIRS = ((2000, 2001), (2000, 2002), (2002, 2000))
 
@@ -127,6 +129,39 @@ def test_disturbance_reaches_the_input_and_not_the_target(tiny_store):
     plain, torn = (next(make(tiny_store, pairs=((2000, 2000),), disturb=d).batches()) for d in (0.0, 0.2))
     assert torch.equal(plain.target, torn.target) and torch.equal(plain.reference, plain.target)
     assert 0.01 < (torn.reference != torn.target).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("way", range(8))
+def test_turned_patches_are_the_same_place_seen_another_way(way):
+    """What is interpolated from the turned coarse cells is what was interpolated before, turned."""
+    rng = np.random.default_rng(way)
+    size, factor, offset = 12, 5, (9, 6)
+    fine = rng.integers(0, 9, (size, size)).astype(np.uint8)
+    coarse = rng.standard_normal((2, 6, 6)).astype(np.float32)
+    static, reference, cells, moved, target = turned((fine[None], fine, coarse, offset, fine), factor, way=way)
+    for array in (static[0], reference, target):
+        assert np.array_equal(array, target)
+    sides = {(i, j, t) for i in (1, -1) for j in (1, -1) for t in (0, 1)}
+    same = [s for s in sides if np.array_equal((fine.T if s[2] else fine)[:: s[0], :: s[1]], target)]
+    assert len(same) == 1 and (way == 0) == (same[0] == (1, 1, 0))
+
+    def seen(values, at):
+        return interpolate(torch.from_numpy(values.copy())[None], torch.tensor([at]), (size, size), factor)[0].numpy()
+
+    i, j, swap = same[0]
+    before = seen(coarse, offset)
+    assert np.allclose(seen(cells, moved), (before.swapaxes(1, 2) if swap else before)[:, ::i, ::j], atol=1e-6)
+    parts = [coarse_parts(torch.tensor([at]), size=(size, size), factor=factor)[0].numpy() for at in (offset, moved)]
+    was = (parts[0].T if swap else parts[0])[::i, ::j]
+    assert len(set(zip(was.ravel().tolist(), parts[1].ravel().tolist(), strict=True))) == len(np.unique(was))
+
+
+def test_turning_reaches_inputs_and_targets_alike(tiny_store):
+    plain, other = (next(make(tiny_store, pairs=((2000, 2000),), batch=8, turn=t).batches()) for t in (False, True))
+    assert torch.equal(other.reference, other.target) and not torch.equal(plain.target, other.target)
+    assert all(
+        sorted(a.flatten().tolist()) == sorted(b.flatten().tolist()) for a, b in zip(plain.target, other.target, strict=True)
+    )
 
 
 def test_focus_draws_more_patches_that_change(tiny_store):

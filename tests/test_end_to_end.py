@@ -56,6 +56,7 @@ RUN: dict[str, Any] = {
     },
     "model": {"base": 6, "depth": 2, "coarse_features": 6},
     "train": {
+        "members": 2,
         "steps": STEPS,
         "batch": 4,
         "patch": 32,
@@ -144,7 +145,10 @@ def test_run_leaves_everything_behind(finished):
     assert split.training_years == [2000, 2001, 2002, 2003] and split.test is not None and split.test.years == TEST_YEARS
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(STEPS + 1))
+    other = [json.loads(line) for line in (folder / "member_2" / "metrics.jsonl").read_text().splitlines()]
+    assert len(other) == len(rows) and other[-1]["loss"] != rows[-1]["loss"]
     _model, card = load_model(folder)
+    assert card.members == 2 and 0.25 < card.sharpness < 2
     assert card.training["years"] == [2000, 2001, 2002, 2003] and card.split == split.hash
     assert {"map.png", "change.png", "curves.png", "test_by_year.png"} <= {p.name for p in (folder / "figures").iterdir()}
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (folder / "figures").iterdir())
@@ -506,7 +510,8 @@ def test_stage_without_the_one_before_is_refused(planet, tmp_path, monkeypatch, 
 def retrained(folder: Path) -> None:
     """Put another model of the same form in place of the one of a run."""
     model, card = load_model(folder)
-    save_model(folder, {k: v + 0.01 if v.is_floating_point() else v for k, v in model.state_dict().items()}, card)
+    nudged = [{k: v + 0.01 if v.is_floating_point() else v for k, v in m.state_dict().items()} for m in model.members]
+    save_model(folder, nudged, card)
 
 
 def half_written(folder: Path) -> None:

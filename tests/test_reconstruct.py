@@ -57,7 +57,7 @@ def saved(tiny, folder, **kwargs) -> str:
     card = Card(
         legend=tiny.legend, spec=spec, network=model.settings, cell=(1.0, 1.0), weights="", split="", store="", training={}
     )
-    return save_model(folder, model.state_dict(), card).weights
+    return save_model(folder, [model.state_dict()], card).weights
 
 
 def job_for(tiny, path, folder, checksum, **options) -> Job:

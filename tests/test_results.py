@@ -62,7 +62,7 @@ def prepare(run: RunConfig, store: Path) -> None:
     channels = {"static_channels": len(spec.static_names), "coarse_channels": len(spec.coarse_names)}
     model = UNet(**channels, classes=7, factor=8, base=4, depth=2)
     about = {"legend": source.legend, "spec": spec, "network": model.settings, "cell": (1.0, 1.0), "store": ""}
-    save_model(run.folder, model.state_dict(), Card(**about, weights="", split=split.hash, training={}))
+    save_model(run.folder, [model.state_dict()], Card(**about, weights="", split=split.hash, training={}))
 
 
 def make_cube(run: RunConfig, name: str, *, observed: bool, keep: int | None = None) -> None:
