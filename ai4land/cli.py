@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import ai4land
-from ai4land.config import RunConfig, load_run
+from ai4land.config import RunConfig
 from ai4land.errors import AI4LandError
+from ai4land.runfile import load_run
 
 app = typer.Typer(
     help="Annual high-resolution land cover from coarse land-use scenarios.\n\n"

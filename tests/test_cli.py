@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import ai4land
 from ai4land import cli
-from ai4land.config import load_run
+from ai4land.runfile import load_run
 
 VERBS = ["plan", "align", "train", "reconstruct", "evaluate", "run", "demo"]
 ROOT = Path(__file__).parents[1]
@@ -77,7 +77,7 @@ def test_plan_prints_a_shipped_run(monkeypatch, capsys, tmp_path):
     code, out, err = main(monkeypatch, capsys, "plan", "bavaria.yaml", f"runs={tmp_path}", "train.steps=2500")
     assert code == 0 and not err
     text = plain(out)
-    assert "1600 x 2000 fine cells" in text and "lccs_level1: 22 classes" in text and "28 pairs of years, 2500 steps" in text
+    assert "1600 x 2000 fine cells" in text and "lccs_level1: 22 classes" in text and "28 pairs of years, 3 x 2500 steps" in text
     assert not list(tmp_path.iterdir())
 
 
@@ -86,7 +86,7 @@ def test_overrides_reach_the_run(monkeypatch, capsys, tmp_path):
     code, out, _ = main(monkeypatch, capsys, "plan", "bavaria.yaml", *changes)
     assert code == 0
     text = plain(out)
-    assert "3 pairs of years, 7 steps" in text and "2 years from the map of 2001" in text and "shards of 800" in text
+    assert "3 pairs of years, 3 x 7 steps" in text and "2 years from the map of 2001" in text and "shards of 800" in text
 
 
 @pytest.mark.parametrize("verb", ["plan", "align", "train", "reconstruct", "evaluate", "run"])

@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ai4land.config import Coordinate, RunConfig, StaticLayer, digest, expand_years, load_run, pipelines
+from ai4land.config import Coordinate, RunConfig, StaticLayer, digest, expand_years
 from ai4land.errors import ConfigError
+from ai4land.runfile import load_run, pipelines
 
 SECTIONS = ("grid", "landcover", "scenario", "static", "split", "model", "train", "reconstruct")
 

@@ -23,8 +23,8 @@ from affine import Affine
 from ai4land import cli, cube
 from ai4land.align import open_store
 from ai4land.checkpoint import load_model, save_model
-from ai4land.config import load_run
 from ai4land.reconstruct import plan_blocks
+from ai4land.runfile import load_run
 from ai4land.splits import load_split
 from ai4land.synthetic import make_planet
 
