@@ -57,7 +57,8 @@ class PatchLoader:
     """Batches of random patches from the store.
 
     A *visit* draws ``mix`` shards (with odds by the cells that may be targets), reads them, and cuts ``visit`` batches
-    from them. Patches lie within a shard; those with more cells to score are drawn more often.
+    from them, out of as many layouts of patches with a random origin. Patches lie within a shard; those with more cells to
+    score are drawn more often.
 
     Parameters
     ----------
@@ -108,7 +109,7 @@ class PatchLoader:
         focus: float = 0.0,
         turn: bool = False,
         visit: int = 8,
-        mix: int = 4,
+        mix: int = 8,
         keep: int = 16,
         rank: int = 0,
         world: int = 1,
@@ -163,11 +164,12 @@ class PatchLoader:
     def _patches(self, visit: int) -> Iterator[tuple[_Tile, Window, tuple[int, int], np.random.Generator]]:
         """Draw the patches of a visit, in order."""
         rng = np.random.default_rng([self.seed, 1, visit])
-        drawn = rng.choice(len(self._windows), size=self.mix, p=self._odds)
+        some = min(self.mix, int(np.count_nonzero(self._odds)))
+        drawn = rng.choice(len(self._windows), size=some, p=self._odds, replace=False)
         places: list[tuple[int, Window]] = []
         scored: list[int] = []
         moving: list[int] = []
-        for index in drawn:
+        for index in np.tile(drawn, self.visit):
             tile = self._read(int(index))
             jitter = [int(rng.integers(0, min(self.patch, self.grid.shard - self.patch + 1))) for _ in FINE_DIMS]
             inside = xr.Dataset({"scored": (FINE_DIMS, tile.scored)}).isel(

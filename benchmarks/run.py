@@ -433,9 +433,15 @@ def constraint_rows(s: Setting) -> list[Row]:
     hook.remove()
     made: dict[str, Any] = {}
 
+    wide = make_model(s.spec, s.grid, base=2 * s.size.base)
+
     @torch.inference_mode()
     def forward() -> None:
         model(*inputs[0])
+
+    @torch.inference_mode()
+    def forward_wide() -> None:
+        wide(*inputs[0])
 
     def fractions() -> None:
         made["fractions"] = project(p, totals=now, factor=f, mapped=mapped, multipliers=warm).fractions
@@ -447,7 +453,12 @@ def constraint_rows(s: Setting) -> list[Row]:
     fractions()
     torch.set_num_threads(1)
     try:
-        arms: dict[str, Arm] = {"forward": lambda: forward, "fractions": lambda: fractions, "cells": lambda: whole_cells}
+        arms: dict[str, Arm] = {
+            "forward": lambda: forward,
+            "wide": lambda: forward_wide,
+            "fractions": lambda: fractions,
+            "cells": lambda: whole_cells,
+        }
         seconds = alternate(arms, rounds=s.size.rounds)
     finally:
         torch.set_num_threads(CORES)
@@ -457,6 +468,7 @@ def constraint_rows(s: Setting) -> list[Row]:
         Row(
             "constraint_share", ratio(both, seconds["forward"]), "1", f"forward pass of the network, base {s.size.base}; {about}"
         ),
+        Row("constraint_share_wide", ratio(both, seconds["wide"]), "1", f"the same, base {2 * s.size.base}; {about}"),
         Row("allocate_rate", int(mapped.sum()) / median(seconds["cells"]) / 1e6, "million cells/s", f"absolute; {about}"),
     ]
 

@@ -95,6 +95,21 @@ def test_targets_stay_within_the_given_cells(tiny_store):
             assert (target != MISSING).sum() <= land.sum()
 
 
+def test_every_batch_has_something_to_score_where_little_is(tiny_store):
+    """A visit takes shards that have cells to score, each of them once, with many layouts of patches."""
+    cells = np.zeros(tiny_store.grid.coarse.shape, bool)
+    cells[1, [1, 9]] = True
+    loader = make(tiny_store, cells=cells, patch=8, batch=2, visit=8)
+    assert 0 < np.count_nonzero(loader._odds) < len(loader._odds)
+    assert all(bool((b.target != MISSING).any()) for b in loader.batches(0, 64))
+
+
+def test_patches_of_a_visit_lie_in_many_places(tiny_store):
+    batches = list(make(tiny_store, patch=16, batch=8).batches(0, 8))
+    seen = {r.numpy().tobytes() for b in batches for r in b.static}
+    assert len(seen) > 25
+
+
 def test_masking_hides_the_reference_map(tiny_store):
     hidden = next(make(tiny_store, mask_all=1.0).batches())
     assert (hidden.reference == MISSING).all()
