@@ -155,6 +155,17 @@ def test_run_leaves_everything_behind(finished):
     assert not list(folder.glob("**/*.part*"))
 
 
+def test_tables_of_the_documentation_are_printed_from_runs(finished):
+    folder = load_run(finished[0]).folder
+    script = Path(__file__).parents[1] / "benchmarks" / "tables.py"
+    made = subprocess.run([sys.executable, script, folder, folder], capture_output=True, text=True, check=True, timeout=60).stdout
+    scores = json.loads((folder / "evaluation.json").read_text())["test"]
+    assert f"| overall accuracy | {scores['model']['overall_accuracy']:.4f} |" in made
+    for year in TEST_YEARS:
+        assert f"| {year} | {year - 2004} | {scores['model']['per_year'][str(year)]['overall_accuracy']:.4f} |" in made
+    assert "test, 2 run(s)" in made and "±" not in made
+
+
 def test_cube_has_the_promised_form(finished):
     run = load_run(finished[0])
     ds = cube.open_cube(run.folder / "cube.zarr")
