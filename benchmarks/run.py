@@ -226,7 +226,7 @@ def loader_rows(s: Setting) -> list[Row]:
                 raise RuntimeError("xbatcher made no patch in memory")
 
     def fresh(per_shard: int) -> Callable[[], None]:
-        # A loader is new in every round, so that nothing is in its memory. Eight draws of a visit meet both shards, and
+        # A loader is new in every round, so that nothing is in its memory. A visit takes both shards, and
         # the length of the visit sets how many patches are cut from them.
         visit = per_shard * shards // size.batch
         return partial(_drain, _loader(s, mix=8, visit=visit), visit * size.batch)
