@@ -27,6 +27,10 @@ from ai4land.grid import FINE_DIMS, Grid, Window, coarse_window, read_coarse
 from ai4land.legend import MISSING, Legend
 
 
+_LAYOUTS = 3
+"""Random layouts of patches over a shard that a visit draws from."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch of patches as tensors; ``target`` is ``MISSING`` where a cell is not scored."""
@@ -57,8 +61,8 @@ class PatchLoader:
     """Batches of random patches from the store.
 
     A *visit* draws ``mix`` shards (with odds by the cells that may be targets), reads them, and cuts ``visit`` batches
-    from them, out of as many layouts of patches with a random origin. Patches lie within a shard; those with more cells to
-    score are drawn more often.
+    from them, out of a few layouts of patches with a random origin. Patches lie within a shard; those with more cells to score
+    are drawn more often.
 
     Parameters
     ----------
@@ -108,7 +112,7 @@ class PatchLoader:
         disturb: float = 0.0,
         focus: float = 0.0,
         turn: bool = False,
-        visit: int = 8,
+        visit: int = 16,
         mix: int = 8,
         keep: int = 16,
         rank: int = 0,
@@ -169,13 +173,15 @@ class PatchLoader:
         places: list[tuple[int, Window]] = []
         scored: list[int] = []
         moving: list[int] = []
-        for index in np.tile(drawn, self.visit):
+        for index in np.tile(drawn, _LAYOUTS):
             tile = self._read(int(index))
             jitter = [int(rng.integers(0, min(self.patch, self.grid.shard - self.patch + 1))) for _ in FINE_DIMS]
             inside = xr.Dataset({"scored": (FINE_DIMS, tile.scored)}).isel(
                 {d: slice(j, None) for d, j in zip(FINE_DIMS, jitter, strict=True)}
             )
-            for selector in BatchSchema(inside, input_dims=dict.fromkeys(FINE_DIMS, self.patch)).selectors.values():
+            # Not by bins: those come as one list under one key.
+            layout = BatchSchema(inside, input_dims=dict.fromkeys(FINE_DIMS, self.patch), concat_input_bins=False)
+            for selector in layout.selectors.values():
                 row, col = (selector[0][d].start + j for d, j in zip(FINE_DIMS, jitter, strict=True))
                 place = Window(row, col, self.patch, self.patch)
                 places.append((int(index), place))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -56,7 +56,7 @@ class Card(BaseModel):
     legend: Legend
     spec: FeatureSpec
     network: dict[str, Any]
-    members: int = 1
+    members: int = Field(default=1, ge=1)
     sharpness: float = 1.0
     cell: tuple[float, float]
     weights: str
@@ -103,7 +103,7 @@ def load_card(folder: Path) -> Card:
     try:
         return Card.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
-        raise DataError(f"model card {path} is not valid: {error}; train again") from error
+        raise DataError(f"model card {path} is not valid: {error}; delete it and train again") from error
 
 
 def load_model(folder: Path) -> tuple[Ensemble, Card]:

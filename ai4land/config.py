@@ -249,7 +249,7 @@ class ConstrainConfig(_Model):
     keep: float | None = Field(
         default=None, ge=0, description="preference for the class before, as log odds; none: only net change"
     )
-    settle: int = Field(default=5, ge=0, description="years in which a cell that changed does not change back")
+    settle: int = Field(default=5, ge=0, description="years in which a cell does not go back to a class that it left")
     lock: list[int] = Field(default=[], description="class codes that keep their cells, such as water and ice")
     protected: str | None = Field(default=None, description="static map whose cells above 0.5 keep their class")
 

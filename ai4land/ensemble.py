@@ -44,13 +44,15 @@ class Ensemble(nn.Module):
         """Predict class logits, ``(batch, class, rows, columns)``; parameters as in :meth:`ai4land.unet.UNet.forward`."""
         logits: Tensor = torch.log_softmax(self.members[0](static, reference, coarse, offset).float(), dim=1)
         for member in self.members[1:]:
-            logits += torch.log_softmax(member(static, reference, coarse, offset).float(), dim=1)
+            logits = logits + torch.log_softmax(member(static, reference, coarse, offset).float(), dim=1)
         return logits * (self.sharpness / len(self.members))
 
 
 @torch.inference_mode()
 def fit_sharpness(model: Ensemble, batches: Iterable[Batch], *, totals: bool) -> float:
     """Find the sharpness that makes the targets most likely.
+
+    It is as good as the batches are: those of disturbed maps say how sure the network is of these, not of change that happens.
 
     Parameters
     ----------
@@ -59,7 +61,7 @@ def fit_sharpness(model: Ensemble, batches: Iterable[Batch], *, totals: bool) ->
     batches
         That training has not seen.
     totals
-        Whether the coarse totals are imposed on the probabilities, as they will be on the map.
+        Whether the coarse totals of the targets are imposed on the probabilities, as in training.
 
     Returns
     -------

@@ -136,15 +136,16 @@ def _fingerprint(run: RunConfig, split: str) -> str:
 
 def _trained(run: RunConfig, fingerprint: str) -> bool:
     """Tell whether the model of a run is there; refuse to replace a model or a training of another configuration."""
-    folder, resume = run.folder, run.folder / "resume.pt"
+    folder = run.folder
+    states = [folder / "resume.pt", *sorted(folder.glob("member_*/resume.pt"))]
     found = str(load_card(folder).training.get("fingerprint")) if (folder / "model.json").is_file() else None
     if found == fingerprint:
         return True
-    begun = str(load_state(resume)["fingerprint"]) if resume.is_file() else None
-    if found is not None or begun not in (None, fingerprint):
+    begun = {str(load_state(state)["fingerprint"]) for state in states if state.is_file()}
+    if found is not None or begun - {fingerprint}:
         raise MismatchError(
             f"training in {folder} was begun with another configuration ({_differences(run)}); restore the run file, "
-            "choose another name, or delete model.json, resume.pt and the cubes to train anew"
+            "choose another name, or delete model.json, resume.pt, the folders member_* and the cubes to train anew"
         )
     return False
 
@@ -206,6 +207,7 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     for name, (path, reference, years) in cubes_of(run).items():
         identity = {
             "model": card.weights,
+            "sharpness": card.sharpness,
             "store": digest(identity_of(run)),
             "reference": reference,
             "constrain": run.constrain.model_dump(mode="json"),

@@ -21,7 +21,7 @@ from ai4land.totals import Totals
 _RETURN = 30.0
 """What going back to a class of the last few years costs, in units of the logarithm of the probability."""
 _LEAST = 1e-12
-_NEVER = -(10**6)
+_NEVER = -10_000
 """Year in which a cell left a class that it has not left."""
 
 
@@ -98,7 +98,7 @@ def walk(
     """
     current = None if reference is None else np.where(mapped, reference, np.uint8(MISSING))
     fixed = None if locked is None or current is None else locked & mapped & (current != MISSING)
-    left: NDArray[np.int32] | None = None
+    left: NDArray[np.int16] | None = None
     multipliers: NDArray[np.float64] | None = None
     for year, raw in predictions:
         n = len(raw)
@@ -126,14 +126,16 @@ def walk(
             else:
                 scores = np.log(np.maximum(fractions, _LEAST))
                 if left is not None:
-                    scores[np.abs(year - left) <= settle] -= _RETURN
+                    for score, gone in zip(scores, left, strict=True):
+                        score[np.abs(np.int16(year) - gone) <= settle] -= _RETURN
                 quotas = totals.quotas(year)
                 got = allocate(scores, current=current, quotas=quotas, factor=factor, keep=keep, locked=fixed, mapped=mapped)
                 land_cover, unmet = got.land_cover, got.unmet
                 if current is not None:
-                    left = np.full(scores.shape, _NEVER, dtype=np.int32) if left is None else left
+                    left = np.full(scores.shape, _NEVER, dtype=np.int16) if left is None else left
                     rows, cols = np.nonzero((land_cover != current) & mapped)
                     left[current[rows, cols], rows, cols] = year
+                    left[land_cover[rows, cols], rows, cols] = _NEVER
                     current = land_cover
         chosen = np.where(mapped, land_cover, 0)[None].astype(np.intp)
         confidence = np.take_along_axis(fractions, chosen, axis=0)[0]
