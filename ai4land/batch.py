@@ -26,7 +26,6 @@ from ai4land.features import FeatureSpec, features
 from ai4land.grid import FINE_DIMS, Grid, Window, coarse_window, read_coarse
 from ai4land.legend import MISSING, Legend
 
-
 _LAYOUTS = 3
 """Random layouts of patches over a shard that a visit draws from."""
 

@@ -101,6 +101,25 @@ def test_cells_do_not_go_back_while_another_can(keep):
     assert returns(made, mapped, within=5) < 0.2 * returns(loose, mapped, within=5)
 
 
+def test_a_cell_that_was_forced_back_stays_where_it_fits():
+    """Class 1 comes and goes; in 2003 class 2 takes its cells where they fit, not from those that were forced back."""
+    reference = np.zeros((F, F), np.uint8)
+    reference[:, 4:] = 3
+    wants = {2000: (0, 0), 2001: (4, 0), 2002: (0, 0), 2003: (0, 4)}
+    counts = {y: np.array([32 - a - b, a, b, 32], float) for y, (a, b) in wants.items()}
+    states = {y: (c / 64)[:, None, None] for y, c in counts.items()}
+    p = np.full((N, F, F), 1e-3)
+    p[3, :, 4:], p[0, :, :4] = 1, 1
+    p[1, 0, :4], p[2, 7, :4] = 0.5, 0.5
+    p = (p / p.sum(0)).astype(np.float32)
+    mapped = np.ones((F, F), bool)
+    common = {"mapped": mapped, "factor": F, "totals": totals_of(reference, mapped, states), "reference": reference}
+    made = dict(walk(((y, p) for y in wants), reference_year=2000, locked=reference == 3, **common))
+    assert (made[2001].land_cover[0, :4] == 1).all()
+    assert np.array_equal(made[2002].land_cover, reference)
+    assert (made[2003].land_cover[7, :4] == 2).all()
+
+
 def test_locked_cells_keep_their_class_and_contradictions_are_told():
     rng = np.random.default_rng(1)
     locked = rng.random(SHAPE) < 0.9
