@@ -150,7 +150,9 @@ def test_run_leaves_everything_behind(finished):
     _model, card = load_model(folder)
     assert card.members == 2 and card.sharpness != 1
     assert card.training["years"] == [2000, 2001, 2002, 2003] and card.split == split.hash
-    assert {"map.png", "change.png", "curves.png", "test_by_year.png"} <= {p.name for p in (folder / "figures").iterdir()}
+    assert {"map.png", "change.png", "curves.png", "curves_member_2.png", "test_by_year.png"} <= {
+        p.name for p in (folder / "figures").iterdir()
+    }
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (folder / "figures").iterdir())
     assert not list(folder.glob("**/*.part*"))
 
