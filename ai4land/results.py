@@ -154,8 +154,8 @@ def figures(run: RunConfig, scores: dict[str, Any], *, tell: Callable[[str], Non
     for metrics in (run.folder / "metrics.jsonl", *sorted(run.folder.glob("member_*/metrics.jsonl"))):
         if metrics.is_file():
             member = "" if metrics.parent == run.folder else f"_{metrics.parent.name}"
-            rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-            plot.curves_figure(rows, path=folder / f"curves{member}.png")
+            history = [json.loads(line) for line in metrics.read_text().splitlines()]
+            plot.curves_figure(history, path=folder / f"curves{member}.png")
     for name, part in scores.items():
         methods = [m for m in ("model", "most_likely", *RIVALS) if m in part]
         if len(part["years"]) > 1:
