@@ -209,6 +209,12 @@ def make_model(spec: FeatureSpec, grid: Grid, *, base: int) -> UNet:
     return model.eval()
 
 
+def network(s: Setting) -> UNet:
+    """Load the one network of the setting's model."""
+    model: UNet = cached_model(str(s.folder), s.checksum)[0].members[0]  # type: ignore[assignment]
+    return model
+
+
 # -- loader -------------------------------------------------------------------------------------------------------------
 
 
@@ -378,7 +384,7 @@ def reconstruct_rows(s: Setting) -> list[Row]:
             source="benchmark",
             totals="not imposed",
         )
-    model, _ = cached_model(str(s.folder), s.checksum)
+    model = network(s)
     blocks = [Block(w, s.size.mapped) for w in s.grid.shards()]
     inputs: list[tuple[Any, ...]] = []
 
@@ -426,7 +432,7 @@ def constraint_rows(s: Setting) -> list[Row]:
     before, now = (np.where(cells > 0, add_change(held, part * (step - step.mean(axis=0))), np.nan) for part in (0.9, 1.0))
     quotas = level_quotas(now, cells.astype(np.int64))
     warm = project(p, totals=before, factor=f, mapped=mapped).multipliers
-    model, _ = cached_model(str(s.folder), s.checksum)
+    model = network(s)
     inputs: list[tuple[Any, ...]] = []
     hook = model.register_forward_pre_hook(lambda _, given: inputs.append(given))
     next(predict(model, source, window, spec=s.spec, reference=YEARS[0], years=YEARS[1:2]))

@@ -93,7 +93,7 @@ def test_naive_upsampling_is_what_the_network_does_inside(bench, channels, rows,
 
 
 def test_comparison_is_refused_unless_both_ways_give_the_same_map(bench, setting, monkeypatch):
-    model, _ = bench.cached_model(str(setting.folder), setting.checksum)
+    model = bench.network(setting)
     year = setting.size.mapped[-1]
     bench.check_same(setting, model, year=year)
     monkeypatch.setattr(bench, "upsample", lambda coarse, factor: coarse.repeat(factor, axis=1).repeat(factor, axis=2))
