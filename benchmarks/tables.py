@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ai4land.cli import SCORES as HEADLINES
+
 METHODS = {
     "model": "model",
     "most_likely": "most likely",
@@ -21,14 +23,7 @@ METHODS = {
     "nearest": "nearest coarse",
 }
 SCORES = {
-    "overall_accuracy": "overall accuracy",
-    "macro_f1": "macro F1",
-    "mean_iou": "mean IoU",
-    "figure_of_merit": "Figure of Merit",
-    "change_f1": "change F1",
-    "quantity_disagreement": "quantity disagreement",
-    "allocation_disagreement": "allocation disagreement",
-    "coarse_error": "error against coarse totals",
+    **HEADLINES,
     "flicker": "flicker",
     "false_flicker": "flicker where the truth has none",
     "accuracy_loss": "accuracy lost over the lead years",
