@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from ai4land.constrain import FLOOR, solve
 from ai4land.legend import MISSING
 
 _LIMIT = 15.0
@@ -83,13 +84,11 @@ def change_loss(
     weight = weights[wanted] * scored
     weight = torch.where(known & (reference != target), weight * change_weight, weight)
     logits = logits.float()
+    if offset is not None:
+        logits = impose_totals(logits, target, offset=offset, factor=factor)
     lift = math.log(change_weight) * known[:, None]
     classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
     adjusted = logits + torch.where(classes == reference[:, None], 0.0, lift)
-    if offset is not None:
-        part = coarse_parts(offset, size=(target.shape[1], target.shape[2]), factor=factor)
-        prices = total_prices(logits.detach(), target, part)
-        adjusted = adjusted + prices[part.long()].permute(0, 3, 1, 2)
     loss = F.cross_entropy(adjusted, wanted, reduction="none")
     return (loss * weight).sum() / weight.sum().clamp(min=1e-6)
 
@@ -109,11 +108,22 @@ def coarse_parts(offset: Tensor, *, size: tuple[int, int], factor: int) -> Tenso
     return (batch * side + rows[:, :, None]) * side + cols[:, None, :]
 
 
+def impose_totals(logits: Tensor, target: Tensor, *, offset: Tensor, factor: int) -> Tensor:
+    """Add the prices of :func:`total_prices` to the logits, ``(batch, class, rows, columns)``; parameters as of :func:`change_loss`.
+
+    The prices count as constants when differentiating.
+    """
+    part = coarse_parts(offset, size=(target.shape[1], target.shape[2]), factor=factor)
+    prices = total_prices(logits.detach(), target, part)
+    return logits + prices.T[:, part].transpose(0, 1)
+
+
 @torch.no_grad()
-def total_prices(logits: Tensor, target: Tensor, part: Tensor, *, steps: int = 8, tolerance: float = 1e-3) -> Tensor:
+def total_prices(logits: Tensor, target: Tensor, part: Tensor, *, steps: int = 10, tolerance: float = 2e-4) -> Tensor:
     """Find what to add to the logits of each class and part so that the expected totals are those of the target.
 
-    Damped Newton on the convex dual, all parts at once; a few steps suffice, as the gradient of the loss tolerates an error.
+    By the Newton steps of :func:`ai4land.constrain.solve`, parts of like size side by side; a few steps suffice, as the gradient
+    of the loss tolerates an error.
 
     Parameters
     ----------
@@ -123,6 +133,8 @@ def total_prices(logits: Tensor, target: Tensor, part: Tensor, *, steps: int = 8
         Class indices ``(batch, rows, columns)``; cells of ``MISSING`` do not count.
     part
         From :func:`coarse_parts`.
+    steps, tolerance
+        Newton steps at most, and the largest error of a class that is let pass, as a share of the part.
 
     Returns
     -------
@@ -130,26 +142,38 @@ def total_prices(logits: Tensor, target: Tensor, part: Tensor, *, steps: int = 8
         ``(part, class)``, between -15 and 15.
     """
     n = logits.shape[1]
-    use = target.flatten() != MISSING
-    cells = logits.permute(0, 2, 3, 1).reshape(-1, n)[use]
-    number, wanted = part.flatten()[use].long(), target.flatten()[use].long()
-    order = torch.argsort(number, stable=True)
-    cells, number, wanted = cells[order], number[order], wanted[order]
-    parts = int(part.max()) + 1
-    sizes = torch.bincount(number, minlength=parts)
-    place = torch.arange(len(number), device=number.device) - (sizes.cumsum(0) - sizes)[number]
-    blocks = cells.new_zeros(parts, max(int(sizes.max()), 1), n)
-    blocks[number, place] = cells
-    there = (torch.arange(blocks.shape[1], device=number.device) < sizes[:, None])[..., None]
-    totals = torch.bincount(number * n + wanted, minlength=parts * n).view(parts, n).to(cells.dtype)
-    prices = torch.where(totals > 0, 0.0, -_LIMIT)
-    for _ in range(steps):
-        p = torch.softmax(blocks + prices[:, None], dim=2) * there
-        expected = p.sum(dim=1)
-        gap = totals - expected
-        if float((gap.abs().sum(dim=1) / sizes.clamp(min=1)).max()) < tolerance:
+    flat, wanted = part.flatten(), target.flatten()
+    use = wanted != MISSING
+    parts = int(flat.max()) + 1
+    totals = torch.bincount((flat * n + wanted)[use], minlength=parts * n).view(parts, n)
+    sizes = totals.sum(1)
+    cells = logits.transpose(0, 1).reshape(n, -1)
+    inside = torch.argsort(torch.where(use, flat, parts), stable=True)
+    first = sizes.cumsum(0) - sizes
+    unit = torch.eye(n, dtype=torch.float64, device=logits.device)
+    prices = torch.zeros(parts, n, dtype=torch.float64, device=logits.device)
+    for which in _alike(sizes):
+        place = torch.arange(-(-int(sizes[which].max()) // 16) * 16, device=logits.device)
+        there = place < sizes[which, None]
+        p = cells[:, inside[torch.where(there, first[which, None] + place, 0)]].transpose(0, 1).contiguous()
+        p -= p.amax(1, keepdim=True)
+        p.exp_().clamp_(min=FLOOR).nan_to_num_(1.0)
+        share = totals[which] / sizes[which, None].double()
+        found = solve(p, there.to(p.dtype), share, torch.zeros_like(share), unit, tolerance=tolerance, max_steps=steps)
+        prices[which] = found.multipliers
+    return torch.where(totals > 0, prices, -_LIMIT).clamp(-_LIMIT, _LIMIT).to(logits.dtype)
+
+
+def _alike(sizes: Tensor) -> list[Tensor]:
+    """Group parts so that the largest of a group has at most half as many cells again as the smallest; empty parts are in none."""
+    order = torch.argsort(sizes, descending=True)
+    groups: list[list[int]] = []
+    largest = math.inf
+    for index, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        if not size:
             break
-        curvature = torch.diag_embed(expected * 1.001 + 1e-3) - p.mT @ p
-        move = torch.linalg.solve(curvature, gap)
-        prices = (prices + torch.where(totals > 0, move, 0.0).clamp(-2, 2)).clamp(-_LIMIT, _LIMIT)
-    return prices
+        if 3 * size < 2 * largest:
+            groups.append([])
+            largest = size
+        groups[-1].append(index)
+    return [torch.tensor(g, device=sizes.device) for g in groups]

@@ -24,7 +24,7 @@ from ai4land.batch import Batch, prefetched
 from ai4land.checkpoint import load_state, save_state, write_atomically
 from ai4land.errors import DataError, MismatchError
 from ai4land.legend import MISSING
-from ai4land.losses import change_loss, coarse_parts, total_prices
+from ai4land.losses import change_loss, impose_totals
 from ai4land.unet import UNet
 
 _log = logging.getLogger(__name__)
@@ -242,8 +242,7 @@ def _validate(
             logits = model(batch.static, batch.reference, batch.coarse, batch.offset)
         loss += float(_loss(logits, batch, weights, schedule, model.factor))
         if schedule.totals_share:
-            part = coarse_parts(batch.offset, size=(logits.shape[2], logits.shape[3]), factor=model.factor)
-            logits = logits.float() + total_prices(logits.float(), batch.target, part)[part].permute(0, 3, 1, 2)
+            logits = impose_totals(logits.float(), batch.target, offset=batch.offset, factor=model.factor)
         guess, scored = logits.argmax(1), batch.target != MISSING
         truly, guessed = batch.target != batch.reference, guess != batch.reference
         right += int(((guess == batch.target) & scored).sum())
