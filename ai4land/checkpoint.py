@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +38,8 @@ class Card(BaseModel):
         Arguments of :class:`ai4land.unet.UNet`, for every member.
     members, sharpness
         Of the :class:`ai4land.ensemble.Ensemble`.
+    bfloat16
+        What :func:`ai4land.forward.gate` measured: whether the network may run in bfloat16.
     cell
         Width and height of a fine cell in the units of the grid.
     weights
@@ -58,6 +59,7 @@ class Card(BaseModel):
     network: dict[str, Any]
     members: int = Field(default=1, ge=1)
     sharpness: float = 1.0
+    bfloat16: dict[str, float] = {}
     cell: tuple[float, float]
     weights: str
     split: str
@@ -130,17 +132,6 @@ def load_model(folder: Path) -> tuple[Ensemble, Card]:
     except (SafetensorError, RuntimeError, TypeError) as error:
         raise MismatchError(f"weights {path} do not fit the network of {CARD}: {error}") from error
     return model.eval(), card
-
-
-@lru_cache(maxsize=1)
-def cached_model(folder: str, checksum: str) -> tuple[Ensemble, Card]:
-    """Load a model once a process; ``checksum`` is that of the weights, so that a new model is loaded anew."""
-    model, card = load_model(Path(folder))
-    if card.weights != checksum:
-        raise MismatchError(
-            f"model in {folder} has weights {card.weights[:16]}, expected {checksum[:16]}; it changed while the job ran"
-        )
-    return model, card
 
 
 def check_fits(card: Card, *, legend: Legend, feature_names: list[str], states: list[str], factor: int) -> None:

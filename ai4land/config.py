@@ -261,6 +261,9 @@ class ReconstructConfig(_Model):
     years: Years
     workers: int = Field(default=1, ge=1)
     threads: int | None = Field(default=None, description="threads of a worker; default: the cores shared by the workers")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of the network; auto: bfloat16 where the model's card allows it and the device gains by it"
+    )
 
 
 class EvaluateConfig(_Model):

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import zarr
 from numpy.typing import NDArray
 
-from ai4land.ensemble import Ensemble
 from ai4land.features import FeatureSpec, features
+from ai4land.forward import Forward
 from ai4land.grid import Grid, Window, coarse_window, read_coarse, read_window
 from ai4land.legend import Legend
-from ai4land.unet import UNet
 
 
 class Source:
@@ -69,9 +67,8 @@ class _Plane:
         return self.array[(self.index, *key)]
 
 
-@torch.inference_mode()
 def predict(
-    model: UNet | Ensemble, source: Source, window: Window, *, spec: FeatureSpec, reference: int | None, years: Iterable[int]
+    forward: Forward, source: Source, window: Window, *, spec: FeatureSpec, reference: int | None, years: Iterable[int]
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Predict the class probabilities of a window, year by year.
 
@@ -80,8 +77,8 @@ def predict(
 
     Parameters
     ----------
-    model
-        In evaluation mode.
+    forward
+        The model, ready to run.
     source
         The store.
     window
@@ -98,21 +95,20 @@ def predict(
     year, probabilities
         Float32 ``(class, rows, columns)``.
     """
-    if any(v % model.stride for v in (window.row, window.col, window.height, window.width)):
-        raise ValueError(f"window {window} is off the network's stride of {model.stride} cells; use whole shards")
-    halo = model.halo
-    outer = window.pad(halo)
+    if any(v % forward.stride for v in (window.row, window.col, window.height, window.width)):
+        raise ValueError(f"window {window} is off the network's stride of {forward.stride} cells; use whole shards")
+    outer = window.pad(forward.halo)
     grid = source.grid
-    raw = read_window(source.static, outer, fill=np.nan, wrap=grid.wraps)
-    static = spec.static_channels(raw)
+    static = spec.static_channels(read_window(source.static, outer, fill=np.nan, wrap=grid.wraps))
     known = None if reference is None else source.map_of(reference, outer)
     cells, offset = coarse_window(outer, grid.factor)
-    tensors = torch.from_numpy(static).float()[None], torch.tensor([offset], dtype=torch.int64)
-    inner = (slice(halo, halo + window.height), slice(halo, halo + window.width))
     start = None if reference is None else source.states_of(reference, cells)
+    begun = False
     for year in years:
         wanted = source.states_of(year, cells)
         lead = 0 if reference is None else year - reference
         made = features(static, reference=known, wanted=wanted, start=wanted if start is None else start, lead=lead, spec=spec)
-        logits = model(tensors[0], torch.from_numpy(made.reference)[None], torch.from_numpy(made.coarse)[None], tensors[1])
-        yield year, torch.softmax(logits[0][(slice(None), *inner)].float(), dim=0).numpy()
+        if not begun:
+            forward.begin(made.static, made.reference, offset=offset)
+            begun = True
+        yield year, forward.probabilities(made.coarse)

@@ -22,9 +22,9 @@ from distributed import Client, as_completed
 from numpy.typing import NDArray
 
 from ai4land import cube
-from ai4land.checkpoint import cached_model
 from ai4land.cube import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, Block
 from ai4land.errors import DataError
+from ai4land.forward import Precision, ready
 from ai4land.grid import Window
 from ai4land.legend import Crosswalk, Legend
 from ai4land.predict import Source, predict
@@ -80,6 +80,7 @@ class Job:
     reference: int | None
     threads: int
     crosswalk: Crosswalk
+    precision: Precision = "float32"
     method: Method = "change"
     weights: Literal["area", "cells"] = "area"
     keep: float | None = None
@@ -97,7 +98,7 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
         A receipt: row and column of the shard, years, and mapped cells.
     """
     torch.set_num_threads(job.threads)
-    model, card = cached_model(job.model, job.checksum)
+    forward, card = ready(job.model, job.checksum, job.precision)
     source = Source(job.store)
     w = block.window
     mask = np.asarray(source.mask[w.slices], dtype=bool)
@@ -110,7 +111,7 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
     if lacking:
         raise DataError(f"store {job.store} lacks the scenario of {lacking}; align anew with these years")
     steps = walk(
-        predict(model, source, w, spec=card.spec, reference=job.reference, years=walked),
+        predict(forward, source, w, spec=card.spec, reference=job.reference, years=walked),
         mapped=mask,
         factor=source.grid.factor,
         totals=totals,

@@ -27,6 +27,7 @@ from ai4land.config import RunConfig, digest
 from ai4land.ensemble import Ensemble, fit_sharpness
 from ai4land.errors import MismatchError
 from ai4land.features import fit_spec
+from ai4land.forward import Precision, gate, precision_of
 from ai4land.grid import Grid
 from ai4land.inputs import Tell, align, crosswalk_of, cubes_of, grid_of, identity_of, legend_of, split_of
 from ai4land.legend import Legend
@@ -106,6 +107,7 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, di
             spec=spec,
             network=ensemble.settings,
             sharpness=sharpness,
+            bfloat16=gate(ensemble, even, totals=t.totals_share > 0),
             cell=(float(grid.fine.affine.a), float(-grid.fine.affine.e)),
             weights="",
             split=split.hash,
@@ -202,6 +204,7 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     source = Source(store_path)
     fits(states=[str(s) for s in open_store(store_path)["state"].values])
     r = run.reconstruct
+    precision = precision_of(card) if r.precision == "auto" else r.precision
     threads = r.threads or max(1, (os.cpu_count() or 1) // r.workers)
     work: list[tuple[Path, list[cube.Block], Job]] = []
     for name, (path, reference, years) in cubes_of(run).items():
@@ -211,6 +214,7 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
             "store": digest(identity_of(run)),
             "reference": reference,
             "constrain": run.constrain.model_dump(mode="json"),
+            "precision": precision,
         }
         cube.create(
             path,
@@ -225,7 +229,9 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
         blocks = plan_blocks(store_path, years=years, reference=reference, done=cube.recorded(path))
         origin = "without a reference map" if reference is None else f"from the map of {reference}"
         tell(f"{name}: {len(blocks)} blocks to do, years {years[0]}-{years[-1]} {origin}")
-        job = job_of(run, source, cube_path=path, reference=reference, checksum=card.weights, threads=threads)
+        job = job_of(
+            run, source, cube_path=path, reference=reference, checksum=card.weights, threads=threads, precision=precision
+        )
         work.append((path, blocks, job))
     total = sum(len(blocks) for _, blocks, _ in work)
     count = 0
@@ -261,7 +267,14 @@ def method_of(run: RunConfig, reference: int | None) -> Method:
 
 
 def job_of(
-    run: RunConfig, source: Source, *, cube_path: Path, reference: int | None, checksum: str = "", threads: int = 1
+    run: RunConfig,
+    source: Source,
+    *,
+    cube_path: Path,
+    reference: int | None,
+    checksum: str = "",
+    threads: int = 1,
+    precision: Precision = "float32",
 ) -> Job:
     """Put together what the tasks of a reconstruction share."""
     c = run.constrain
@@ -273,6 +286,7 @@ def job_of(
         reference=reference,
         threads=threads,
         crosswalk=crosswalk_of(run, source.legend),
+        precision=precision,
         method=method_of(run, reference),
         weights=run.scenario.weights,
         keep=c.keep,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ai4land.batch import Batch, prefetched
 from ai4land.checkpoint import load_state, save_state, write_atomically
 from ai4land.errors import DataError, MismatchError
+from ai4land.forward import bfloat16_pays
 from ai4land.legend import MISSING
 from ai4land.losses import change_loss, impose_totals
 from ai4land.unet import UNet
@@ -64,14 +65,6 @@ class Trained:
     best_step: int
     best_loss: float
     steps: int
-
-
-def bfloat16_pays(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX; Ampere or later)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported is not None and supported())
 
 
 def fit(

@@ -109,8 +109,8 @@ class UNet(nn.Module):
         )
         self.seen = nn.Embedding(classes + 1, 8)
         widths = [base * 2**level for level in range(depth + 1)]
-        inputs = static_channels + coarse_features + self.seen.embedding_dim
-        self.down = nn.ModuleList(_Double(a, b) for a, b in zip([inputs, *widths], widths, strict=False))
+        self.inputs = static_channels + coarse_features + self.seen.embedding_dim
+        self.down = nn.ModuleList(_Double(a, b) for a, b in zip([self.inputs, *widths], widths, strict=False))
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in reversed(widths[:-1]))
         self.merge = nn.ModuleList(_Double(2 * w, w) for w in reversed(widths[:-1]))
         self.head = nn.Conv2d(base, classes, 1)
@@ -166,6 +166,12 @@ class UNet(nn.Module):
         features = interpolate(self.coarse(coarse), offset, size, self.factor)
         x = torch.cat([static, features, self.seen(known).permute(0, 3, 1, 2)], dim=1)
         x = x.contiguous(memory_format=torch.channels_last)
+        x = x.to(self.head.weight.dtype)
+        logits: Tensor = self.head(self.trunk(x)) + self.persistence(known).permute(0, 3, 1, 2)
+        return logits
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """Bring the stacked input ``(batch, inputs, rows, columns)`` to the features ``(batch, base, rows, columns)``."""
         levels: list[Tensor] = []
         for level, block in enumerate(self.down):
             x = block(F.max_pool2d(x, 2) if level else x)
@@ -173,5 +179,4 @@ class UNet(nn.Module):
         levels.pop()
         for up, merge in zip(self.up, self.merge, strict=True):
             x = merge(torch.cat([levels.pop(), up(x)], dim=1))
-        logits: Tensor = self.head(x) + self.persistence(known).permute(0, 3, 1, 2)
-        return logits
+        return x

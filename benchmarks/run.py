@@ -35,12 +35,14 @@ from ai4land import cube
 from ai4land.align import Layer, open_store, write_store
 from ai4land.allocate import allocate, level_quotas
 from ai4land.batch import PatchLoader
-from ai4land.checkpoint import Card, cached_model, save_model
+from ai4land.checkpoint import Card, load_model, save_model
 from ai4land.config import ModelConfig
 from ai4land.constrain import project
 from ai4land.cube import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, Block
+from ai4land.ensemble import Ensemble
 from ai4land.features import FeatureSpec, features, fit_spec
-from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, block_sum, make_grid
+from ai4land.forward import Forward
+from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, block_sum, coarse_window, make_grid
 from ai4land.legend import MISSING, Legend, load_crosswalk, load_legend
 from ai4land.predict import Source, predict
 from ai4land.quotas import add_change
@@ -51,6 +53,7 @@ from ai4land.unet import UNet
 Arm = Callable[[], Callable[[], object]]
 
 CORES = 2
+CPU = torch.device("cpu")
 RESULTS = Path(__file__).with_name("results.json")
 COARSE_CELL = 0.25
 CONTINUOUS, ZONES = 11, 5
@@ -211,8 +214,25 @@ def make_model(spec: FeatureSpec, grid: Grid, *, base: int) -> UNet:
 
 def network(s: Setting) -> UNet:
     """Load the one network of the setting's model."""
-    model: UNet = cached_model(str(s.folder), s.checksum)[0].members[0]  # type: ignore[assignment]
+    model: UNet = load_model(s.folder)[0].members[0]  # type: ignore[assignment]
     return model
+
+
+def begun(s: Setting, model: UNet, window: Window, *, dtype: torch.dtype = torch.float32) -> Forward:
+    """Make a network ready to run and let it take the maps of a window."""
+    forward = Forward(Ensemble([model]).eval(), dtype=dtype, device=CPU)
+    next(predict(forward, Source(s.store), window, spec=s.spec, reference=YEARS[0], years=YEARS[1:2]))
+    return forward
+
+
+def coarse_channels(s: Setting, window: Window, year: int) -> NDArray[np.float32]:
+    """Make the coarse channels of a window."""
+    source = Source(s.store)
+    cells, _ = coarse_window(window.pad(network(s).halo), s.grid.factor)
+    wanted, start = source.states_of(year, cells), source.states_of(YEARS[0], cells)
+    nothing = np.zeros((len(s.spec.static_names), 1, 1), dtype=np.float16)
+    known = np.zeros((1, 1), np.uint8)
+    return features(nothing, reference=known, wanted=wanted, start=start, lead=year - YEARS[0], spec=s.spec).coarse
 
 
 # -- loader -------------------------------------------------------------------------------------------------------------
@@ -386,12 +406,14 @@ def reconstruct_rows(s: Setting) -> list[Row]:
         )
     model = network(s)
     blocks = [Block(w, s.size.mapped) for w in s.grid.shards()]
-    inputs: list[tuple[Any, ...]] = []
+    stacked = [x for w in s.grid.shards() for x in begun(s, model, w)._buffers]
+    folded: UNet = begun(s, model, s.grid.shards()[0]).members[0]
 
     @torch.inference_mode()
     def bare() -> None:
-        for given in inputs:
-            model(*given)
+        for x in stacked:
+            for _ in s.size.mapped:
+                folded.head(folded.trunk(x))
 
     def ours() -> None:
         for block in blocks:
@@ -400,9 +422,7 @@ def reconstruct_rows(s: Setting) -> list[Row]:
     def naive() -> None:
         naive_cube(s, paths["naive"], model)
 
-    hook = model.register_forward_pre_hook(lambda _, given: inputs.append(given))
     ours()
-    hook.remove()
     check_same(s, model, year=s.size.mapped[-1])
     arms: dict[str, Arm] = {"bare": lambda: bare, "ours": lambda: ours, "naive": lambda: naive}
     seconds = alternate(arms, rounds=s.size.rounds)
@@ -432,22 +452,16 @@ def constraint_rows(s: Setting) -> list[Row]:
     before, now = (np.where(cells > 0, add_change(held, part * (step - step.mean(axis=0))), np.nan) for part in (0.9, 1.0))
     quotas = level_quotas(now, cells.astype(np.int64))
     warm = project(p, totals=before, factor=f, mapped=mapped).multipliers
-    model = network(s)
-    inputs: list[tuple[Any, ...]] = []
-    hook = model.register_forward_pre_hook(lambda _, given: inputs.append(given))
-    next(predict(model, source, window, spec=s.spec, reference=YEARS[0], years=YEARS[1:2]))
-    hook.remove()
+    narrow = begun(s, network(s), window)
+    wide = begun(s, make_model(s.spec, s.grid, base=2 * s.size.base), window)
+    coarse = coarse_channels(s, window, YEARS[1])
     made: dict[str, Any] = {}
 
-    wide = make_model(s.spec, s.grid, base=2 * s.size.base)
-
-    @torch.inference_mode()
     def forward() -> None:
-        model(*inputs[0])
+        narrow.probabilities(coarse)
 
-    @torch.inference_mode()
     def forward_wide() -> None:
-        wide(*inputs[0])
+        wide.probabilities(coarse)
 
     def fractions() -> None:
         made["fractions"] = project(p, totals=now, factor=f, mapped=mapped, multipliers=warm).fractions
@@ -481,9 +495,9 @@ def constraint_rows(s: Setting) -> list[Row]:
 
 def check_same(s: Setting, model: UNet, *, year: int, tolerance: float = 1e-4) -> None:
     """Refuse to compare two ways to a map of which a probability differs."""
-    source, naive = Source(s.store), naive_year(s, model, year).compute()
+    source, naive, forward = Source(s.store), naive_year(s, model, year).compute(), Forward(Ensemble([model]), device=CPU)
     for window in s.grid.shards():
-        for _, p in predict(model, source, window, spec=s.spec, reference=YEARS[0], years=(year,)):
+        for _, p in predict(forward, source, window, spec=s.spec, reference=YEARS[0], years=(year,)):
             off = float(np.abs(naive[(slice(None), *window.slices)] - p).max())
             if not off <= tolerance:
                 raise RuntimeError(

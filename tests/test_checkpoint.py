@@ -12,7 +12,6 @@ from ai4land.checkpoint import (
     CARD,
     WEIGHTS,
     Card,
-    cached_model,
     check_fits,
     load_card,
     load_model,
@@ -148,13 +147,6 @@ def test_a_card_of_another_network_is_refused(saved, change):
     (saved / CARD).write_text(json.dumps(values))
     with pytest.raises(MismatchError, match="do not fit the network"):
         load_model(saved)
-
-
-def test_cached_model_is_loaded_once_and_knows_its_checksum(saved):
-    checksum = load_card(saved).weights
-    assert cached_model(str(saved), checksum)[0] is cached_model(str(saved), checksum)[0]
-    with pytest.raises(MismatchError, match="expected 0000000000000000; it changed while the job ran"):
-        cached_model(str(saved), "0" * 64)
 
 
 FITS = {"legend": LEGEND, "feature_names": ["height", "zone"], "states": ["primf", "urban"], "factor": 4}

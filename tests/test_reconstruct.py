@@ -14,8 +14,10 @@ from ai4land import cube
 from ai4land.align import open_store
 from ai4land.checkpoint import Card, save_model
 from ai4land.cube import FRACTION_SCALE, Block
+from ai4land.ensemble import Ensemble
 from ai4land.errors import DataError, MismatchError
 from ai4land.features import fit_spec
+from ai4land.forward import Forward
 from ai4land.grid import Window, tiles
 from ai4land.legend import MISSING, load_crosswalk
 from ai4land.predict import Source, predict
@@ -52,6 +54,10 @@ def random_model(tiny, *, depth: int = 2, seed: int = 0):
     return model.eval(), spec
 
 
+def ready_to_run(model) -> Forward:
+    return Forward(Ensemble([model]), device=torch.device("cpu"))
+
+
 def saved(tiny, folder, **kwargs) -> str:
     model, spec = random_model(tiny, **kwargs)
     card = Card(
@@ -70,7 +76,7 @@ def mapped(model, spec, source, size: int, *, reference, years=(2003,)):
     rows, cols = source.grid.shape
     out = np.full((len(years), source.legend.n, rows, cols), np.nan, np.float32)
     for window in tiles((rows, cols), size):
-        for i, (_, p) in enumerate(predict(model, source, window, spec=spec, reference=reference, years=years)):
+        for i, (_, p) in enumerate(predict(ready_to_run(model), source, window, spec=spec, reference=reference, years=years)):
             out[(i, slice(None), *window.slices)] = p
     return out
 
@@ -94,9 +100,9 @@ def test_what_lies_across_the_dateline_reaches_as_far_as_the_radius(tiny_store):
     model, spec = random_model(tiny_store)
     source = Source(tiny_store.path)
     edge = Window(16, 0, 16, 64)
-    _, wrapped = next(predict(model, source, edge, spec=spec, reference=2000, years=[2001]))
+    _, wrapped = next(predict(ready_to_run(model), source, edge, spec=spec, reference=2000, years=[2001]))
     source.grid.__dict__["wraps"] = False
-    _, cut_off = next(predict(model, source, edge, spec=spec, reference=2000, years=[2001]))
+    _, cut_off = next(predict(ready_to_run(model), source, edge, spec=spec, reference=2000, years=[2001]))
     difference = np.abs(wrapped - cut_off).max(axis=(0, 1))
     assert difference[0] > 1e-3
     reach = model.receptive_radius + source.grid.factor
@@ -115,7 +121,7 @@ def test_year_does_not_depend_on_which_others_are_predicted(tiny_store):
 def test_window_off_the_stride_is_refused(tiny_store):
     model, spec = random_model(tiny_store)
     with pytest.raises(ValueError, match="off the network's stride"):
-        next(predict(model, Source(tiny_store.path), Window(2, 0, 8, 8), spec=spec, reference=2000, years=[2001]))
+        next(predict(ready_to_run(model), Source(tiny_store.path), Window(2, 0, 8, 8), spec=spec, reference=2000, years=[2001]))
 
 
 @given(hnp.arrays(np.float32, st.tuples(st.integers(2, 30), st.just(4), st.just(5)), elements=st.floats(0, 1, width=32)))

@@ -1,0 +1,189 @@
+"""The network made ready to map many years: batch normalisation folded, one buffer a window, bfloat16 where it is allowed.
+
+The static maps and the reference map of a window do not change from year to year. They are written once into a buffer in
+the layout that the convolutions want; a year writes its coarse features alone, and only the cells that are asked for become
+class probabilities. Where the processor multiplies bfloat16, the convolutions take less than half the time of float32;
+whether a trained network bears that is measured by :func:`gate` on held-out batches and kept in its card.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
+
+from ai4land.batch import Batch
+from ai4land.checkpoint import Card, load_model
+from ai4land.ensemble import Ensemble
+from ai4land.errors import MismatchError
+from ai4land.legend import MISSING
+from ai4land.losses import impose_totals
+from ai4land.unet import UNet, interpolate
+
+Precision = Literal["float32", "bfloat16"]
+
+AGREEMENT, ACCURACY = 0.99, 2e-4
+"""Least share of cells with the most likely class of float32, and most accuracy lost, for bfloat16 to be used."""
+
+
+def fold(model: UNet, dtype: torch.dtype = torch.float32) -> UNet:
+    """Copy a network with its batch normalisation folded into the convolutions before it, and these in ``dtype``.
+
+    The perceptron of the coarse states, the embedding and the rows of logits of the reference map stay float32.
+    """
+    made = copy.deepcopy(model).eval()
+    for block in (*made.down, *made.merge):
+        for conv, norm in ((0, 1), (3, 4)):
+            block[conv] = fuse_conv_bn_eval(block[conv], block[norm])
+            block[norm] = nn.Identity()
+    for part in (made.down, made.up, made.merge, made.head):
+        part.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return made.requires_grad_(False)
+
+
+def folded(model: Ensemble, dtype: torch.dtype = torch.float32) -> Ensemble:
+    """Copy an ensemble with every member folded."""
+    members: list[UNet] = [fold(m, dtype) for m in model.members]  # type: ignore[arg-type]
+    return Ensemble(members, sharpness=model.sharpness).eval()
+
+
+class Forward:
+    """An ensemble ready to run.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode; it is copied.
+    dtype
+        Of the convolutions: float32 or bfloat16.
+    device
+        Where it runs; default: the first CUDA device, else the CPU.
+    """
+
+    def __init__(self, model: Ensemble, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = dtype
+        self.members: list[UNet] = list(folded(model, dtype).to(self.device).members)  # type: ignore[arg-type]
+        self.weight = model.sharpness / len(self.members)
+        self.stride, self.halo, self.factor, self.classes = model.stride, model.halo, model.factor, model.classes
+        self._buffers = [torch.empty(0) for _ in self.members]
+        self._priors: list[Tensor] = []
+
+    @torch.inference_mode()
+    def begin(self, static: NDArray[np.floating], reference: NDArray[np.uint8], *, offset: tuple[int, int]) -> None:
+        """Take the maps of a window, read with the halo on every side.
+
+        Parameters
+        ----------
+        static
+            ``(channel, rows, columns)``.
+        reference
+            Class indices, ``(rows, columns)``; anything above the last class is unknown.
+        offset
+            Row and column of the first cell in fine cells from the corner of the coarse window.
+        """
+        fixed = torch.from_numpy(static).to(self.device)
+        known = torch.from_numpy(reference).to(self.device).clamp(max=self.classes).to(torch.int32)
+        self._offset = torch.tensor([offset], dtype=torch.int64, device=self.device)
+        self._size = rows, cols = reference.shape
+        self._inner = slice(self.halo, rows - self.halo), slice(self.halo, cols - self.halo)
+        for i, member in enumerate(self.members):
+            shape = (1, member.inputs, rows, cols)
+            if self._buffers[i].shape != shape:
+                self._buffers[i] = torch.empty(shape, dtype=self.dtype, device=self.device).contiguous(
+                    memory_format=torch.channels_last
+                )
+            x = self._buffers[i][0]
+            x[: len(fixed)] = fixed
+            x[len(x) - member.seen.embedding_dim :] = member.seen(known).permute(2, 0, 1)
+        self._priors = [m.persistence(known[self._inner]).permute(2, 0, 1)[None] for m in self.members]
+
+    @torch.inference_mode()
+    def probabilities(self, coarse: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Predict a year of the window from its coarse channels ``(channel, coarse rows, coarse columns)``.
+
+        Returns
+        -------
+        numpy.ndarray
+            Float32 ``(class, rows, columns)`` of the cells within the halo.
+        """
+        wanted = torch.from_numpy(coarse).to(self.device)[None]
+        total = torch.zeros((), device=self.device)
+        for member, x, prior in zip(self.members, self._buffers, self._priors, strict=True):
+            made = interpolate(member.coarse(wanted), self._offset, self._size, self.factor)
+            last = x.shape[1] - member.seen.embedding_dim
+            x[:, last - made.shape[1] : last] = made
+            logits = member.head(member.trunk(x)[(..., *self._inner)]).float() + prior
+            total = total + torch.log_softmax(logits, dim=1)
+        probabilities: NDArray[np.float32] = torch.softmax(total[0] * self.weight, dim=0).cpu().numpy()
+        return probabilities
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX; Ampere or later)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported is not None and supported())
+
+
+@torch.inference_mode()
+def gate(model: Ensemble, batches: Iterable[Batch], *, totals: bool) -> dict[str, float]:
+    """Measure what bfloat16 costs on held-out batches.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    batches
+        That training has not seen.
+    totals
+        Whether the coarse totals of the targets are imposed before the most likely class is taken.
+
+    Returns
+    -------
+    dict
+        ``agreement``: share of cells with the most likely class of float32; ``accuracy_lost``: of float32 less that of bfloat16.
+    """
+    arms = [folded(model, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    cells, same, right = 0, 0, [0, 0]
+    for batch in batches:
+        scored = batch.target != MISSING
+        guesses = []
+        for i, arm in enumerate(arms):
+            logits = arm(batch.static, batch.reference, batch.coarse, batch.offset)
+            if totals:
+                logits = impose_totals(logits, batch.target, offset=batch.offset, factor=model.factor)
+            guesses.append(logits.argmax(1))
+            right[i] += int(((guesses[i] == batch.target) & scored).sum())
+        same += int(((guesses[0] == guesses[1]) & scored).sum())
+        cells += int(scored.sum())
+    share = 1 / max(cells, 1)
+    return {"agreement": same * share, "accuracy_lost": (right[0] - right[1]) * share}
+
+
+def precision_of(card: Card, *, device: torch.device | None = None) -> Precision:
+    """Tell in which precision a model runs best here: bfloat16 where the device gains by it and the model bears it."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = card.bfloat16
+    bears = bool(found) and found["agreement"] >= AGREEMENT and found["accuracy_lost"] <= ACCURACY
+    return "bfloat16" if bears and bfloat16_pays(device) else "float32"
+
+
+@lru_cache(maxsize=1)
+def ready(folder: str, checksum: str, precision: Precision) -> tuple[Forward, Card]:
+    """Make a model ready to run once a process; ``checksum`` is that of the weights, so that a new model is loaded anew."""
+    model, card = load_model(Path(folder))
+    if card.weights != checksum:
+        raise MismatchError(
+            f"model in {folder} has weights {card.weights[:16]}, expected {checksum[:16]}; it changed while the job ran"
+        )
+    return Forward(model, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32), card
