@@ -10,7 +10,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,6 +27,8 @@ from ai4land.features import FeatureSpec, features
 from ai4land.grid import FINE_DIMS, Grid, Window, coarse_window, read_coarse
 from ai4land.legend import MISSING, Legend
 
+_READERS = 2
+"""Threads that read shards."""
 _LAYOUTS = 3
 """Random layouts of patches over a shard that a visit draws from."""
 
@@ -142,38 +145,55 @@ class PatchLoader:
         self._odds = counts / counts.sum()
         self._coarse = dict(zip(self.years, store["coarse"].sel(year=self.years).values, strict=True))
         self._cache: OrderedDict[int, _Tile] = OrderedDict()
+        self._coming: dict[int, Future[_Tile]] = {}
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="shards")
 
-    def _read(self, index: int) -> _Tile:
-        """Read a shard with xbatcher: all static maps and all years in one go."""
+    def _tile(self, index: int) -> _Tile:
+        """Give a shard from memory, or from the thread that reads it."""
         if index in self._cache:
             self._cache.move_to_end(index)
             return self._cache[index]
+        reading = self._coming.pop(index, None) or self._readers.submit(self._read, index)
+        tile = self._cache[index] = reading.result()
+        while len(self._cache) > self.keep:
+            self._cache.popitem(last=False)
+        return tile
+
+    def _read_ahead(self, shards: Iterable[int]) -> None:
+        """Have shards read in threads that are not in memory."""
+        for index in shards:
+            if index not in self._cache and index not in self._coming:
+                self._coming[index] = self._readers.submit(self._read, index)
+
+    def _read(self, index: int) -> _Tile:
+        """Read a shard with xbatcher: all static maps and all years in one go."""
         data, window = self._shards[index], self._windows[index]
         codes = data["land_cover"].sel(observed_year=self.years).transpose("observed_year", *FINE_DIMS).values
         maps = {year: self.legend.encode(m, source=f"map of {year}") for year, m in zip(self.years, codes, strict=True)}
         scored = self._cells[window.slices]
-        tile = _Tile(
+        return _Tile(
             window,
             self.spec.static_channels(data["static"].transpose("feature", *FINE_DIMS).values),
             maps,
             scored,
             scored & (codes != codes[:1]).any(axis=0),
         )
-        self._cache[index] = tile
-        while len(self._cache) > self.keep:
-            self._cache.popitem(last=False)
-        return tile
 
-    def _patches(self, visit: int) -> Iterator[tuple[_Tile, Window, tuple[int, int], np.random.Generator]]:
-        """Draw the patches of a visit, in order."""
+    def _drawn(self, visit: int) -> tuple[list[int], np.random.Generator]:
+        """Draw the shards of a visit; the generator goes on to its patches."""
         rng = np.random.default_rng([self.seed, 1, visit])
         some = min(self.mix, int(np.count_nonzero(self._odds)))
-        drawn = rng.choice(len(self._windows), size=some, p=self._odds, replace=False)
+        return rng.choice(len(self._windows), size=some, p=self._odds, replace=False).tolist(), rng
+
+    def _patches(self, visit: int, *, last: bool) -> Iterator[tuple[_Tile, Window, tuple[int, int], np.random.Generator]]:
+        """Draw the patches of a visit, in order; the shards of the next are read meanwhile unless this is the last."""
+        drawn, rng = self._drawn(visit)
+        self._read_ahead(drawn)
         places: list[tuple[int, Window]] = []
         scored: list[int] = []
         moving: list[int] = []
-        for index in np.tile(drawn, _LAYOUTS):
-            tile = self._read(int(index))
+        for index in drawn * _LAYOUTS:
+            tile = self._tile(index)
             jitter = [int(rng.integers(0, min(self.patch, self.grid.shard - self.patch + 1))) for _ in FINE_DIMS]
             inside = xr.Dataset({"scored": (FINE_DIMS, tile.scored)}).isel(
                 {d: slice(j, None) for d, j in zip(FINE_DIMS, jitter, strict=True)}
@@ -183,16 +203,18 @@ class PatchLoader:
             for selector in layout.selectors.values():
                 row, col = (selector[0][d].start + j for d, j in zip(FINE_DIMS, jitter, strict=True))
                 place = Window(row, col, self.patch, self.patch)
-                places.append((int(index), place))
+                places.append((index, place))
                 scored.append(int(tile.scored[place.slices].sum()))
                 moving.append(int(tile.moving[place.slices].sum()) if self.focus else 0)
+        if not last:
+            self._read_ahead(self._drawn(visit + 1)[0])
         weights = _odds(scored)
         if any(moving):
             weights = self.focus * _odds(moving) + (1 - self.focus) * weights
         for number in rng.choice(len(places), size=self.visit * self.batch, p=weights):
             index, place = places[number]
             pair = self.pairs[int(rng.integers(len(self.pairs)))]
-            yield self._read(index), place, pair, np.random.default_rng(rng.integers(2**63))
+            yield self._tile(index), place, pair, np.random.default_rng(rng.integers(2**63))
 
     def _cut(self, tile: _Tile, place: Window, pair: tuple[int, int], rng: np.random.Generator) -> tuple[Any, ...]:
         """Cut one patch and make its input."""
@@ -223,14 +245,15 @@ class PatchLoader:
         step = first
         while last is None or step < last:
             visit, skip = divmod(step, self.visit)
-            patches = list(self._patches(visit))[skip * self.batch :]
+            ends = last is not None and (visit + 1) * self.visit >= last
+            patches = list(self._patches(visit, last=ends))[skip * self.batch :]
             for start in range(0, len(patches), self.batch):
                 if last is not None and step >= last:
                     return
                 chosen = patches[start + self.rank : start + self.batch : self.world]
                 columns = list(zip(*(self._cut(*patch) for patch in chosen), strict=True))
                 static, reference, coarse, target = (torch.from_numpy(np.stack(columns[i])) for i in (0, 1, 2, 4))
-                yield Batch(static.float(), reference, coarse, torch.tensor(columns[3], dtype=torch.int64), target)
+                yield Batch(static, reference, coarse, torch.tensor(columns[3], dtype=torch.int64), target)
                 step += 1
 
 

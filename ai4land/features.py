@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
@@ -68,17 +69,18 @@ class FeatureSpec(BaseModel):
 
     def static_channels(self, raw: NDArray[Any]) -> NDArray[np.float16]:
         """Normalise static maps ``(feature, rows, columns)`` to ``(channel, rows, columns)``; missing values become 0."""
-        out = np.empty((len(self.static_names), *raw.shape[1:]), dtype=np.float16)
+        out = torch.empty((len(self.static_names), *raw.shape[1:]), dtype=torch.float16)
         channel = 0
-        for feature, field in zip(self.features, raw, strict=True):
+        for feature, values in zip(self.features, raw, strict=True):
+            field = torch.from_numpy(np.ascontiguousarray(values))
             if feature.codes:
                 for code in feature.codes:
                     out[channel] = field == code
                     channel += 1
             else:
-                out[channel] = np.nan_to_num((field - feature.mean) / feature.std, nan=0.0).clip(-20, 20)
+                out[channel] = (field - feature.mean).div_(feature.std).nan_to_num_(nan=0.0).clamp_(-20, 20)
                 channel += 1
-        return out
+        return out.numpy()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ writes what the ledger lacks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,13 +55,17 @@ def quantise(probabilities: NDArray[np.float32], *, scale: int = FRACTION_SCALE)
     [[83, 83], [83, 84], [84, 83]]
     """
     rows, cols = probabilities.shape[1:]
-    offset = (np.arange(rows * cols) * _GOLDEN % 1).reshape(rows, cols)
-    running = np.cumsum(probabilities, axis=0, dtype=np.float64)
-    running *= scale / running[-1]
-    running += offset
-    running = np.minimum(np.floor(running), scale)
-    running[-1] = scale
-    return np.diff(running, axis=0, prepend=0).astype(np.uint16)
+    offset = (np.arange(rows * cols) * _GOLDEN % 1).reshape(rows, cols).astype(np.float32)
+    units = np.float32(scale) / probabilities.sum(axis=0, dtype=np.float32)
+    out = np.empty(probabilities.shape, dtype=np.uint16)
+    running, before = np.zeros_like(units), np.zeros((rows, cols), dtype=np.uint16)
+    for part, made in zip(probabilities[:-1], out[:-1], strict=True):
+        running += part
+        after = np.minimum(running * units + offset, scale).astype(np.uint16)
+        np.subtract(after, before, out=made)
+        before = after
+    np.subtract(np.uint16(scale), before, out=out[-1])
+    return out
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,9 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
     lacking = sorted(set(block.years) - set(source.years))
     if lacking:
         raise DataError(f"store {job.store} lacks the scenario of {lacking}; align anew with these years")
+    inner = _mapped_part(mask, w, forward.stride)
     steps = walk(
-        predict(forward, source, w, spec=card.spec, reference=job.reference, years=walked),
+        _placed(predict(forward, source, inner, spec=card.spec, reference=job.reference, years=walked), inner, w),
         mapped=mask,
         factor=source.grid.factor,
         totals=totals,
@@ -129,6 +134,31 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
             digest = cube.write_block(path, part, _stored(made, mask, source.legend))
             cube.record(path, part, digest, notes_on(made, w, source.grid.factor))
     return {"row": w.row, "col": w.col, "years": list(block.years), "cells": int(mask.sum())}
+
+
+def _mapped_part(mask: NDArray[np.bool_], window: Window, stride: int) -> Window:
+    """Find the part of a window that holds its mapped cells, on the stride of the network."""
+    (top, bottom), (west, east) = (
+        (int(i[0]) // stride * stride, (int(i[-1]) // stride + 1) * stride)
+        for i in map(np.flatnonzero, (mask.any(1), mask.any(0)))
+    )
+    return Window(window.row + top, window.col + west, bottom - top, east - west)
+
+
+def _placed(
+    predictions: Iterable[tuple[int, NDArray[np.float32]]], part: Window, window: Window
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Put the probabilities of a part into the whole window; elsewhere all classes are alike."""
+    inside = tuple(
+        slice(a - b, a - b + n) for a, b, n in ((part.row, window.row, part.height), (part.col, window.col, part.width))
+    )
+    for year, p in predictions:
+        if part == window:
+            yield year, p
+        else:
+            whole = np.full((len(p), window.height, window.width), 1 / len(p), dtype=np.float32)
+            whole[(slice(None), *inside)] = p
+            yield year, whole
 
 
 def years_between(years: Iterable[int], reference: int, last: int) -> list[int]:

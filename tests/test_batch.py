@@ -37,7 +37,7 @@ def same(a: Batch, b: Batch) -> bool:
 def test_shapes_and_types(tiny_store):
     loader = make(tiny_store)
     batch = next(loader.batches())
-    assert batch.static.shape == (4, 3, 16, 16) and batch.static.dtype == torch.float32
+    assert batch.static.shape == (4, 3, 16, 16) and batch.static.dtype == torch.float16
     assert batch.reference.shape == batch.target.shape == (4, 16, 16)
     assert batch.coarse.shape == (4, len(loader.spec.coarse_names), 5, 5)
     assert batch.offset.shape == (4, 2)
@@ -109,7 +109,7 @@ def test_patches_cover_the_whole_shard(tiny_store):
     loader = make(tiny_store, patch=8, batch=16, visit=8)
     seen = np.zeros((len(loader._windows), 32, 32), bool)
     for visit in range(24):
-        for tile, place, _, _ in loader._patches(visit):
+        for tile, place, _, _ in loader._patches(visit, last=True):
             seen[loader._windows.index(tile.window)][place.slices] = True
         if not visit:
             assert seen.mean() > 0.4
@@ -220,15 +220,33 @@ def test_no_target_cell_is_an_error(tiny_store):
         )
 
 
+def test_shards_of_the_next_visit_are_read_ahead(tiny_store):
+    loader = make(tiny_store, visit=2, mix=2, keep=2)
+    batches = loader.batches()
+    next(batches)
+    coming, kept = set(loader._coming), set(loader._cache)
+    assert coming | kept >= set(loader._drawn(1)[0])
+    next(batches)
+    next(batches)
+    assert set(loader._drawn(1)[0]) <= set(loader._cache)
+    alone = make(tiny_store, visit=2, mix=2, keep=2)
+    list(alone.batches(0, 2))
+    assert not alone._coming
+
+
 def test_prefetching_keeps_the_order_passes_errors_and_ends_its_thread(tiny_store):
     loader = make(tiny_store)
-    before = threading.active_count()
+
+    def threads() -> set[str]:
+        return {t.name for t in threading.enumerate() if not t.name.startswith("shards")}
+
+    before = threads()
     for a, b in zip(prefetched(loader.batches(0, 6)), loader.batches(0, 6), strict=True):
         assert same(a, b)
     stream = prefetched(loader.batches())
     next(stream)
     stream.close()
-    assert threading.active_count() == before
+    assert threads() == before
 
     def broken():
         yield from itertools.islice(loader.batches(), 1)
