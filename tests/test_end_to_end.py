@@ -22,7 +22,8 @@ from affine import Affine
 
 from ai4land import cli, cube
 from ai4land.align import open_store
-from ai4land.checkpoint import load_model, save_model
+from ai4land.checkpoint import load_card, load_model, save_model
+from ai4land.forward import precision_of
 from ai4land.reconstruct import plan_blocks
 from ai4land.runfile import load_run
 from ai4land.splits import load_split
@@ -588,6 +589,14 @@ def test_finished_run_is_not_touched_by_another_configuration(copied, monkeypatc
     spoil(folder)
     before = contents(folder)
     refused(monkeypatch, capsys, text, verb, copied, *overrides)
+    assert contents(folder) == before
+
+
+def test_cube_is_not_gone_on_with_in_another_precision(copied, monkeypatch, capsys):
+    folder = load_run(copied).folder
+    other = "float32" if precision_of(load_card(folder)) == "bfloat16" else "bfloat16"
+    before = contents(folder)
+    refused(monkeypatch, capsys, "(it differs in precision)", "run", copied, f"reconstruct.precision={other}")
     assert contents(folder) == before
 
 
