@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,6 +28,7 @@ import numpy as np
 import torch
 import xarray as xr
 import zarr
+from distributed import Client, LocalCluster
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -41,12 +45,12 @@ from ai4land.constrain import project
 from ai4land.cube import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, Block
 from ai4land.ensemble import Ensemble
 from ai4land.features import FeatureSpec, features, fit_spec
-from ai4land.forward import Forward
+from ai4land.forward import Forward, bfloat16_pays
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, block_sum, coarse_window, make_grid
 from ai4land.legend import MISSING, Legend, load_crosswalk, load_legend
 from ai4land.predict import Source, predict
 from ai4land.quotas import add_change
-from ai4land.reconstruct import Job, quantise, reconstruct_block
+from ai4land.reconstruct import Job, quantise, reconstruct_block, run_blocks
 from ai4land.train import Schedule, fit
 from ai4land.unet import UNet
 
@@ -83,7 +87,8 @@ class Size:
     rounds: int
 
 
-FULL = Size(30, 720, 16, 120, 16, dense=32, sparse=8, plain=24, mapped=YEARS[1:4], steps=12, rounds=3)
+FULL = Size(30, 720, 32, 120, 16, dense=32, sparse=8, plain=24, mapped=YEARS[1:6], steps=12, rounds=3)
+CROWD = Size(30, 240, 16, 120, 16, dense=32, sparse=8, plain=24, mapped=YEARS[1:4], steps=12, rounds=3)
 QUICK = Size(8, 64, 4, 16, 4, dense=8, sparse=4, plain=4, mapped=YEARS[1:3], steps=3, rounds=1)
 
 
@@ -151,11 +156,13 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
 # -- the store and the model --------------------------------------------------------------------------------------------
 
 
-def make_setting(folder: Path, size: Size) -> Setting:
-    """Write a store of 1 x 2 shards with smooth random maps, and a model with random weights."""
+def make_setting(folder: Path, size: Size, *, shards: tuple[int, int] = (1, 2)) -> Setting:
+    """Write a store of some rows and columns of shards with smooth random maps, and a model with random weights."""
     rng = np.random.default_rng(0)
     side = COARSE_CELL * size.shard / size.factor
-    grid = make_grid((0, 48 - side, 2 * side, 48), coarse_cell=COARSE_CELL, factor=size.factor, shard=size.shard)
+    grid = make_grid(
+        (0, 48 - shards[0] * side, shards[1] * side, 48), coarse_cell=COARSE_CELL, factor=size.factor, shard=size.shard
+    )
     legend = load_legend("hildaplus")
 
     def noise(scale: float) -> NDArray[np.float32]:
@@ -277,6 +284,7 @@ def loader_rows(s: Setting) -> list[Row]:
     return [
         *(Row(name, ratio(each["dask"], each[arm]), "times", f"{other}; {about}") for name, arm, about in regimes),
         Row("loader_rate", 1 / median(each["dense"]), "patches/s", "absolute, as in loader_vs_dask"),
+        Row("patches_from_memory", 1 / median(each["kept"]), "patches/s", "absolute, as in loader_vs_dask_kept"),
         Row("xbatcher_dask_rate", 1 / median(each["dask"]), "patches/s", "absolute, as in loader_vs_dask"),
     ]
 
@@ -390,20 +398,17 @@ def naive_cube(s: Setting, path: Path, model: UNet) -> None:
         da.store(parts, targets, regions=regions, lock=False, return_stored=False, num_workers=1)
 
 
+def new_cube(s: Setting, path: Path) -> None:
+    """Make an empty cube."""
+    about = {"title": "benchmark", "source": "benchmark", "totals": "not imposed"}
+    cube.create(path, grid=s.grid, legend=s.legend, years=s.size.mapped, identity={}, **about)
+
+
 def reconstruct_rows(s: Setting) -> list[Row]:
     """Time a block against the network's bare forward on the same windows, and against the naive way to the same cube."""
     paths = {name: s.folder / f"{name}.zarr" for name in ("ours", "naive")}
     for path in paths.values():
-        cube.create(
-            path,
-            grid=s.grid,
-            legend=s.legend,
-            years=s.size.mapped,
-            identity={},
-            title="benchmark",
-            source="benchmark",
-            totals="not imposed",
-        )
+        new_cube(s, path)
     model = network(s)
     blocks = [Block(w, s.size.mapped) for w in s.grid.shards()]
     stacked = [x for w in s.grid.shards() for x in begun(s, model, w)._buffers]
@@ -436,6 +441,33 @@ def reconstruct_rows(s: Setting) -> list[Row]:
     ]
 
 
+def half_row(s: Setting) -> list[Row]:
+    """Time the network in bfloat16, made ready to run, against the eager one in float32; nothing where the CPU lacks it."""
+    if not bfloat16_pays(CPU):
+        return []
+    window, model = s.grid.shards()[0], network(s).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    coarse = coarse_channels(s, window, YEARS[1])
+    ready = begun(s, model, window, dtype=torch.bfloat16)
+    static = ready._buffers[0][:, : len(s.spec.static_names)].float()
+    known = torch.zeros(static.shape[-2:], dtype=torch.uint8)[None]
+    given = static, known, torch.from_numpy(coarse)[None], ready._offset
+    halo = model.halo
+
+    @torch.inference_mode()
+    def eager() -> None:
+        torch.softmax(model(*given)[0, :, halo:-halo, halo:-halo], dim=0).numpy()
+
+    def half() -> None:
+        ready.probabilities(coarse)
+
+    arms: dict[str, Arm] = {"eager": lambda: eager, "half": lambda: half}
+    for arm in arms.values():
+        arm()()
+    seconds = alternate(arms, rounds=2 * s.size.rounds + 1)
+    about = f"eager float32; one window of {static.shape[-1]} cells, base {s.size.base}"
+    return [Row("bf16_speedup", ratio(seconds["eager"], seconds["half"]), "times", about)]
+
+
 def constraint_rows(s: Setting) -> list[Row]:
     """Time both constrained products of a shard, 2 % net change a coarse cell, against the network's forward on one core."""
     source, window, f, n = Source(s.store), s.grid.shards()[0], s.grid.factor, s.legend.n
@@ -452,8 +484,8 @@ def constraint_rows(s: Setting) -> list[Row]:
     before, now = (np.where(cells > 0, add_change(held, part * (step - step.mean(axis=0))), np.nan) for part in (0.9, 1.0))
     quotas = level_quotas(now, cells.astype(np.int64))
     warm = project(p, totals=before, factor=f, mapped=mapped).multipliers
-    narrow = begun(s, network(s), window)
-    wide = begun(s, make_model(s.spec, s.grid, base=2 * s.size.base), window)
+    narrow = begun(s, make_model(s.spec, s.grid, base=s.size.base // 2), window)
+    wide = begun(s, network(s), window)
     coarse = coarse_channels(s, window, YEARS[1])
     made: dict[str, Any] = {}
 
@@ -486,9 +518,12 @@ def constraint_rows(s: Setting) -> list[Row]:
     about = f"{n} classes, factor {f}, one core"
     return [
         Row(
-            "constraint_share", ratio(both, seconds["forward"]), "1", f"forward pass of the network, base {s.size.base}; {about}"
+            "constraint_share",
+            ratio(both, seconds["forward"]),
+            "1",
+            f"forward pass of a network of base {s.size.base // 2}, float32; {about}",
         ),
-        Row("constraint_share_wide", ratio(both, seconds["wide"]), "1", f"the same, base {2 * s.size.base}; {about}"),
+        Row("constraint_share_wide", ratio(both, seconds["wide"]), "1", f"the same, base {s.size.base}; {about}"),
         Row("allocate_rate", int(mapped.sum()) / median(seconds["cells"]) / 1e6, "million cells/s", f"absolute; {about}"),
     ]
 
@@ -533,6 +568,94 @@ def halo_rows() -> list[Row]:
     return rows
 
 
+# -- workers ------------------------------------------------------------------------------------------------------------
+
+
+def worker_rows(folder: Path, size: Size) -> list[Row]:
+    """Map a region of 2 shards and one of 20 on Dask workers of one thread each."""
+    settings = {}
+    for name, shards in (("small", (1, 2)), ("large", (4, 5))):
+        (folder / name).mkdir()
+        settings[name] = make_setting(folder / name, size, shards=shards)
+    count = 0
+
+    def mapping(s: Setting, client: Client) -> Callable[[], object]:
+        nonlocal count
+        count += 1
+        path = s.folder / f"cube{count}.zarr"
+        new_cube(s, path)
+        blocks = [Block(w, s.size.mapped) for w in s.grid.shards()]
+        job = replace(s.job(path), threads=1)
+        return partial(run_blocks, blocks, job, client=client)
+
+    peaks: dict[str, float] = {}
+    for name, s in settings.items():
+        with workers(1) as client:
+            mapping(s, client)()
+            peaks[name] = max(client.run(peak_memory).values())
+    large = settings["large"]
+    with workers(1) as one, workers(2) as two:
+        arms: dict[str, Arm] = {"one": partial(mapping, large, one), "two": partial(mapping, large, two)}
+        for arm in arms.values():
+            arm()()
+        seconds = alternate(arms, rounds=size.rounds)
+        work, busy = mapping(large, two), time.process_time()
+        work()
+        busy = time.process_time() - busy
+    n = len(large.grid.shards())
+    each = 1440**2 * 100 / (large.grid.shape[0] * large.grid.shape[1] * len(size.mapped)) * median(seconds["one"])
+    about = f"{n} shards of {size.shard} cells, {len(size.mapped)} years, base {size.base}"
+    return [
+        Row("memory_growth", peaks["large"] / peaks["small"], "1", f"peak of a worker on 2 shards; {about}"),
+        Row("worker_memory", peaks["large"] / 1e9, "GB", "absolute, as in memory_growth"),
+        Row("two_worker_speedup", ratio(seconds["one"], seconds["two"]), "times", f"one worker, same work; {about}"),
+        Row(
+            "scheduler_share",
+            512 * (busy / n) / each,
+            "1",
+            f"one core of the scheduler; 512 workers as fast as one core here, blocks of 1440 cells and 100 years, {busy / n * 1e3:.1f} ms a block",
+        ),
+    ]
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Client]:
+    """Start Dask workers of one thread each."""
+    with (
+        LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def peak_memory() -> float:
+    """Read the most memory that this process has held, in bytes; of Linux."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024.0 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def first_patch_row(s: Setting) -> Row:
+    """Time a fresh Python process from its start to the first batch of patches."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np\n"
+        "from functools import partial; from pathlib import Path\n"
+        "from ai4land.align import open_store; from ai4land.batch import PatchLoader\n"
+        "from ai4land.checkpoint import load_card; from ai4land.predict import Source\n"
+        "path = Path(sys.argv[2]); card = load_card(path.parent); grid = Source(path).grid\n"
+        "cells = np.ones(grid.coarse.shape, dtype=bool)\n"
+        "loader = PatchLoader(partial(open_store, path), grid=grid, legend=card.legend, spec=card.spec, cells=cells,\n"
+        f"    pairs={PAIRS}, patch={s.size.patch}, batch=1)\n"
+        "next(loader.batches())"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[1]), str(s.store)]
+    seconds = []
+    for _ in range(s.size.rounds):
+        began = time.perf_counter()
+        subprocess.run(command, check=True)
+        seconds.append(time.perf_counter() - began)
+    return Row("seconds_to_first_patch", median(seconds), "s", "absolute; from the start of Python, libraries included")
+
+
 # -- train --------------------------------------------------------------------------------------------------------------
 
 
@@ -567,10 +690,12 @@ def run(size: Size, *, tell: Callable[[str], None]) -> list[Row]:
         tell(f"{time.perf_counter() - began:.0f} s: store made")
         rows = loader_rows(setting)
         tell(f"{time.perf_counter() - began:.0f} s: loader done")
-        rows += reconstruct_rows(setting) + constraint_rows(setting) + halo_rows()
+        rows += reconstruct_rows(setting) + half_row(setting) + constraint_rows(setting) + halo_rows()
         tell(f"{time.perf_counter() - began:.0f} s: reconstruct done")
-        rows.append(wait_row(setting))
+        rows += [wait_row(setting), first_patch_row(setting)]
         tell(f"{time.perf_counter() - began:.0f} s: train done")
+        rows += worker_rows(Path(folder), CROWD if size is FULL else size)
+        tell(f"{time.perf_counter() - began:.0f} s: workers done")
     return [Row(r.name, float(f"{r.value:.4g}"), r.unit, r.versus) for r in rows]
 
 
