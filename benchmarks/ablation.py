@@ -35,7 +35,6 @@ TRAINED = {
     "totals not imposed in training": ["train.totals_share=0"],
     "changed cells weigh as others": ["train.change_weight=1"],
     "patches drawn evenly": ["train.focus=0"],
-    "1800 steps": ["train.steps=1800"],
     "3 networks": ["train.members=3"],
 }
 PUBLISHED = {
