@@ -34,8 +34,6 @@ TRAINED = {
     "patches not turned": ["train.turn=false"],
     "totals not imposed in training": ["train.totals_share=0"],
     "changed cells weigh as others": ["train.change_weight=1"],
-    "patches drawn evenly": ["train.focus=0"],
-    "3 networks": ["train.members=3"],
 }
 PUBLISHED = {
     "no preference for the class before": ["constrain.keep=0"],
