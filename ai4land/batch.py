@@ -1,8 +1,8 @@
 """From the analysis-ready store to batches of patches.
 
-The loader reads whole shards through xbatcher from the lazily opened store, in a thread, and cuts patches from memory by
-xbatcher's selectors with a random origin. Its sequence depends on the seed and the step alone, so that training goes on
-exactly where it stopped.
+The loader reads whole shards through xbatcher from the lazily opened store, in threads and ahead of their visit, and cuts
+patches from memory by xbatcher's selectors with a random origin. Its sequence depends on the seed and the step alone, so that
+training goes on exactly where it stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LAYOUTS = 3
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of patches as tensors; ``target`` is ``MISSING`` where a cell is not scored."""
+    """A batch of patches as tensors; ``static`` is float16, ``target`` is ``MISSING`` where a cell is not scored."""
 
     static: torch.Tensor
     reference: torch.Tensor

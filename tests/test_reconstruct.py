@@ -21,7 +21,7 @@ from ai4land.forward import Forward
 from ai4land.grid import Window, tiles
 from ai4land.legend import MISSING, load_crosswalk
 from ai4land.predict import Source, predict
-from ai4land.reconstruct import Job, plan_blocks, quantise, reconstruct_block, run_blocks, years_between
+from ai4land.reconstruct import Job, _mapped_part, _placed, plan_blocks, quantise, reconstruct_block, run_blocks, years_between
 from ai4land.unet import UNet
 from tests.conftest import write_tiny_store
 
@@ -159,6 +159,26 @@ def test_blocks_cover_land_once_and_skip_what_is_done(tiny_store, reference):
     done = [(first.window.row, first.window.col, year) for year in first.years[:2]]
     left = plan_blocks(tiny_store.path, years=YEARS, reference=reference, done=done)
     assert set(left) == {Block(first.window, first.years[2:]), *blocks[1:]}
+
+
+@pytest.mark.parametrize("reference", [2001, None])
+def test_mapped_part_of_a_shard_is_predicted_as_in_the_whole(tiny_store, reference):
+    torch.set_num_threads(1)
+    model, spec = random_model(tiny_store)
+    forward, source = ready_to_run(model), Source(tiny_store.path)
+    smaller = 0
+    for window in {b.window for b in plan_blocks(tiny_store.path, years=YEARS, reference=reference)}:
+        mask = np.array(source.mask[window.slices], dtype=bool)
+        mask[: window.height // 2 - 1], mask[:, -3:] = False, False
+        if not mask.any():
+            continue
+        inner = _mapped_part(mask, window, model.stride)
+        smaller += inner != window
+        made = [predict(forward, source, w, spec=spec, reference=reference, years=[2003]) for w in (window, inner)]
+        (_, whole), (_, part) = next(made[0]), next(_placed(made[1], inner, window))
+        assert part.shape == whole.shape and np.allclose(part.sum(0), 1, atol=1e-5)
+        assert np.abs(part - whole)[:, mask].max() < 1e-5
+    assert smaller
 
 
 @pytest.fixture(scope="module")
