@@ -47,6 +47,10 @@ class Batch:
         """Move to a device."""
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
+    def pinned(self) -> Batch:
+        """Copy into page-locked memory, of which PyTorch keeps and reuses the buffers, so that a CUDA device can fetch it while it works."""
+        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+
 
 @dataclass(frozen=True)
 class _Tile:
@@ -234,7 +238,13 @@ class PatchLoader:
         wanted = read_coarse(self._coarse[year], cells, wrap=self.grid.wraps)
         start = read_coarse(self._coarse[year0], cells, wrap=self.grid.wraps)
         made = features(
-            tile.static[(slice(None), *cut)], reference=reference, wanted=wanted, start=start, lead=year - year0, spec=self.spec
+            tile.static[(slice(None), *cut)],
+            reference=reference,
+            wanted=wanted,
+            start=start,
+            lead=year - year0,
+            spec=self.spec,
+            place=self.grid.coarse_centres(cells),
         )
         target = np.where(tile.scored[cut], tile.maps[year][cut], MISSING).astype(np.uint8)
         patch = made.static, made.reference, made.coarse, offset, target
@@ -333,8 +343,8 @@ def holes(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.bool_]
     return out
 
 
-def prefetched(batches: Iterator[Batch], *, depth: int = 4) -> Iterator[Batch]:
-    """Make the batches in a thread, up to ``depth`` ahead; an error there is raised here."""
+def prefetched(batches: Iterator[Batch], *, depth: int = 4, pin: bool = False) -> Iterator[Batch]:
+    """Make the batches in a thread, up to ``depth`` ahead and in page-locked memory if ``pin``; an error there is raised here."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
@@ -350,7 +360,7 @@ def prefetched(batches: Iterator[Batch], *, depth: int = 4) -> Iterator[Batch]:
     def work() -> None:
         try:
             for batch in batches:
-                if not put(batch):
+                if not put(batch.pinned() if pin else batch):
                     return
             put(None)
         except BaseException as error:

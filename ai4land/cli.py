@@ -16,7 +16,7 @@ from rich.table import Table
 
 import ai4land
 from ai4land.config import RunConfig
-from ai4land.errors import AI4LandError
+from ai4land.errors import AI4LandError, ConfigError
 from ai4land.runfile import load_run
 
 app = typer.Typer(
@@ -118,17 +118,30 @@ def score_table(scores: dict[str, Any], *, title: str) -> Table:
 
 
 @app.command()
-def plan(run: RunFile, overrides: Overrides = None) -> None:
-    """Say what a run will do, and what is done, without doing it.
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    calibrate: Annotated[bool, typer.Option(help="time this machine for half a minute, to say how long the run takes")] = False,
+    device: Annotated[str | None, typer.Option(help="say how long it takes on a device from its data sheet: h100, a100")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="workers, one to a device (default: those of the run file)")] = None,
+    land: Annotated[float, typer.Option(min=0.0, max=1.0, help="share of the shards with land, while there is no store")] = 1.0,
+) -> None:
+    """Say what a run will do, what is done and what it takes, without doing it; refuse what cannot fit.
 
-    Example: ai4land plan pipelines/bavaria.yaml
+    Example: ai4land plan pipelines/bavaria.yaml --calibrate
     """
-    from ai4land import results
+    from ai4land import cost, results
+    from ai4land.calibrate import calibrate as measure
 
+    config = load_run(run, overrides or [])
+    if calibrate and device:
+        raise ConfigError("--calibrate and --device are both given, expected one; rates are either measured here or stated")
+    rates = measure(config, tell=_tell) if calibrate else cost.rates_of(config, device) if device else None
     table = Table(title=f"plan of {run}", show_header=False)
-    for name, value in results.plan(load_run(run, overrides or [])):
+    for name, value in results.plan(config, rates=rates, workers=workers, land=land):
         table.add_row(name, value)
     _out.print(table)
+    cost.refuse(config, workers=workers, land=land, device=device)
 
 
 @app.command()
@@ -183,6 +196,9 @@ def run_all(run: RunFile, overrides: Overrides = None) -> None:
 
 
 def _whole(config: RunConfig) -> None:
+    from ai4land.cost import refuse
+
+    refuse(config)
     _train(config)
     _reconstruct(config)
     _evaluate(config)

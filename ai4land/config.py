@@ -225,6 +225,13 @@ class TrainConfig(_Model):
     change_weight: float = Field(default=5.0, ge=1, description="weight of a cell that changes, against one that stays")
     totals_share: float = Field(default=1.0, ge=0, le=1, description="share of the loss with the coarse totals imposed")
     class_balance: float = Field(default=0.0, ge=0, le=1, description="class weights are frequency to the minus this power")
+    mix: int = Field(
+        default=8, ge=1, description="shards that the patches of 16 steps are drawn from; the more, the more alike the steps"
+    )
+    position: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(),
+        description="wavelengths, in units of the grid, of the place that the network sees; none: it does not see where it is",
+    )
     mask_all: float = Field(default=0.1, ge=0, le=1, description="share of patches that do not see the reference map")
     mask_some: float = Field(default=0.1, ge=0, le=1, description="share of patches that see it with holes")
     disturb: float = Field(default=0.0, ge=0, le=1, description="share of the reference map's cells that is changed at random")
@@ -261,6 +268,9 @@ class ReconstructConfig(_Model):
     years: Years
     workers: int = Field(default=1, ge=1)
     threads: int | None = Field(default=None, description="threads of a worker; default: the cores shared by the workers")
+    at_once: int = Field(
+        default=2, ge=1, description="blocks that a worker has in hand: one in the network, the others read, meet totals or write"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the network; auto: bfloat16 where the model's card allows it and the device gains by it"
     )

@@ -16,7 +16,6 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 from torch import Tensor
 
 from ai4land.errors import DataError
@@ -336,6 +335,8 @@ def _allowed(totals: Tensor, matrix: Tensor) -> Tensor:
 
 def _reachable(totals: Tensor, open_: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Replace totals that no mix of the allowed classes has by the nearest ones, by least squares, coarse cell by coarse cell."""
+    from scipy.optimize import nnls  # here, as SciPy loads slowly
+
     goal, allowed = totals.cpu().numpy().copy(), open_.cpu().numpy().copy()
     a = matrix.cpu().numpy()
     one = np.full((1, a.shape[1]), 1e3)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -191,7 +192,7 @@ def _array(
         fill_value=fill,
         dimension_names=dims,
         attributes={**attrs, "grid_mapping": "spatial_ref", "coordinates": "year"},
-        compressors=ZstdCodec(level=3),
+        compressors=ZstdCodec(level=1),
     )
 
 
@@ -302,7 +303,7 @@ def record(path: Path, block: Block, digest: str, notes: Mapping[str, Any] | Non
     w = block.window
     entry = {"row": w.row, "col": w.col, "years": list(block.years), "digest": digest, **(notes or {})}
     line = json.dumps(entry) + "\n"
-    with (folder / f"{_WRITER}-{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / f"{_WRITER}-{os.getpid()}-{threading.get_ident()}.jsonl").open("a", encoding="utf-8") as file:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())

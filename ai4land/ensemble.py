@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ai4land.batch import Batch
@@ -95,4 +94,6 @@ def fit_sharpness(model: Ensemble, batches: Iterable[Batch], *, totals: bool) ->
 
     if not loss(1.0):
         return 1.0
+    from scipy.optimize import minimize_scalar  # here, as SciPy loads slowly
+
     return float(minimize_scalar(loss, bounds=_RANGE, method="bounded", options={"xatol": 0.01}).x)

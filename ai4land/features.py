@@ -48,6 +48,9 @@ class FeatureSpec(BaseModel):
         Class codes in the order of their indices.
     difference_std
         Typical size of the change of each state over the training pairs; differences are divided by it.
+    position
+        Wavelengths, in units of the grid, of the sines and cosines of the place that the network sees; none: it does not see
+        where it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,6 +59,7 @@ class FeatureSpec(BaseModel):
     states: tuple[str, ...]
     codes: tuple[int, ...]
     difference_std: tuple[float, ...]
+    position: tuple[float, ...] = ()
 
     @property
     def static_names(self) -> list[str]:
@@ -65,7 +69,9 @@ class FeatureSpec(BaseModel):
     @property
     def coarse_names(self) -> list[str]:
         """Names of the coarse channels."""
-        return [f"{s}:{what}" for what in ("wanted", "reference", "difference") for s in self.states] + ["lead", "known"]
+        states = [f"{s}:{what}" for what in ("wanted", "reference", "difference") for s in self.states]
+        place = [f"{wave}({axis} / {length:g})" for length in self.position for axis in "yx" for wave in ("sin", "cos")]
+        return [*states, "lead", "known", *place]
 
     def static_channels(self, raw: NDArray[Any]) -> NDArray[np.float16]:
         """Normalise static maps ``(feature, rows, columns)`` to ``(channel, rows, columns)``; missing values become 0."""
@@ -81,6 +87,18 @@ class FeatureSpec(BaseModel):
                 out[channel] = (field - feature.mean).div_(feature.std).nan_to_num_(nan=0.0).clamp_(-20, 20)
                 channel += 1
         return out.numpy()
+
+    def place_channels(self, y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Make the channels that tell where coarse cells lie, from the centres of their rows and columns: ``(channel, rows, columns)``.
+
+        On a grid that closes at the dateline they do too if 360 degrees are whole wavelengths.
+        """
+        made = np.empty((4 * len(self.position), len(y), len(x)), dtype=np.float32)
+        for i, length in enumerate(self.position):
+            for j, angle in enumerate((y[:, None], x[None])):
+                made[4 * i + 2 * j] = np.sin(2 * np.pi / length * angle)
+                made[4 * i + 2 * j + 1] = np.cos(2 * np.pi / length * angle)
+        return made
 
 
 @dataclass(frozen=True)
@@ -104,6 +122,7 @@ def features(
     start: NDArray[Any],
     lead: int,
     spec: FeatureSpec,
+    place: tuple[NDArray[np.float64], NDArray[np.float64]],
 ) -> Inputs:
     """Make the model input of one window and year.
 
@@ -120,6 +139,8 @@ def features(
         Wanted year minus reference year.
     spec
         Channels and normalisation.
+    place
+        Centres of the rows and of the columns of the coarse cells, from :meth:`ai4land.grid.Grid.coarse_centres`.
     """
     if reference is None:
         reference = np.full(static.shape[1:], MISSING, dtype=np.uint8)
@@ -128,7 +149,7 @@ def features(
     now, then = np.where(known, wanted, 0.0), np.where(known, start, 0.0)
     scale = np.array(spec.difference_std)[:, None, None]
     lead_channel = np.full((1, *known.shape), lead / LEAD_SCALE)
-    stack = [now, then, ((now - then) / scale).clip(-20, 20), lead_channel, known[None]]
+    stack = [now, then, ((now - then) / scale).clip(-20, 20), lead_channel, known[None], spec.place_channels(*place)]
     return Inputs(static, reference, np.concatenate(stack).astype(np.float32))
 
 
@@ -139,6 +160,7 @@ def fit_spec(
     pairs: Iterable[tuple[int, int]],
     codes: Iterable[int],
     factor: int,
+    position: tuple[float, ...] = (),
 ) -> FeatureSpec:
     """Fit the normalisation on the training cells and training years alone.
 
@@ -154,6 +176,8 @@ def fit_spec(
         Class codes in the order of their indices.
     factor
         Fine cells along one side of a coarse cell.
+    position
+        Wavelengths of the place that the network sees.
 
     Raises
     ------
@@ -186,4 +210,5 @@ def fit_spec(
         states=tuple(str(s) for s in store["state"].values),
         codes=tuple(int(c) for c in codes),
         difference_std=tuple(float(v) for v in spread),
+        position=tuple(position),
     )

@@ -9,8 +9,8 @@ whether a trained network bears that is measured by :func:`gate` on held-out bat
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -55,8 +55,12 @@ def folded(model: Ensemble, dtype: torch.dtype = torch.float32) -> Ensemble:
     return Ensemble(members, sharpness=model.sharpness).eval()
 
 
+_TURN = threading.Lock()
+"""One thread of a process is in the network at a time; the others read, meet the totals and write meanwhile."""
+
+
 class Forward:
-    """An ensemble ready to run.
+    """An ensemble ready to run, for one thread: threads that share a device take turns.
 
     Parameters
     ----------
@@ -90,6 +94,10 @@ class Forward:
         offset
             Row and column of the first cell in fine cells from the corner of the coarse window.
         """
+        with _TURN:
+            self._begin(static, reference, offset)
+
+    def _begin(self, static: NDArray[np.floating], reference: NDArray[np.uint8], offset: tuple[int, int]) -> None:
         fixed = torch.from_numpy(static).to(self.device)
         known = torch.from_numpy(reference).to(self.device).clamp(max=self.classes).to(torch.int32)
         self._offset = torch.tensor([offset], dtype=torch.int64, device=self.device)
@@ -115,15 +123,16 @@ class Forward:
         numpy.ndarray
             Float32 ``(class, rows, columns)`` of the cells within the halo.
         """
-        wanted = torch.from_numpy(coarse).to(self.device)[None]
-        total = torch.zeros((), device=self.device)
-        for member, x, prior in zip(self.members, self._buffers, self._priors, strict=True):
-            made = interpolate(member.coarse(wanted), self._offset, self._size, self.factor)
-            last = x.shape[1] - member.seen.embedding_dim
-            x[:, last - made.shape[1] : last] = made
-            logits = member.head(member.trunk(x)[(..., *self._inner)]).float() + prior
-            total = total + torch.log_softmax(logits, dim=1)
-        probabilities: NDArray[np.float32] = torch.softmax(total[0] * self.weight, dim=0).cpu().numpy()
+        with _TURN:
+            wanted = torch.from_numpy(coarse).to(self.device)[None]
+            total = torch.zeros((), device=self.device)
+            for member, x, prior in zip(self.members, self._buffers, self._priors, strict=True):
+                made = interpolate(member.coarse(wanted), self._offset, self._size, self.factor)
+                last = x.shape[1] - member.seen.embedding_dim
+                x[:, last - made.shape[1] : last] = made
+                logits = member.head(member.trunk(x)[(..., *self._inner)]).float() + prior
+                total = total + torch.log_softmax(logits, dim=1)
+            probabilities: NDArray[np.float32] = torch.softmax(total[0] * self.weight, dim=0).cpu().numpy()
         return probabilities
 
 
@@ -178,9 +187,19 @@ def precision_of(card: Card, *, device: torch.device | None = None) -> Precision
     return "bfloat16" if bears and bfloat16_pays(device) else "float32"
 
 
-@lru_cache(maxsize=1)
+_held = threading.local()
+
+
 def ready(folder: str, checksum: str, precision: Precision) -> tuple[Forward, Card]:
-    """Make a model ready to run once a process; ``checksum`` is that of the weights, so that a new model is loaded anew."""
+    """Make a model ready to run once a thread; ``checksum`` is that of the weights, so that a new model is loaded anew."""
+    wanted = (folder, checksum, precision)
+    if getattr(_held, "of", None) != wanted:
+        _held.made, _held.of = _load(*wanted), wanted
+    made: tuple[Forward, Card] = _held.made
+    return made
+
+
+def _load(folder: str, checksum: str, precision: Precision) -> tuple[Forward, Card]:
     model, card = load_model(Path(folder))
     if card.weights != checksum:
         raise MismatchError(

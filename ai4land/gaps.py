@@ -8,7 +8,6 @@ from typing import Any, overload
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from ai4land.errors import DataError
 from ai4land.grid import FINE_DIMS, Grid
@@ -95,6 +94,8 @@ def fill_gaps(
         return field, 0.0
     if not valid.any():
         raise DataError("field to fill is all NaN, expected some valid cells; look at the file's bounds and nodata value")
+    from scipy import ndimage  # here, as SciPy loads slowly and training does not need it
+
     index = ndimage.distance_transform_edt(~valid, return_distances=False, return_indices=True)[:, gaps]
     if max_distance is not None:
         near = np.hypot(*(index - np.nonzero(gaps))) <= max_distance

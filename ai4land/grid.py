@@ -112,6 +112,14 @@ class Grid:
         a, f = self.fine.affine, self.factor
         return GeoBox((rows // f, cols // f), Affine(a.a * f, 0.0, a.c, 0.0, a.e * f, a.f), self.fine.crs)
 
+    def coarse_centres(self, cells: Window) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Centres of the rows and of the columns of coarse cells, also beyond the grid; past the dateline those of the other side."""
+        a, cols = self.coarse.affine, cells.col + np.arange(cells.width, dtype=np.float64)
+        if self.wraps:
+            cols %= self.coarse.shape[1]
+        rows = cells.row + np.arange(cells.height, dtype=np.float64)
+        return a.f + (rows + 0.5) * a.e, a.c + (cols + 0.5) * a.a
+
     @property
     def geographic(self) -> bool:
         """Whether the coordinates are degrees."""

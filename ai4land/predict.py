@@ -107,7 +107,10 @@ def predict(
     for year in years:
         wanted = source.states_of(year, cells)
         lead = 0 if reference is None else year - reference
-        made = features(static, reference=known, wanted=wanted, start=wanted if start is None else start, lead=lead, spec=spec)
+        then = wanted if start is None else start
+        made = features(
+            static, reference=known, wanted=wanted, start=then, lead=lead, spec=spec, place=grid.coarse_centres(cells)
+        )
         if not begun:
             forward.begin(made.static, made.reference, offset=offset)
             begun = True

@@ -114,7 +114,7 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
     lacking = sorted(set(block.years) - set(source.years))
     if lacking:
         raise DataError(f"store {job.store} lacks the scenario of {lacking}; align anew with these years")
-    inner = _mapped_part(mask, w, forward.stride)
+    inner = mapped_part(mask, w, forward.stride)
     steps = walk(
         _placed(predict(forward, source, inner, spec=card.spec, reference=job.reference, years=walked), inner, w),
         mapped=mask,
@@ -136,7 +136,7 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
     return {"row": w.row, "col": w.col, "years": list(block.years), "cells": int(mask.sum())}
 
 
-def _mapped_part(mask: NDArray[np.bool_], window: Window, stride: int) -> Window:
+def mapped_part(mask: NDArray[np.bool_], window: Window, stride: int) -> Window:
     """Find the part of a window that holds its mapped cells, on the stride of the network."""
     (top, bottom), (west, east) = (
         (int(i[0]) // stride * stride, (int(i[-1]) // stride + 1) * stride)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ai4land import cube, plot
 from ai4land.checkpoint import load_card, write_atomically
 from ai4land.config import RunConfig
+from ai4land.cost import STATIC_BYTES, Rates, Work, count, estimate
 from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import evaluate_years
 from ai4land.grid import Window
@@ -179,10 +180,23 @@ def _extent(source: Source, rows: slice, cols: slice, step: int) -> tuple[float,
     return west, south, east, north
 
 
-def plan(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Say what a run will do and what of it is done, as pairs of a label and a text.
+def plan(
+    run: RunConfig, *, rates: Rates | None = None, workers: int | None = None, land: float = 1.0
+) -> Iterator[tuple[str, str]]:
+    """Say what a run will do, what of it is done and what it takes, as pairs of a label and a text.
 
     Reads no more than the run file, the store's mask and the ledgers.
+
+    Parameters
+    ----------
+    run
+        The configuration.
+    rates
+        Measured or stated (:mod:`ai4land.cost`); without them no time is told.
+    workers
+        Default: those of the run file.
+    land
+        Share of the shards that have cells to map, while there is no store.
     """
     grid, legend = grid_of(run), legend_of(run)
     split = split_of(run, grid)
@@ -223,6 +237,37 @@ def plan(run: RunConfig) -> Iterator[tuple[str, str]]:
     for name, scored in (("validation", split.validation), ("test", split.test)):
         if scored is not None:
             yield f"score {name}", f"{len(scored.years)} years {_origin(scored.reference)}"
+    work, workers = count(run, land=land), workers or run.reconstruct.workers
+    yield (
+        "work",
+        f"{work.blocks} blocks, a task each; {work.store / 1e9:.2f} GB of store, {work.cubes / 1e9:.2f} GB of cubes in {work.objects:,} shards",
+    )
+    yield "reads", f"{_read_bytes(work) / 1e9:.2f} GB by reconstruction, halos included"
+    each = work.worker.both / 1e9
+    yield "memory", f"{each:.2f} GB a worker, {each * workers:.2f} GB for {workers}; {work.training.both / 1e9:.2f} GB to train"
+    if rates is not None:
+        cost = estimate(work, rates, workers=workers)
+        yield "rates", rates.about
+        yield "time to train", f"{_clock(cost.train)} on one device"
+        yield (
+            "time to reconstruct",
+            f"{_clock(cost.reconstruct)} on {workers} workers, {cost.network:.0%} of it in the network",
+        )
+        yield "device hours", f"{cost.device_hours:.3g}, reading the inputs and scoring not counted"
+
+
+def _read_bytes(work: Work) -> float:
+    return float(work.read.sum()) * STATIC_BYTES + work.blocks * 1e4
+
+
+def _clock(seconds: float) -> str:
+    """Write a time span.
+
+    >>> _clock(3723), _clock(59.6)
+    ('1:02:03', '0:01:00')
+    """
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def _done(path: Path) -> str:

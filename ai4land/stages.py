@@ -59,9 +59,12 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, di
     torch.set_num_threads(t.threads or os.cpu_count() or 1)
     store = open_store(store_path)
     legend = Legend(**store.attrs["legend"])
-    spec = fit_spec(store, cells=split.roles == TRAIN, pairs=split.pairs, codes=legend.codes.tolist(), factor=grid.factor)
+    codes = legend.codes.tolist()
+    spec = fit_spec(
+        store, cells=split.roles == TRAIN, pairs=split.pairs, codes=codes, factor=grid.factor, position=run.train.position
+    )
     load = partial(
-        PatchLoader, partial(open_store, store_path), grid=grid, legend=legend, spec=spec, patch=t.patch, batch=t.batch
+        PatchLoader, partial(open_store, store_path), grid=grid, legend=legend, spec=spec, patch=t.patch, batch=t.batch, mix=t.mix
     )
     seen: dict[str, Any] = {"mask_all": t.mask_all, "mask_some": t.mask_some, "disturb": t.disturb, "focus": t.focus}
     held = _validation_batches(load, split, t.validation_batches, seen)
@@ -245,7 +248,11 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     if total:
         with (
             LocalCluster(
-                n_workers=r.workers, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+                n_workers=r.workers,
+                threads_per_worker=r.at_once,
+                processes=True,
+                dashboard_address="127.0.0.1:0",
+                host="127.0.0.1",
             ) as cluster,
             Client(cluster) as client,
         ):

@@ -140,7 +140,7 @@ def fit(
         first = score(average)
         best_loss = first["validation_loss"]
         rows.add({"step": 0, **first})
-    source = prefetched(batches(step))
+    source = prefetched(batches(step), pin=device.type == "cuda")
     try:
         while step < schedule.steps and waited < schedule.patience:
             began = time.perf_counter()

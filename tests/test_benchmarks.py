@@ -18,7 +18,7 @@ from ai4land.unet import interpolate
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "run.py"
-RATIOS = {"bf16_speedup", "loader_vs_dask", "loader_vs_dask_sparse", "loader_vs_dask_kept", "reconstruct_vs_naive"}
+RATIOS = {"bf16_speedup", "reconstruct_vs_naive_float32", "loader_vs_dask", "loader_vs_dask_sparse", "loader_vs_dask_kept", "reconstruct_vs_naive"}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_quick_run_writes_rows_that_make_sense(rows):
     assert len(values) == len(rows)
     assert all(math.isfinite(v) and v > 0 for n, v in values.items() if n != "data_wait_share")
     assert 0 <= values["data_wait_share"] <= 1
-    assert values["halo_factor_depth3"] == pytest.approx(((1440 + 2 * 56) / 1440) ** 2, abs=1e-3)
+    assert values["halo_factor"] == pytest.approx(((1440 + 2 * 56) / 1440) ** 2, abs=1e-3)
     assert {row["unit"] for row in rows if row["name"] in RATIOS} == {"times"}
 
 

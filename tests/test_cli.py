@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_help_of_every_verb_shows_an_example(verb):
     example = words.split("Example: ai4land ", 1)[1].split()
     if verb != "demo":
         assert (ROOT / example[1]).is_file()
-    overrides = [part for part in example[1:] if "=" in part and not part.startswith(("[", "-"))]
+    overrides = [part for part in example[1:] if re.fullmatch(r"[a-z_.]+=\S+", part)]
     assert load_run("bavaria.yaml", overrides).name
 
 

@@ -9,6 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from ai4land.errors import DataError
 from ai4land.features import LEAD_SCALE, Feature, FeatureSpec, features, fit_spec
+from ai4land.grid import Window, make_grid
 from ai4land.legend import MISSING
 
 SPEC = FeatureSpec(
@@ -20,6 +21,8 @@ SPEC = FeatureSpec(
 FACTOR, YEARS, STATES = 3, [2000, 2001, 2002, 2003], ["a", "b"]
 PAIRS = ((2000, 2001), (2001, 2000), (2000, 2002))
 CELLS = np.arange(20).reshape(4, 5) % 3 != 0
+
+PLACE = np.linspace(50, 40, 3), np.linspace(0, 15, 4)
 
 
 def store(seed: int = 0) -> xr.Dataset:
@@ -86,7 +89,15 @@ def test_constant_layers_and_states_do_not_divide_by_zero():
     assert all(v > 0 for v in spec.difference_std)
     assert (spec.static_channels(ds["static"].values)[-1] == 0).all()
     shares = np.full((2, 4, 5), 0.5)
-    made = features(spec.static_channels(ds["static"].values), reference=None, wanted=shares, start=shares, lead=0, spec=spec)
+    made = features(
+        spec.static_channels(ds["static"].values),
+        reference=None,
+        wanted=shares,
+        start=shares,
+        lead=0,
+        spec=spec,
+        place=(np.arange(4.0), np.arange(5.0)),
+    )
     assert np.isfinite(made.coarse).all()
 
 
@@ -140,7 +151,7 @@ def inputs(seed: int = 0):
 
 def test_coarse_channels_are_what_their_names_say():
     static, reference, wanted, start = inputs()
-    made = features(static, reference=reference, wanted=wanted, start=start, lead=-5, spec=SPEC)
+    made = features(static, reference=reference, wanted=wanted, start=start, lead=-5, spec=SPEC, place=PLACE)
     assert made.static is static
     assert np.array_equal(made.reference, reference)
     assert made.coarse.dtype == np.float32
@@ -157,13 +168,35 @@ def test_coarse_channels_are_what_their_names_say():
     assert (channel["known"] == 1).all()
 
 
+def test_place_channels_are_waves_of_the_coarse_centres():
+    spec = SPEC.model_copy(update={"position": (360.0, 90.0)})
+    static, reference, wanted, start = inputs()
+    made = features(static, reference=reference, wanted=wanted, start=start, lead=1, spec=spec, place=PLACE)
+    channel = dict(zip(spec.coarse_names, made.coarse, strict=True))
+    y, x = np.broadcast_to(PLACE[0][:, None], (3, 4)), np.broadcast_to(PLACE[1], (3, 4))
+    assert np.allclose(channel["sin(y / 360)"], np.sin(np.radians(y)))
+    assert np.allclose(channel["cos(x / 90)"], np.cos(np.radians(4 * x)), atol=1e-6)
+    assert len(channel) == len(SPEC.coarse_names) + 8
+
+
+def test_place_is_the_same_on_both_sides_of_the_dateline():
+    grid = make_grid((-180, -90, 180, 90), coarse_cell=10.0, factor=4, shard=24)
+    spec = SPEC.model_copy(update={"position": (360.0, 120.0, 40.0)})
+    west = spec.place_channels(*grid.coarse_centres(Window(0, -2, 3, 5)))
+    east = spec.place_channels(*grid.coarse_centres(Window(0, 34, 3, 5)))
+    assert np.array_equal(west, east)
+    assert grid.coarse_centres(Window(-1, 0, 2, 1))[0].tolist() == [95.0, 85.0]
+
+
 @given(seed=st.integers(0, 100), lead=st.integers(-50, 50))
 @settings(deadline=None)
 def test_without_a_map_start_and_lead_do_not_matter(seed, lead):
     static, reference, wanted, start = inputs(seed)
     start[:, 0, 0] = np.nan
-    made = features(static, reference=None, wanted=wanted, start=start, lead=lead, spec=SPEC)
-    plain = features(static, reference=np.full_like(reference, MISSING), wanted=wanted, start=wanted, lead=0, spec=SPEC)
+    made = features(static, reference=None, wanted=wanted, start=start, lead=lead, spec=SPEC, place=PLACE)
+    plain = features(
+        static, reference=np.full_like(reference, MISSING), wanted=wanted, start=wanted, lead=0, spec=SPEC, place=PLACE
+    )
     for name in ("static", "reference", "coarse"):
         assert np.array_equal(getattr(made, name), getattr(plain, name))
     assert (made.reference == MISSING).all()
@@ -173,7 +206,7 @@ def test_without_a_map_start_and_lead_do_not_matter(seed, lead):
 def test_coarse_cells_without_data_are_marked_unknown(hole):
     static, reference, wanted, start = inputs()
     wanted[hole[0]], start[hole[1]] = np.nan, np.nan
-    made = features(static, reference=reference, wanted=wanted, start=start, lead=1, spec=SPEC)
+    made = features(static, reference=reference, wanted=wanted, start=start, lead=1, spec=SPEC, place=PLACE)
     unknown = hole.any(axis=(0, 1))
     assert np.isfinite(made.coarse).all()
     assert np.array_equal(made.coarse[-1] == 0, unknown)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,14 @@ def test_bfloat16_is_used_where_card_and_device_allow_it(saved, monkeypatch):
         chosen = [precision_of(card.model_copy(update={"bfloat16": b}), device=CPU) for b in ({}, good, bad)]
         assert chosen == ["float32", "bfloat16" if pays else "float32", "float32"]
     assert isinstance(bfloat16_pays(CPU), bool)
+
+
+def test_each_thread_has_a_network_of_its_own(saved):
+    checksum = load_card(saved).weights
+    with ThreadPoolExecutor(1) as other:
+        there = other.submit(ready, str(saved), checksum, "float32").result()[0]
+        assert other.submit(ready, str(saved), checksum, "float32").result()[0] is there
+    assert there is not ready(str(saved), checksum, "float32")[0]
 
 
 def test_model_is_made_ready_once_and_knows_its_checksum(saved):

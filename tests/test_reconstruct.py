@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from ai4land.forward import Forward
 from ai4land.grid import Window, tiles
 from ai4land.legend import MISSING, load_crosswalk
 from ai4land.predict import Source, predict
-from ai4land.reconstruct import Job, _mapped_part, _placed, plan_blocks, quantise, reconstruct_block, run_blocks, years_between
+from ai4land.reconstruct import Job, _placed, mapped_part, plan_blocks, quantise, reconstruct_block, run_blocks, years_between
 from ai4land.unet import UNet
 from tests.conftest import write_tiny_store
 
@@ -172,7 +173,7 @@ def test_mapped_part_of_a_shard_is_predicted_as_in_the_whole(tiny_store, referen
         mask[: window.height // 2 - 1], mask[:, -3:] = False, False
         if not mask.any():
             continue
-        inner = _mapped_part(mask, window, model.stride)
+        inner = mapped_part(mask, window, model.stride)
         smaller += inner != window
         made = [predict(forward, source, w, spec=spec, reference=reference, years=[2003]) for w in (window, inner)]
         (_, whole), (_, part) = next(made[0]), next(_placed(made[1], inner, window))
@@ -303,6 +304,18 @@ def test_a_year_depends_on_neither_tiles_nor_the_years_that_are_kept(tiny_store,
     got = cube.open_cube(whole)
     for name in ("land_cover", "most_likely"):
         assert np.array_equal(got[name].values, expected[name].values)
+
+
+def test_blocks_in_hand_at_once_give_the_same_cube(tiny_store, mapped_cube, tmp_path):
+    torch.set_num_threads(1)
+    path, job, *_ = mapped_cube
+    together = tmp_path / "together.zarr"
+    made(tiny_store, together, YEARS)
+    blocks = plan_blocks(tiny_store.path, years=YEARS, reference=2001)
+    with ThreadPoolExecutor(4) as hands:
+        list(hands.map(lambda block: reconstruct_block(block, replace(job, cube=str(together))), blocks))
+    assert cube.recorded(together) == cube.recorded(path)
+    assert len(list(cube.ledger_path(together).glob("*.jsonl"))) == 4
 
 
 def test_locked_and_protected_cells_never_change(tiny_store, mapped_cube, tmp_path):

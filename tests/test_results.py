@@ -103,14 +103,15 @@ def test_plan_before_anything_is_done(tmp_path):
 
 
 def test_plan_counts_what_is_done(run):
-    (run.folder / "model.json").unlink()
+    card = (run.folder / "model.json").rename(run.folder / "card.json")
     assert not dict(results.plan(run))["train"].endswith("done")
     blocks = len(plan_blocks(run.folder / "store.zarr", years=YEARS, reference=2001))
     assert f"0 of {blocks} blocks done" in dict(results.plan(run))["cube.zarr"]
     make_cube(run, "cube", observed=True, keep=3)
-    (run.folder / "model.json").write_text("{}")
+    card.rename(run.folder / "model.json")
     plan = dict(results.plan(run))
     assert f"3 of {blocks} blocks done" in plan["cube.zarr"] and plan["align"] == "done" and plan["train"].endswith("; done")
+    assert plan["work"].startswith(f"{blocks + len(plan_blocks(run.folder / 'store.zarr', years=[2001], reference=2000))} blocks")
 
 
 def test_plan_knows_a_legend_beside_the_data(tmp_path):

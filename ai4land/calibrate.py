@@ -1,0 +1,212 @@
+"""Rates of this machine: the functions of a run itself, timed for half a minute.
+
+Where the analysis-ready store and the model are there they work on them, else on a practice store in the run's shapes, all land, and
+with untrained networks that are about as sure as trained ones. What they write goes into a folder that is thrown away.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ai4land import cube
+from ai4land.align import open_store
+from ai4land.batch import PatchLoader
+from ai4land.checkpoint import load_card
+from ai4land.config import RunConfig
+from ai4land.cost import Rates
+from ai4land.cube import Block
+from ai4land.features import FeatureSpec, fit_spec
+from ai4land.forward import Precision, bfloat16_pays, ready
+from ai4land.grid import Grid, Window
+from ai4land.inputs import grid_of, legend_of, split_of
+from ai4land.legend import Legend, load_crosswalk
+from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
+from ai4land.predict import Source, predict
+from ai4land.reconstruct import Job, mapped_part, plan_blocks, reconstruct_block
+from ai4land.splits import TRAIN
+from ai4land.stages import job_of, method_of
+from ai4land.train import Schedule, fit
+
+_SIDE = 720
+"""Fine cells along the side of a practice store at most."""
+_YEARS = tuple(range(2000, 2006))
+_STEPS, _WALKED = 6, 4
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What is practised on: a store, cells and pairs to train on, and a block of some years."""
+
+    store: Path
+    grid: Grid
+    legend: Legend
+    spec: FeatureSpec
+    cells: NDArray[np.bool_]
+    pairs: tuple[tuple[int, int], ...]
+    window: Window
+    reference: int | None
+    years: tuple[int, ...]
+
+
+def calibrate(run: RunConfig, *, tell: Callable[[str], None] = lambda _: None) -> Rates:
+    """Time training steps and a block of reconstruction with the settings of a run.
+
+    Reconstruction is timed in the precision that it will have if the model bears bfloat16. A busy machine gives the rates of a
+    busy machine.
+    """
+    r = run.reconstruct
+    threads = r.threads or max(1, (os.cpu_count() or 1) // r.workers)
+    half = bfloat16_pays(torch.device("cpu")) if r.precision == "auto" else r.precision == "bfloat16"
+    precision: Precision = "bfloat16" if half else "float32"
+    with tempfile.TemporaryDirectory(prefix="ai4land-calibrate-") as name:
+        folder = Path(name)
+        there = (run.folder / "store.zarr" / "zarr.json").is_file()
+        ground = _own(run) if there else _practice(run, folder)
+        make = partial(practice_network, ground.spec, ground.grid, **run.model.model_dump())
+        trained = there and (run.folder / "model.json").is_file()
+        step, scored = _training(run, ground, make, folder)
+        tell(f"calibrating: {step:.3g} s a step, {scored:.3g} s a scored batch")
+        if trained:
+            model, checksum = run.folder, load_card(run.folder).weights
+        else:
+            members = [make(seed=i) for i in range(run.train.members)]
+            model, checksum = (
+                folder,
+                save_practice_model(folder, members, grid=ground.grid, legend=ground.legend, spec=ground.spec),
+            )
+        job = replace(_job(run, ground, folder, there), model=str(model), checksum=checksum, threads=threads, precision=precision)
+        forward, host, read = _block(ground, job)
+        tell(f"calibrating: a million cells and years take {1e6 * forward:.3g} s in the networks and {1e6 * host:.3g} s besides")
+        return Rates(
+            step=step,
+            scored=scored,
+            forward=forward / run.train.members,
+            host=host,
+            read=read / len(run.static),
+            hands=1,
+            about=f"measured here: {'the store of the run' if there else 'a practice store'}, {'its' if trained else 'a practice'} model, "
+            f"{precision}, threads: {threads}",
+        )
+
+
+def _own(run: RunConfig) -> _Ground:
+    """Take the store of the run and the block of median land of its cube."""
+    store, grid, legend, r = run.folder / "store.zarr", grid_of(run), legend_of(run), run.reconstruct
+    split, source = split_of(run, grid), Source(store)
+    cells = split.roles == TRAIN
+    codes, waves = legend.codes.tolist(), run.train.position
+    spec = fit_spec(open_store(store), cells=cells, pairs=split.pairs, codes=codes, factor=grid.factor, position=waves)
+    blocks = plan_blocks(store, years=r.years, reference=r.reference)
+    longest = [b for b in blocks if len(b.years) == len(blocks[0].years)]
+    land = [int(np.asarray(source.mask[b.window.slices]).sum()) for b in longest]
+    block = longest[int(np.argsort(land)[len(land) // 2])]
+    away = sorted((y for y in block.years if y != r.reference), key=lambda y: abs(y - (r.reference or 0)))
+    years = away[: 1 + _WALKED] or block.years
+    return _Ground(store, grid, legend, spec, cells, split.pairs, block.window, r.reference, tuple(years))
+
+
+def _practice(run: RunConfig, folder: Path) -> _Ground:
+    """Make a practice store of one shard."""
+    unit = math.lcm(run.grid.factor, 2**run.model.depth)
+    side = min(run.grid.shard, max(unit, _SIDE // unit * unit))
+    grid = practice_grid(factor=run.grid.factor, shard=side, shards=(1, 1))
+    legend, store = legend_of(run), folder / "store.zarr"
+    zones = sum(layer.categorical for layer in run.static)
+    write_practice_store(store, grid=grid, legend=legend, years=_YEARS, numbers=len(run.static) - zones, zones=zones)
+    cells = np.ones(grid.coarse.shape, dtype=bool)
+    pairs = tuple((_YEARS[0], year) for year in _YEARS[1:])
+    codes, waves = legend.codes.tolist(), run.train.position
+    spec = fit_spec(open_store(store), cells=cells, pairs=pairs, codes=codes, factor=grid.factor, position=waves)
+    reference = None if run.reconstruct.reference is None else _YEARS[0]
+    return _Ground(store, grid, legend, spec, cells, pairs, Window(0, 0, side, side), reference, _YEARS[1:])
+
+
+def _job(run: RunConfig, ground: _Ground, folder: Path, there: bool) -> Job:
+    """Put together the job of the block, and make its cube."""
+    path = folder / "cube.zarr"
+    about = {"title": "calibration", "source": "calibration", "totals": "not imposed"}
+    cube.create(path, grid=ground.grid, legend=ground.legend, years=ground.years, identity={}, **about)
+    if there:
+        return job_of(run, Source(ground.store), cube_path=path, reference=ground.reference)
+    c, plain = run.constrain, load_crosswalk("identity", ground.legend)
+    settings: dict[str, Any] = {"keep": c.keep, "settle": c.settle, "weights": run.scenario.weights}
+    return Job(
+        str(ground.store), str(path), "", "", ground.reference, 1, plain, method=method_of(run, ground.reference), **settings
+    )
+
+
+def _training(run: RunConfig, ground: _Ground, make: Callable[[], Any], folder: Path) -> tuple[float, float]:
+    """Seconds of a training step and of a scored batch."""
+    t = run.train
+    patch = min(t.patch, ground.grid.shard)
+    load = partial(PatchLoader, partial(open_store, ground.store), grid=ground.grid, legend=ground.legend, spec=ground.spec)
+    seen = {name: getattr(t, name) for name in ("batch", "mix", "mask_all", "mask_some", "disturb", "focus", "turn")}
+    loader = load(cells=ground.cells, pairs=ground.pairs, patch=patch, **seen)
+    held = list(loader.batches(0, 2))
+    schedule = {k: v for k, v in t.model_dump().items() if k in Schedule.__dataclass_fields__}
+    schedule |= {"validate_every": 10**6, "checkpoint_every": 10**6}
+    fixed: Any = {"batches": loader.batches, "weights": torch.ones(ground.legend.n), "fingerprint": "calibration"}
+    rows: list[dict[str, float]] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(t.threads or before)
+    try:
+        began = time.perf_counter()
+        fit(make(), validation=held, schedule=Schedule(**{**schedule, "steps": 0}), folder=_new(folder / "scored"), **fixed)
+        scored = (time.perf_counter() - began) / len(held)
+        steps = Schedule(**{**schedule, "steps": _STEPS})
+        fit(make(), validation=[], schedule=steps, folder=_new(folder / "fit"), progress=lambda _, row: rows.append(row), **fixed)
+    finally:
+        torch.set_num_threads(before)
+    return median(row["seconds"] - row["waited"] for row in rows[1:]), scored
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _block(ground: _Ground, job: Job) -> tuple[float, float, float]:
+    """Seconds of the networks for a cell that they see and a year, besides for a mapped cell and year, and to read a cell."""
+    source, window = Source(ground.store), ground.window
+    before = torch.get_num_threads()
+
+    def seconds(count: int) -> float:
+        began = time.perf_counter()
+        reconstruct_block(Block(window, ground.years[:count]), job)
+        return time.perf_counter() - began
+
+    try:
+        seconds(1)
+        few, many = (min(seconds(n) for _ in range(2)) for n in (1, len(ground.years)))
+        forward, card = ready(job.model, job.checksum, job.precision)
+        mask = np.asarray(source.mask[window.slices], dtype=bool)
+        part = mapped_part(mask, window, forward.stride)
+        predicted = predict(forward, source, part, spec=card.spec, reference=job.reference, years=ground.years)
+        network = median(_seconds(predicted))
+    finally:
+        torch.set_num_threads(before)
+    year = (many - few) / max(1, len(ground.years) - 1) if len(ground.years) > 1 else few
+    seen = (part.height + 2 * forward.halo) * (part.width + 2 * forward.halo)
+    return network / seen, max(0.0, year - network) / int(mask.sum()), max(0.0, few - year) / seen
+
+
+def _seconds(steps: Iterator[Any]) -> list[float]:
+    """Seconds of each step of an iterator but the first, which opens files."""
+    times, began = [], time.perf_counter()
+    for _ in steps:
+        times.append(time.perf_counter() - began)
+        began = time.perf_counter()
+    return times[1:] or times

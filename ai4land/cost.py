@@ -1,0 +1,399 @@
+"""What a run takes, before it runs: work that is counted, times rates that are measured or stated.
+
+The work follows from the run file and, where the analysis-ready store is there, from its mask. The rates are those of
+:func:`ai4land.calibrate.calibrate` on this machine, or those of a stated device (:data:`DEVICES`), which are estimates from
+its data sheet. Counted are training and reconstruction, which is what nodes are asked for; reading the inputs and scoring are not.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from distributed.system import MEMORY_LIMIT
+from numpy.typing import NDArray
+from torch.utils.flop_counter import FlopCounterMode
+
+from ai4land.checkpoint import load_card
+from ai4land.config import RunConfig
+from ai4land.cube import VARIABLES
+from ai4land.errors import ConfigError
+from ai4land.grid import Window
+from ai4land.inputs import cubes_of, grid_of, legend_of, needed_years
+from ai4land.practice import CODES
+from ai4land.predict import Source
+from ai4land.reconstruct import mapped_part, plan_blocks, years_between
+from ai4land.unet import UNet
+
+CELL_BYTES = {True: 10.1, False: 18.0}
+"""Bytes of a mapped cell and year in a finished cube, all variables, with a reference map (Bavaria 9.9, United Kingdom 10.3) and without."""
+STATIC_BYTES, MAP_BYTES = 1.3, 0.15
+"""Bytes of a cell of a static map and of a cell and year of land cover in the store (Bavaria, United Kingdom, globe at 0.05 degrees: 1.1 to 1.6)."""
+PROCESS_BYTES = 0.5e9
+"""What Python and the libraries of a worker hold."""
+START = 8.0
+"""Seconds to start Dask and the libraries of its workers."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at most: of the process, and of the network, which lie on the device if there is one."""
+
+    host: float
+    device: float
+
+    @property
+    def both(self) -> float:
+        """Of a process without a device."""
+        return self.host + self.device
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do.
+
+    Attributes
+    ----------
+    passes
+        Fine cells that the networks see, halo included, for each block: over the years, times the members.
+    walked
+        Mapped fine cells times years walked, for each block.
+    read
+        Fine cells times static maps that are read, for each block.
+    mapped
+        Mapped fine cells times years kept, of all cubes.
+    steps, scored
+        Training steps of all members, and batches that validation scores.
+    objects
+        Shards that the cubes hold: files or objects of a store.
+    store, cubes
+        Bytes on disk.
+    worker, training
+        Memory of a worker and of the training.
+    """
+
+    passes: NDArray[np.float64]
+    walked: NDArray[np.float64]
+    read: NDArray[np.float64]
+    mapped: float
+    steps: int
+    scored: int
+    objects: int
+    store: float
+    cubes: float
+    worker: Memory
+    training: Memory
+
+    @property
+    def blocks(self) -> int:
+        """Blocks, each a task of Dask."""
+        return len(self.passes)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds for a unit of :class:`Work`.
+
+    Attributes
+    ----------
+    step, scored
+        Of one training step and of one scored batch.
+    forward
+        Of a fine cell through the network.
+    host
+        Of a mapped cell and year outside the network: totals, encoding, writing.
+    read
+        Of a fine cell of a static map.
+    hands
+        Threads of a worker that do this outside the network, beside one another and the network; 1: all in turn.
+    about
+        Where the rates are from.
+    """
+
+    step: float
+    scored: float
+    forward: float
+    host: float
+    read: float
+    hands: int
+    about: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """A stated device.
+
+    Attributes
+    ----------
+    predicts, trains
+        Operations a second that convolutions reach in bfloat16.
+    memory
+        Its own and its share of the node's.
+    cores
+        Its share of the node's.
+    """
+
+    predicts: float
+    trains: float
+    memory: Memory
+    cores: int
+
+
+DEVICES = {
+    "h100": Device(200e12, 150e12, Memory(128e9, 64e9), 20),
+    "a100": Device(120e12, 90e12, Memory(120e9, 40e9), 16),
+}
+"""Estimates: a fifth to two fifths of the matrix peak. Nothing here was measured on them; ``benchmarks/gpu.py`` measures."""
+_LAUNCH = 0.02
+"""Least seconds of a training step on a stated device: it starts some hundred kernels."""
+HOST, READ = 0.9e-6, 0.15e-6
+"""Seconds of one CPU core for a cell and year outside the network, and for a static cell read, with a stated device (docs/performance.md)."""
+
+
+def static_channels(run: RunConfig) -> int:
+    """Count the static channels: those of the model if it is there; else a categorical map counts as ``CODES``."""
+    if (run.folder / "model.json").is_file():
+        return len(load_card(run.folder).spec.static_names)
+    return sum(CODES if layer.categorical else 1 for layer in run.static)
+
+
+def network_of(run: RunConfig) -> UNet:
+    """Make the network of a run without weights (on the meta device)."""
+    states = 3 if run.scenario.kind != "luh2" else 12
+    with torch.device("meta"):
+        return UNet(
+            static_channels=static_channels(run),
+            coarse_channels=3 * states + 2 + 4 * len(run.train.position),
+            classes=legend_of(run).n,
+            factor=run.grid.factor,
+            **run.model.model_dump(),
+        )
+
+
+@cache
+def _operations(inputs: int, classes: int, base: int, depth: int) -> float:
+    """Operations of the convolutions for a fine cell."""
+    side = 2**depth * 8
+    with torch.device("meta"):
+        net = UNet(static_channels=inputs - 24, coarse_channels=1, classes=classes, factor=1, base=base, depth=depth)
+        x = torch.empty(1, net.inputs, side, side)
+    with FlopCounterMode(display=False) as counter:
+        net.head(net.trunk(x))
+    return float(counter.get_total_flops()) / side**2
+
+
+def operations(run: RunConfig) -> float:
+    """Operations of one network for a fine cell."""
+    net = network_of(run)
+    return _operations(net.inputs - run.model.coarse_features + 16, net.classes, run.model.base, run.model.depth)
+
+
+def count(run: RunConfig, *, land: float = 1.0) -> Work:
+    """Count the work of a run that is not done in part.
+
+    Parameters
+    ----------
+    run
+        The configuration.
+    land
+        Share of the shards that have cells to map; used where there is no store yet whose mask tells.
+    """
+    grid, net = grid_of(run), network_of(run)
+    store = run.folder / "store.zarr"
+    source = Source(store) if (store / "zarr.json").is_file() else None
+    passes: list[float] = []
+    walked: list[float] = []
+    read: list[float] = []
+    mapped, size, objects = 0.0, 0.0, 0
+    for _, reference, years in cubes_of(run).values():
+        every: list[tuple[float, float, tuple[int, ...]]] = []
+        if source is None:
+            shards = max(1, round(land * len(grid.shards())))
+            every = [(float(grid.shard**2), 1.0, tuple(side)) for side in _sides(years, reference) if side] * shards
+        else:
+            blocks = plan_blocks(store, years=years, reference=reference)
+            every = [(*_extent(source, b.window, net.stride), b.years) for b in blocks]
+        for cells, share, kept in every:
+            count = len(kept)
+            if reference is not None and run.constrain.method != "none":
+                last = max(kept, key=lambda y: abs(y - reference))
+                held = range(min(last, reference), max(last, reference) + 1) if source is None else source.years
+                count = len(years_between(held, reference, last))
+            seen = (math.sqrt(cells) + 2 * net.halo) ** 2
+            passes.append(run.train.members * count * seen)
+            walked.append(count * share * grid.shard**2)
+            read.append(len(run.static) * seen)
+            mapped += len(kept) * share * grid.shard**2
+            size += CELL_BYTES[reference is not None] * len(kept) * share * grid.shard**2
+            objects += len(VARIABLES) * len(kept)
+    t = run.train
+    observed = len(needed_years(run)[0])
+    return Work(
+        passes=np.array(passes),
+        walked=np.array(walked),
+        read=np.array(read),
+        mapped=mapped,
+        steps=t.members * t.steps,
+        scored=t.members * (1 + -(-t.steps // t.validate_every)) * t.validation_batches,
+        objects=objects,
+        store=grid.shape[0] * grid.shape[1] * (STATIC_BYTES * len(run.static) + MAP_BYTES * observed),
+        cubes=size,
+        worker=worker_memory(run, net),
+        training=training_memory(run, net, observed),
+    )
+
+
+def _sides(years: list[int], reference: int | None) -> list[list[int]]:
+    return [years] if reference is None else [[y for y in years if y >= reference], [y for y in years if y < reference]]
+
+
+def _extent(source: Source, window: Window, stride: int) -> tuple[float, float]:
+    """Fine cells of the part of a shard that is predicted, and the share of its cells that is mapped."""
+    mask = np.asarray(source.mask[window.slices], dtype=bool)
+    part = mapped_part(mask, window, stride)
+    return float(part.height * part.width), float(mask.mean())
+
+
+def worker_memory(run: RunConfig, net: UNet) -> Memory:
+    """Most bytes that a worker holds; docs/performance.md has the formula and what was measured."""
+    r, shard, k, channels = run.reconstruct, run.grid.shard, net.classes, static_channels(run)
+    window = (shard + 2 * net.halo) ** 2
+    hands = r.at_once * (window * (4 * len(run.static) + 2 * channels) + shard**2 * (26 * k + 20))
+    inputs = r.at_once * window * 4 * run.train.members * net.inputs
+    return Memory(PROCESS_BYTES + hands, inputs + 4 * window * (4.5 * run.model.base + run.model.coarse_features + 2 * k))
+
+
+def training_memory(run: RunConfig, net: UNet, years: int) -> Memory:
+    """Most bytes that the training holds: shards and batches that wait, and activations with their gradients."""
+    t, shard, channels = run.train, run.grid.shard, static_channels(run)
+    tiles = min(max(16, t.mix) + t.mix, len(grid_of(run).shards())) * shard**2 * (2 * channels + years + 2)
+    reading, cells = 2 * shard**2 * 16 * len(run.static), t.batch * t.patch**2
+    host = PROCESS_BYTES + tiles + reading + 6 * cells * (2 * channels + 2)
+    return Memory(host, 4 * cells * (2 * net.inputs + 26 * run.model.base + 4 * net.classes))
+
+
+def rates_of(run: RunConfig, device: str) -> Rates:
+    """Rates of a stated device, for one of them with its share of the cores.
+
+    Raises
+    ------
+    ConfigError
+        If the device is not known.
+    """
+    if device not in DEVICES:
+        raise ConfigError(f"device is {device!r}, expected one of {sorted(DEVICES)}; or measure this machine with --calibrate")
+    d, t, each = DEVICES[device], run.train, operations(run)
+    forward = each * t.batch * t.patch**2 / d.predicts
+    return Rates(
+        step=max(_LAUNCH, 3 * each * t.batch * t.patch**2 / d.trains),
+        scored=forward,
+        forward=each / d.predicts,
+        host=HOST,
+        read=READ,
+        hands=d.cores,
+        about=f"estimates for {device}: {d.predicts / 1e12:.0f} TFLOP/s, {d.cores} cores each",
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of the stages, and the share of the workers' time in which the network runs."""
+
+    train: float
+    reconstruct: float
+    network: float
+    workers: int
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of all devices."""
+        return (self.train + self.reconstruct * self.workers) / 3600
+
+
+def estimate(work: Work, rates: Rates, *, workers: int) -> Cost:
+    """Estimate how long the stages take.
+
+    A block takes the time of its network or of its host work, whichever is longer when both go on at once, or of both in turn.
+    A run ends no sooner than its longest block.
+    """
+    network = work.passes * rates.forward
+    host = work.walked * rates.host + work.read * rates.read
+    each = network + host if rates.hands == 1 else np.maximum(network, host / rates.hands)
+    longest = float((network + host).max(initial=0.0))
+    total = max(float(each.sum()) / workers, longest)
+    return Cost(
+        train=work.steps * rates.step + work.scored * rates.scored,
+        reconstruct=START + total,
+        network=float(network.sum()) / max(total * workers, 1e-9),
+        workers=workers,
+    )
+
+
+def _too_much(what: str, needs: float, has: float, who: str, remedy: str) -> list[str]:
+    if needs <= has:
+        return []
+    return [f"{what} needs {needs / 1e9:.1f} GB of memory, {who} has {has / 1e9:.1f} GB; {remedy}"]
+
+
+def refusals(work: Work, *, workers: int, memory: float | Memory, who: str = "the machine") -> list[str]:
+    """List what does not fit into the memory, each with what would help.
+
+    Parameters
+    ----------
+    work
+        Of the run.
+    workers
+        That share the memory.
+    memory
+        Bytes of the machine, or of a device and its share of a node.
+    who
+        Has it.
+    """
+    found: list[str] = []
+    for what, needs, count, remedy in (
+        ("reconstruct", work.worker, workers, "lower reconstruct.workers, reconstruct.at_once or grid.shard"),
+        ("train", work.training, 1, "lower train.batch, train.patch, train.mix, model.base or grid.shard"),
+    ):
+        name = f"{what} with {count} workers" if count > 1 else what
+        if isinstance(memory, Memory):
+            found += _too_much(f"{name} on the host", needs.host * count, memory.host, who, remedy)
+            found += _too_much(f"{name} on the device", needs.device * count, memory.device, who, remedy)
+        else:
+            found += _too_much(name, needs.both * count, memory, who, remedy)
+    return found
+
+
+def _lacking(run: RunConfig, work: Work) -> list[str]:
+    """Say whether the disk is too small; what the run has written already counts as room."""
+    folder = run.folder.absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    held = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.exists() else 0
+    need = work.store + work.cubes
+    if need <= free + held:
+        return []
+    return [
+        f"store and cubes need {need / 1e9:.1f} GB of disk, {there} has {(free + held) / 1e9:.1f} GB; "
+        "map fewer years, or set runs to another disk"
+    ]
+
+
+def refuse(run: RunConfig, *, workers: int | None = None, land: float = 1.0, device: str | None = None) -> None:
+    """Refuse a run that cannot fit on this machine, or on a stated device, before it begins.
+
+    Raises
+    ------
+    ConfigError
+        With every reason.
+    """
+    work = count(run, land=land)
+    if device is None:
+        found = refusals(work, workers=workers or run.reconstruct.workers, memory=MEMORY_LIMIT) + _lacking(run, work)
+    else:
+        found = refusals(work, workers=1, memory=DEVICES[device].memory, who=device)
+    if found:
+        raise ConfigError("run cannot fit: " + "; ".join(found))

@@ -1,0 +1,113 @@
+"""A store and a model to practise on: smooth random maps and an untrained network in the shapes of a run.
+
+Calibration and the benchmarks time the functions of the package on them, where the real ones are not there yet.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from ai4land.align import Layer, write_store
+from ai4land.checkpoint import Card, save_model
+from ai4land.features import FeatureSpec
+from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, block_sum, make_grid
+from ai4land.legend import MISSING, Legend
+from ai4land.unet import UNet
+
+CODES = 5
+"""Codes of a categorical map."""
+_CHANGE = 0.04
+"""Drift of the fields that the classes follow, a year: about 1 % of the cells change."""
+
+
+def practice_grid(*, factor: int, shard: int, shards: tuple[int, int]) -> Grid:
+    """Make a grid of some rows and columns of shards with its north edge at 48 degrees, of coarse cells of a quarter degree or less."""
+    cell = 2.0 ** min(-2, math.floor(math.log2(40 * factor / (shard * max(shards)))))
+    side = cell * shard / factor
+    box = 0.0, 48 - shards[0] * side, shards[1] * side, 48.0
+    return make_grid(box, coarse_cell=cell, factor=factor, shard=shard, origin=(0.0, 48.0))
+
+
+def write_practice_store(
+    path: Path, *, grid: Grid, legend: Legend, years: tuple[int, ...], numbers: int, zones: int, land: float = 1.0
+) -> None:
+    """Write a store of smooth random maps; the states of its scenario are the shares of the classes.
+
+    Parameters
+    ----------
+    path
+        Of the store.
+    grid, legend, years
+        What the maps are of.
+    numbers, zones
+        Static maps that are numbers, and that are classes.
+    land
+        Share of the cells that are mapped, about.
+    """
+    rng = np.random.default_rng(0)
+
+    def noise(scale: float) -> NDArray[np.float32]:
+        field = ndimage.gaussian_filter(rng.standard_normal(grid.shape), scale)
+        return ((field - field.mean()) / field.std()).astype(np.float32)
+
+    # Some classes lie in a coarse cell, in patches of some cells, as in maps.
+    fields = np.stack([noise(grid.factor) + 0.3 * noise(2) for _ in range(legend.n)])
+    trend = np.linspace(-_CHANGE, _CHANGE, legend.n, dtype=np.float32)[:, None, None]
+    height = noise(grid.shard / 16)
+    mapped = height >= np.quantile(height, 1 - land)
+    index = [np.where(mapped, (fields + i * trend).argmax(0), MISSING).astype(np.uint8) for i in range(len(years))]
+    shares = np.stack([[block_sum((m == k).astype(np.float32), grid.factor) for k in range(legend.n)] for m in index])
+    there = np.maximum(block_sum(mapped.astype(np.float32), grid.factor), 1)
+    coords = grid.coords()
+    coarse = xr.DataArray(
+        shares / there,
+        dims=("year", "state", *COARSE_DIMS),
+        coords={"year": list(years), "state": [str(c) for c in legend.codes], **{d: coords[d] for d in COARSE_DIMS}},
+    )
+
+    def field(scale: float, levels: int = 0) -> xr.DataArray:
+        values = noise(scale)
+        values = np.digitize(values, np.linspace(-1, 1, levels - 1)).astype(np.float32) + 1 if levels else values
+        return xr.DataArray(values, dims=FINE_DIMS, coords={d: coords[d] for d in FINE_DIMS})
+
+    layers = [Layer(f"field{i}", False, partial(field, 2 + i)) for i in range(numbers)]
+    layers += [Layer(f"zone{i}", True, partial(field, 8, CODES)) for i in range(zones)]
+    write_store(
+        path,
+        grid=grid,
+        legend=legend,
+        mask=mapped,
+        maps=((y, legend.decode(m)) for y, m in zip(years, index, strict=True)),
+        observed_years=list(years),
+        coarse=coarse,
+        layers=layers,
+        identity={"made": "to practise"},
+    )
+
+
+def practice_network(spec: FeatureSpec, grid: Grid, *, seed: int = 0, **settings: int) -> UNet:
+    """Make a network about as sure of a class as a trained one, every part of which matters: what begins at 0 is drawn at random."""
+    torch.manual_seed(seed)
+    sizes = {"static_channels": len(spec.static_names), "coarse_channels": len(spec.coarse_names), "classes": len(spec.codes)}
+    model = UNet(**sizes, factor=grid.factor, **settings)
+    with torch.no_grad():
+        model.coarse[0].weight.normal_(0, 1)  # type: ignore[operator]
+        model.head.weight.normal_(0, 0.1)
+        model.persistence.weight.add_(0.3 * torch.randn_like(model.persistence.weight))
+    return model.eval()
+
+
+def save_practice_model(folder: Path, models: list[UNet], *, grid: Grid, legend: Legend, spec: FeatureSpec) -> str:
+    """Save networks as a model; returns the checksum of the weights."""
+    size = grid.fine.affine.a, -grid.fine.affine.e
+    blank = {"weights": "", "split": "", "store": "", "training": {}}
+    card = Card(legend=legend, spec=spec, network=models[0].settings, cell=size, **blank)
+    return save_model(folder, [m.state_dict() for m in models], card).weights

@@ -1,0 +1,74 @@
+"""Hold what ``ai4land plan --calibrate`` foretells against what a run takes: ``python benchmarks/foretold.py RUN.yaml [name=value …]``.
+
+The run must not be begun but may be aligned. Prints a table for docs/performance.md: time of training and of reconstruction, memory of
+a worker, bytes and shards of the cubes.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from ai4land.calibrate import calibrate
+from ai4land.cost import count, estimate
+from ai4land.inputs import align, cubes_of
+from ai4land.runfile import load_run
+from ai4land.stages import reconstruct, train
+
+
+class Watch(threading.Thread):
+    """The most memory that one child of this process holds, looked at every tenth of a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.over = 0, threading.Event()
+
+    def run(self) -> None:
+        """Look until it is over."""
+        me = psutil.Process()
+        while not self.over.wait(0.1):
+            for child in me.children(recursive=True):
+                try:
+                    self.peak = max(self.peak, child.memory_info().rss)
+                except psutil.Error:
+                    continue
+
+
+def main() -> None:
+    """Run the comparison from the command line."""
+    run = load_run(Path(sys.argv[1]), sys.argv[2:])
+    if (run.folder / "resume.pt").exists() or any(path.exists() for path, *_ in cubes_of(run).values()):
+        raise SystemExit(f"{run.folder} holds a run that was begun, expected at most an aligned store; choose another name")
+    workers = run.reconstruct.workers
+    fresh = estimate(count(run), calibrate(run, tell=print), workers=workers)
+    align(run, tell=lambda _: None)
+    work = count(run)
+    cost = estimate(work, calibrate(run, tell=print), workers=workers)
+    began = time.perf_counter()
+    train(run, tell=print)
+    trained = time.perf_counter() - began
+    watch = Watch()
+    watch.start()
+    began = time.perf_counter()
+    reconstruct(run, tell=print)
+    mapped = time.perf_counter() - began
+    watch.over.set()
+    files = [f for path, *_ in cubes_of(run).values() for f in path.glob("*/c/**/*") if f.is_file()]
+    size = sum(f.stat().st_size for f in files)
+    print("| | foretold, nothing done | foretold, aligned | taken | aligned / taken |\n|---|---|---|---|---|")
+    for name, first, told, real in (
+        ("training, s", fresh.train, cost.train, trained),
+        ("reconstruction, s", fresh.reconstruct, cost.reconstruct, mapped),
+        ("memory of a worker, GB", None, work.worker.both / 1e9, watch.peak / 1e9),
+        ("bytes of the cubes, GB", None, work.cubes / 1e9, size / 1e9),
+        ("shards of the cubes", None, work.objects, len(files)),
+    ):
+        print(f"| {name} | {'-' if first is None else f'{first:.4g}'} | {told:.4g} | {real:.4g} | {told / real:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ai4land import cost
+from ai4land.cost import DEVICES, Memory, Rates, count, estimate, operations, rates_of, refusals, refuse
+from ai4land.cube import VARIABLES
+from ai4land.errors import ConfigError
+from ai4land.runfile import load_run
+
+RATES = Rates(step=0.1, scored=0.05, forward=1e-6, host=2e-6, read=1e-7, hands=1, about="of the tests")
+
+
+def run_of(tmp_path, *changes: str):
+    return load_run("bavaria.yaml", [f"runs={tmp_path}", *changes])
+
+
+def test_work_is_what_the_run_file_says(tmp_path):
+    work = count(run_of(tmp_path))
+    # 20 shards of 400 cells; 18 years from 2001, and 2 years from 1999 for validation, which walk over 1999-2001.
+    assert work.blocks == 40
+    assert work.objects == 20 * len(VARIABLES) * (18 + 2)
+    assert work.mapped == 20 * 400**2 * (18 + 2)
+    assert work.walked.sum() == 20 * 400**2 * (18 + 3)
+    assert work.passes.sum() == pytest.approx(3 * 20 * (400 + 2 * 56) ** 2 * (18 + 3))
+    assert work.steps == 6000
+
+
+def test_land_counts_before_there_is_a_store(tmp_path):
+    run = run_of(tmp_path)
+    assert count(run, land=0.5).blocks == count(run).blocks // 2
+    assert count(run, land=0.0).blocks == 2
+
+
+def test_years_on_both_sides_of_the_reference_are_blocks_of_their_own(tmp_path):
+    work = count(
+        run_of(tmp_path, "reconstruct.years=1999-2003", "split.validation={reference: 2001, years: 2002}", "split.test=null")
+    )
+    assert work.blocks == 40
+    assert set(work.walked / 400**2) == {3.0}
+
+
+def test_memory_does_not_grow_with_the_globe(tmp_path):
+    small = count(run_of(tmp_path))
+    large = count(load_run("global_1km.yaml", [f"runs={tmp_path}", "grid.shard=400", "grid.factor=20", "model.depth=3"]))
+    assert large.blocks > 20 * small.blocks
+    assert large.worker.both < 2 * small.worker.both
+    assert count(run_of(tmp_path, "reconstruct.at_once=4")).worker.both > small.worker.both
+
+
+def test_operations_are_those_of_the_convolutions(tmp_path):
+    run = run_of(tmp_path, "model.depth=1", "model.base=8")
+    net = cost.network_of(run)
+    fine = 2 * 9 * (net.inputs * 8 + 8 * 8) + 2 * 9 * (16 * 8 + 8 * 8) + 2 * 8 * net.classes
+    coarse = 2 * 9 * (8 * 16 + 16 * 16) / 4 + 2 * 16 * 8
+    assert operations(run) == pytest.approx(fine + coarse)
+    assert next(net.parameters()).device == torch.device("meta")
+
+
+def test_more_workers_take_less_but_never_less_than_the_longest_block(tmp_path):
+    work = count(run_of(tmp_path))
+    one, four, many = (estimate(work, RATES, workers=n) for n in (1, 4, 1000))
+    assert one.reconstruct - cost.START == pytest.approx(4 * (four.reconstruct - cost.START))
+    longest = (work.passes * RATES.forward + work.walked * RATES.host + work.read * RATES.read).max()
+    assert many.reconstruct == pytest.approx(cost.START + longest)
+    assert one.train == pytest.approx(work.steps * 0.1 + work.scored * 0.05)
+    assert 0 < one.network < 1
+
+
+def test_threads_beside_the_network_hide_what_is_shorter(tmp_path):
+    work = count(run_of(tmp_path))
+    slow = Rates(**{**RATES.__dict__, "hands": 100})
+    assert estimate(work, slow, workers=1).network == pytest.approx(1.0)
+
+
+def test_stated_devices_differ(tmp_path):
+    run = run_of(tmp_path, "train.batch=512", "model.base=64")
+    fast, slow = rates_of(run, "h100"), rates_of(run, "a100")
+    assert fast.step < slow.step and fast.forward < slow.forward
+    with pytest.raises(ConfigError, match=r"device is 'h300', expected one of \['a100', 'h100'\]"):
+        rates_of(run, "h300")
+
+
+def test_what_cannot_fit_is_refused_with_every_reason(tmp_path):
+    work = count(run_of(tmp_path, "train.batch=4096"))
+    found = refusals(work, workers=50, memory=8e9)
+    assert len(found) == 2
+    assert "reconstruct with 50 workers needs" in found[0] and "the machine has 8.0 GB; lower reconstruct.workers" in found[0]
+    assert "train needs" in found[1] and "lower train.batch" in found[1]
+    assert not refusals(count(run_of(tmp_path)), workers=1, memory=8e9)
+
+
+def test_host_and_device_are_told_apart(tmp_path):
+    work = count(run_of(tmp_path, "train.batch=4096"))
+    assert any("train on the device needs" in f for f in refusals(work, workers=1, memory=DEVICES["h100"].memory, who="h100"))
+    assert any("on the host" in f for f in refusals(work, workers=1, memory=Memory(1e6, 1e15), who="x"))
+
+
+def test_run_that_is_too_large_for_the_disk_is_refused(tmp_path):
+    run = load_run("global_300m.yaml", [f"runs={tmp_path}", "reconstruct.years=850-2100"])
+    with pytest.raises(ConfigError, match=r"run cannot fit: .*store and cubes need \d+\.\d GB of disk"):
+        refuse(run)
+    assert not list(tmp_path.iterdir())
+
+
+def test_global_runs_fit_the_stated_device(tmp_path):
+    refuse(load_run("global_1km.yaml", [f"runs={tmp_path}"]), device="h100", land=0.45)
+    refuse(load_run("global_300m.yaml", [f"runs={tmp_path}"]), device="h100", land=0.45)
+
+
+def test_block_arrays_are_plain_numbers(tmp_path):
+    work = count(run_of(tmp_path))
+    assert all(a.dtype == np.float64 and a.shape == (work.blocks,) for a in (work.passes, work.walked, work.read))
