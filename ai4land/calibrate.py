@@ -88,7 +88,7 @@ def calibrate(run: RunConfig, *, tell: Callable[[str], None] = lambda _: None) -
                 save_practice_model(folder, members, grid=ground.grid, legend=ground.legend, spec=ground.spec),
             )
         job = replace(_job(run, ground, folder, there), model=str(model), checksum=checksum, threads=threads, precision=precision)
-        forward, host, read = _block(ground, job)
+        forward, host, read, cell = _block(ground, job)
         tell(f"calibrating: a million cells and years take {1e6 * forward:.3g} s in the networks and {1e6 * host:.3g} s besides")
         return Rates(
             step=step,
@@ -96,7 +96,9 @@ def calibrate(run: RunConfig, *, tell: Callable[[str], None] = lambda _: None) -
             forward=forward / run.train.members,
             host=host,
             read=read / len(run.static),
-            hands=1,
+            hands=max(1, min(r.at_once, (os.cpu_count() or 1) // (r.workers * threads))),
+            turns=False,
+            cell=cell,
             about=f"measured here: {'the store of the run' if there else 'a practice store'}, {'its' if trained else 'a practice'} model, "
             f"{precision}, threads: {threads}",
         )
@@ -178,8 +180,8 @@ def _new(folder: Path) -> Path:
     return folder
 
 
-def _block(ground: _Ground, job: Job) -> tuple[float, float, float]:
-    """Seconds of the networks for a cell that they see and a year, besides for a mapped cell and year, and to read a cell."""
+def _block(ground: _Ground, job: Job) -> tuple[float, float, float, float]:
+    """Seconds of the networks for a cell that they see and a year, besides for a mapped cell and year, and to read a cell; bytes of a mapped one."""
     source, window = Source(ground.store), ground.window
     before = torch.get_num_threads()
 
@@ -200,7 +202,9 @@ def _block(ground: _Ground, job: Job) -> tuple[float, float, float]:
         torch.set_num_threads(before)
     year = (many - few) / max(1, len(ground.years) - 1) if len(ground.years) > 1 else few
     seen = (part.height + 2 * forward.halo) * (part.width + 2 * forward.halo)
-    return network / seen, max(0.0, year - network) / int(mask.sum()), max(0.0, few - year) / seen
+    size = sum(f.stat().st_size for f in Path(job.cube).glob("*/c/**/*") if f.is_file())
+    mapped = int(mask.sum())
+    return network / seen, max(0.0, year - network) / mapped, max(0.0, few - year) / seen, size / (mapped * len(ground.years))
 
 
 def _seconds(steps: Iterator[Any]) -> list[float]:

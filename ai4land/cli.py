@@ -138,7 +138,7 @@ def plan(
         raise ConfigError("--calibrate and --device are both given, expected one; rates are either measured here or stated")
     rates = measure(config, tell=_tell) if calibrate else cost.rates_of(config, device) if device else None
     table = Table(title=f"plan of {run}", show_header=False)
-    for name, value in results.plan(config, rates=rates, workers=workers, land=land):
+    for name, value in results.plan(config, rates=rates, workers=workers, land=land, cuda=device is not None):
         table.add_row(name, value)
     _out.print(table)
     cost.refuse(config, workers=workers, land=land, device=device)

@@ -109,9 +109,13 @@ class Rates:
     read
         Of a fine cell of a static map.
     hands
-        Threads of a worker that do this outside the network, beside one another and the network; 1: all in turn.
+        Blocks that a worker works on at the same time.
+    turns
+        Whether one of them at a time is in the network, as on a CUDA device.
     about
         Where the rates are from.
+    cell
+        Bytes of a mapped cell and year in a finished cube, if they were measured.
     """
 
     step: float
@@ -120,7 +124,9 @@ class Rates:
     host: float
     read: float
     hands: int
+    turns: bool
     about: str
+    cell: float | None = None
 
 
 @dataclass(frozen=True)
@@ -150,8 +156,8 @@ DEVICES = {
 """Estimates: a fifth to two fifths of the matrix peak. Nothing here was measured on them; ``benchmarks/gpu.py`` measures."""
 _LAUNCH = 0.02
 """Least seconds of a training step on a stated device: it starts some hundred kernels."""
-HOST, READ = 0.9e-6, 0.15e-6
-"""Seconds of one CPU core for a cell and year outside the network, and for a static cell read, with a stated device (docs/performance.md)."""
+HOST, READ = 0.1e-6, 0.15e-6
+"""Seconds of one CPU core for a cell, year and class outside the network, and for a static cell read, with a stated device: of the benchmark and of Bavaria here."""
 
 
 def static_channels(run: RunConfig) -> int:
@@ -192,8 +198,8 @@ def operations(run: RunConfig) -> float:
     return _operations(net.inputs - run.model.coarse_features + 16, net.classes, run.model.base, run.model.depth)
 
 
-def count(run: RunConfig, *, land: float = 1.0) -> Work:
-    """Count the work of a run that is not done in part.
+def count(run: RunConfig, *, land: float = 1.0, cuda: bool = False) -> Work:
+    """Count the whole work of a run, done or not.
 
     Parameters
     ----------
@@ -201,6 +207,8 @@ def count(run: RunConfig, *, land: float = 1.0) -> Work:
         The configuration.
     land
         Share of the shards that have cells to map; used where there is no store yet whose mask tells.
+    cuda
+        Whether the network is on a CUDA device.
     """
     grid, net = grid_of(run), network_of(run)
     store = run.folder / "store.zarr"
@@ -218,14 +226,14 @@ def count(run: RunConfig, *, land: float = 1.0) -> Work:
             blocks = plan_blocks(store, years=years, reference=reference)
             every = [(*_extent(source, b.window, net.stride), b.years) for b in blocks]
         for cells, share, kept in every:
-            count = len(kept)
+            steps = len(kept)
             if reference is not None and run.constrain.method != "none":
                 last = max(kept, key=lambda y: abs(y - reference))
                 held = range(min(last, reference), max(last, reference) + 1) if source is None else source.years
-                count = len(years_between(held, reference, last))
+                steps = len(years_between(held, reference, last))
             seen = (math.sqrt(cells) + 2 * net.halo) ** 2
-            passes.append(run.train.members * count * seen)
-            walked.append(count * share * grid.shard**2)
+            passes.append(run.train.members * steps * seen)
+            walked.append(steps * share * grid.shard**2)
             read.append(len(run.static) * seen)
             mapped += len(kept) * share * grid.shard**2
             size += CELL_BYTES[reference is not None] * len(kept) * share * grid.shard**2
@@ -242,7 +250,7 @@ def count(run: RunConfig, *, land: float = 1.0) -> Work:
         objects=objects,
         store=grid.shape[0] * grid.shape[1] * (STATIC_BYTES * len(run.static) + MAP_BYTES * observed),
         cubes=size,
-        worker=worker_memory(run, net),
+        worker=worker_memory(run, net, cuda=cuda),
         training=training_memory(run, net, observed),
     )
 
@@ -258,13 +266,15 @@ def _extent(source: Source, window: Window, stride: int) -> tuple[float, float]:
     return float(part.height * part.width), float(mask.mean())
 
 
-def worker_memory(run: RunConfig, net: UNet) -> Memory:
-    """Most bytes that a worker holds; docs/performance.md has the formula and what was measured."""
+def worker_memory(run: RunConfig, net: UNet, *, cuda: bool = False) -> Memory:
+    """Most bytes that a worker holds: on a CUDA device in bfloat16, one block at a time in the network; docs/performance.md has the formula."""
     r, shard, k, channels = run.reconstruct, run.grid.shard, net.classes, static_channels(run)
     window = (shard + 2 * net.halo) ** 2
     hands = r.at_once * (window * (4 * len(run.static) + 2 * channels) + shard**2 * (26 * k + 20))
-    inputs = r.at_once * window * 4 * run.train.members * net.inputs
-    return Memory(PROCESS_BYTES + hands, inputs + 4 * window * (4.5 * run.model.base + run.model.coarse_features + 2 * k))
+    inputs = window * run.train.members * net.inputs
+    passing = window * (4.5 * run.model.base + run.model.coarse_features + 2 * k)
+    device = 2 * (r.at_once * inputs + passing) if cuda else 4 * r.at_once * (inputs + passing)
+    return Memory(PROCESS_BYTES + hands, device)
 
 
 def training_memory(run: RunConfig, net: UNet, years: int) -> Memory:
@@ -292,10 +302,11 @@ def rates_of(run: RunConfig, device: str) -> Rates:
         step=max(_LAUNCH, 3 * each * t.batch * t.patch**2 / d.trains),
         scored=forward,
         forward=each / d.predicts,
-        host=HOST,
+        host=HOST * legend_of(run).n,
         read=READ,
-        hands=d.cores,
-        about=f"estimates for {device}: {d.predicts / 1e12:.0f} TFLOP/s, {d.cores} cores each",
+        hands=min(d.cores, run.reconstruct.at_once),
+        turns=True,
+        about=f"estimates for {device}: {d.predicts / 1e12:.0f} TFLOP/s, {d.cores} cores each, {run.reconstruct.at_once} blocks in hand",
     )
 
 
@@ -317,12 +328,12 @@ class Cost:
 def estimate(work: Work, rates: Rates, *, workers: int) -> Cost:
     """Estimate how long the stages take.
 
-    A block takes the time of its network or of its host work, whichever is longer when both go on at once, or of both in turn.
-    A run ends no sooner than its longest block.
+    A worker takes the time of the network and of the host work of its blocks, divided by the blocks that it works on at the same time; where
+    they take turns in the network, that of the network or a share of the host work, whichever is longer. A run ends no sooner than its longest block.
     """
     network = work.passes * rates.forward
     host = work.walked * rates.host + work.read * rates.read
-    each = network + host if rates.hands == 1 else np.maximum(network, host / rates.hands)
+    each = np.maximum(network, host / rates.hands) if rates.turns else (network + host) / rates.hands
     longest = float((network + host).max(initial=0.0))
     total = max(float(each.sum()) / workers, longest)
     return Cost(
@@ -390,7 +401,7 @@ def refuse(run: RunConfig, *, workers: int | None = None, land: float = 1.0, dev
     ConfigError
         With every reason.
     """
-    work = count(run, land=land)
+    work = count(run, land=land, cuda=device is not None)
     if device is None:
         found = refusals(work, workers=workers or run.reconstruct.workers, memory=MEMORY_LIMIT) + _lacking(run, work)
     else:

@@ -181,7 +181,7 @@ def _extent(source: Source, rows: slice, cols: slice, step: int) -> tuple[float,
 
 
 def plan(
-    run: RunConfig, *, rates: Rates | None = None, workers: int | None = None, land: float = 1.0
+    run: RunConfig, *, rates: Rates | None = None, workers: int | None = None, land: float = 1.0, cuda: bool = False
 ) -> Iterator[tuple[str, str]]:
     """Say what a run will do, what of it is done and what it takes, as pairs of a label and a text.
 
@@ -197,6 +197,8 @@ def plan(
         Default: those of the run file.
     land
         Share of the shards that have cells to map, while there is no store.
+    cuda
+        Whether the network is on a CUDA device.
     """
     grid, legend = grid_of(run), legend_of(run)
     split = split_of(run, grid)
@@ -237,10 +239,11 @@ def plan(
     for name, scored in (("validation", split.validation), ("test", split.test)):
         if scored is not None:
             yield f"score {name}", f"{len(scored.years)} years {_origin(scored.reference)}"
-    work, workers = count(run, land=land), workers or run.reconstruct.workers
+    work, workers = count(run, land=land, cuda=cuda), workers or run.reconstruct.workers
+    size = work.cubes if rates is None or rates.cell is None else work.mapped * rates.cell
     yield (
         "work",
-        f"{work.blocks} blocks, a task each; {work.store / 1e9:.2f} GB of store, {work.cubes / 1e9:.2f} GB of cubes in {work.objects:,} shards",
+        f"{work.blocks} blocks, a task each; {work.store / 1e9:.2f} GB of store, {size / 1e9:.2f} GB of cubes in {work.objects:,} shards",
     )
     yield "reads", f"{_read_bytes(work) / 1e9:.2f} GB by reconstruction, halos included"
     each = work.worker.both / 1e9

@@ -47,7 +47,8 @@ def main() -> None:
     fresh = estimate(count(run), calibrate(run, tell=print), workers=workers)
     align(run, tell=lambda _: None)
     work = count(run)
-    cost = estimate(work, calibrate(run, tell=print), workers=workers)
+    rates = calibrate(run, tell=print)
+    cost = estimate(work, rates, workers=workers)
     began = time.perf_counter()
     train(run, tell=print)
     trained = time.perf_counter() - began
@@ -64,7 +65,7 @@ def main() -> None:
         ("training, s", fresh.train, cost.train, trained),
         ("reconstruction, s", fresh.reconstruct, cost.reconstruct, mapped),
         ("memory of a worker, GB", None, work.worker.both / 1e9, watch.peak / 1e9),
-        ("bytes of the cubes, GB", None, work.cubes / 1e9, size / 1e9),
+        ("bytes of the cubes, GB", None, work.mapped * (rates.cell or 0.0) / 1e9, size / 1e9),
         ("shards of the cubes", None, work.objects, len(files)),
     ):
         print(f"| {name} | {'-' if first is None else f'{first:.4g}'} | {told:.4g} | {real:.4g} | {told / real:.2f} |")

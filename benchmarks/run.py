@@ -289,7 +289,7 @@ def naive_forward(fixed: NDArray[np.float32], fine: NDArray[np.float32], *, mode
     known = torch.from_numpy(fixed[-1]).long().sub(1).remainder(model.classes + 1)[None]
     seen = model.seen(known).permute(0, 3, 1, 2)
     x = torch.cat([torch.from_numpy(fixed[:-1])[None], torch.from_numpy(fine)[None], seen], dim=1)
-    x, levels = x.contiguous(memory_format=torch.channels_last), []
+    levels = []
     for level, block in enumerate(model.down):
         x = block(torch.nn.functional.max_pool2d(x, 2) if level else x)
         levels.append(x)
@@ -596,8 +596,10 @@ def scheduler_row(folder: Path, size: Size, rate: float) -> Row:
 
 @contextmanager
 def workers(count: int) -> Iterator[Client]:
-    """Start Dask workers of one thread each."""
+    """Start Dask workers of one thread each, which do not compress in others."""
+    single = {"OMP_NUM_THREADS": "1", "ZARR_THREADING__MAX_WORKERS": "1"}
     with (
+        dask.config.set({"distributed.nanny.environ": single}),
         LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster,
         Client(cluster) as client,
     ):
@@ -658,20 +660,24 @@ def wait_row(s: Setting) -> Row:
     return Row("data_wait_share", median(shares), "1", about)
 
 
-def run(size: Size, *, tell: Callable[[str], None]) -> list[Row]:
-    """Run every row."""
-    began = time.perf_counter()
+GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
+    "loader": lambda s: [*loader_rows(s), first_patch_row(s)],
+    "reconstruct": lambda s: [*reconstruct_rows(s), half_row(s)],
+    "constraint": constraint_rows,
+    "halo": lambda _: halo_rows(),
+    "train": lambda s: [wait_row(s)],
+    "workers": lambda s: worker_rows(s.folder, CROWD if s.size is FULL else s.size),
+}
+
+
+def run(size: Size, groups: Sequence[str], *, tell: Callable[[str], None]) -> list[Row]:
+    """Run the rows of some groups."""
+    began, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory(prefix="ai4land-bench-") as folder:
         setting = make_setting(Path(folder), size)
-        tell(f"{time.perf_counter() - began:.0f} s: store made")
-        rows = loader_rows(setting)
-        tell(f"{time.perf_counter() - began:.0f} s: loader done")
-        rows += [*reconstruct_rows(setting), half_row(setting), *constraint_rows(setting), *halo_rows()]
-        tell(f"{time.perf_counter() - began:.0f} s: reconstruct done")
-        rows += [wait_row(setting), first_patch_row(setting)]
-        tell(f"{time.perf_counter() - began:.0f} s: train done")
-        rows += worker_rows(Path(folder), CROWD if size is FULL else size)
-        tell(f"{time.perf_counter() - began:.0f} s: workers done")
+        for name in groups:
+            rows += GROUPS[name](setting)
+            tell(f"{time.perf_counter() - began:.0f} s: {name} done")
     return [Row(r.name, float(f"{r.value:.4g}"), r.unit, r.versus) for r in rows]
 
 
@@ -680,13 +686,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few cells and rounds; writes no file unless --output is given")
     parser.add_argument("--output", type=Path, help=f"JSON file to write (default: {RESULTS.name} beside this script)")
+    parser.add_argument(
+        "--only", choices=GROUPS, nargs="+", help="groups of rows to run; the others stay as they are in the file"
+    )
     given = parser.parse_args()
     console = Console()
     fix_cores()
-    rows = run(QUICK if given.quick else FULL, tell=console.print)
+    rows = run(QUICK if given.quick else FULL, given.only or list(GROUPS), tell=console.print)
     output = given.output or (None if given.quick else RESULTS)
     if output is not None:
-        output.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+        kept = {r["name"]: r for r in json.loads(output.read_text(encoding="utf-8"))} if given.only and output.is_file() else {}
+        kept |= {r.name: asdict(r) for r in rows}
+        output.write_text(json.dumps(list(kept.values()), indent=1) + "\n", encoding="utf-8")
     table = Table(Column("name", no_wrap=True), "value", "unit", "versus", title=f"AI4Land on {CORES} cores of {os.cpu_count()}")
     for row in rows:
         table.add_row(row.name, f"{row.value:g}", row.unit, row.versus)

@@ -33,7 +33,7 @@ def scheduler_seconds() -> float:
 
 def table(run: RunConfig, device: str) -> None:
     """Print the table of a run."""
-    work, rates = count(run, land=LAND), rates_of(run, device)
+    work, rates = count(run, land=LAND, cuda=True), rates_of(run, device)
     print(f"\n{run.title}: {work.blocks} blocks, {work.cubes / 1e12:.2f} TB at most in {work.objects:,} shards\n")
     print(
         "| nodes | devices | reconstruct, h | device hours | network's share | GB/s written | shards/s | scheduler's share | train, h |"

@@ -18,7 +18,14 @@ from ai4land.unet import interpolate
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "run.py"
-RATIOS = {"bf16_speedup", "reconstruct_vs_naive_float32", "loader_vs_dask", "loader_vs_dask_sparse", "loader_vs_dask_kept", "reconstruct_vs_naive"}
+RATIOS = {
+    "bf16_speedup",
+    "reconstruct_vs_naive_float32",
+    "loader_vs_dask",
+    "loader_vs_dask_sparse",
+    "loader_vs_dask_kept",
+    "reconstruct_vs_naive",
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from ai4land.cube import VARIABLES
 from ai4land.errors import ConfigError
 from ai4land.runfile import load_run
 
-RATES = Rates(step=0.1, scored=0.05, forward=1e-6, host=2e-6, read=1e-7, hands=1, about="of the tests")
+RATES = Rates(step=0.1, scored=0.05, forward=1e-6, host=2e-6, read=1e-7, hands=1, turns=False, about="of the tests")
 
 
 def run_of(tmp_path, *changes: str):
@@ -44,7 +46,12 @@ def test_years_on_both_sides_of_the_reference_are_blocks_of_their_own(tmp_path):
 
 def test_memory_does_not_grow_with_the_globe(tmp_path):
     small = count(run_of(tmp_path))
-    large = count(load_run("global_1km.yaml", [f"runs={tmp_path}", "grid.shard=400", "grid.factor=20", "model.depth=3"]))
+    large = count(
+        load_run(
+            "global_1km.yaml",
+            [f"runs={tmp_path}", "grid.shard=400", "grid.factor=20", "model.depth=3", "model.base=16", "reconstruct.at_once=2"],
+        )
+    )
     assert large.blocks > 20 * small.blocks
     assert large.worker.both < 2 * small.worker.both
     assert count(run_of(tmp_path, "reconstruct.at_once=4")).worker.both > small.worker.both
@@ -71,8 +78,11 @@ def test_more_workers_take_less_but_never_less_than_the_longest_block(tmp_path):
 
 def test_threads_beside_the_network_hide_what_is_shorter(tmp_path):
     work = count(run_of(tmp_path))
-    slow = Rates(**{**RATES.__dict__, "hands": 100})
-    assert estimate(work, slow, workers=1).network == pytest.approx(1.0)
+    turns = replace(RATES, hands=100, turns=True)
+    assert estimate(work, turns, workers=1).network == pytest.approx(1.0)
+    assert estimate(work, replace(RATES, hands=2), workers=1).reconstruct - cost.START == pytest.approx(
+        (estimate(work, RATES, workers=1).reconstruct - cost.START) / 2
+    )
 
 
 def test_stated_devices_differ(tmp_path):
@@ -90,6 +100,13 @@ def test_what_cannot_fit_is_refused_with_every_reason(tmp_path):
     assert "reconstruct with 50 workers needs" in found[0] and "the machine has 8.0 GB; lower reconstruct.workers" in found[0]
     assert "train needs" in found[1] and "lower train.batch" in found[1]
     assert not refusals(count(run_of(tmp_path)), workers=1, memory=8e9)
+
+
+def test_on_a_cuda_device_one_block_at_a_time_is_in_the_network(tmp_path):
+    few, many = (count(run_of(tmp_path, f"reconstruct.at_once={n}"), cuda=True).worker for n in (1, 8))
+    plain = count(run_of(tmp_path, "reconstruct.at_once=8")).worker
+    assert many.device < 8 * few.device < plain.device
+    assert many.host == plain.host > few.host
 
 
 def test_host_and_device_are_told_apart(tmp_path):
