@@ -43,7 +43,8 @@ from ai4land.train import Schedule, fit
 _SIDE = 720
 """Fine cells along the side of a practice store at most."""
 _YEARS = tuple(range(2000, 2006))
-_STEPS, _WALKED = 6, 4
+_STEPS, _WALKED = 6, 24
+"""Training steps, and years of a block that are timed at most: far from the reference map more is in question, and a year takes longer."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class _Ground:
     spec: FeatureSpec
     cells: NDArray[np.bool_]
     pairs: tuple[tuple[int, int], ...]
-    window: Window
+    windows: tuple[Window, ...]
     reference: int | None
     years: tuple[int, ...]
 
@@ -88,13 +89,18 @@ def calibrate(run: RunConfig, *, tell: Callable[[str], None] = lambda _: None) -
                 save_practice_model(folder, members, grid=ground.grid, legend=ground.legend, spec=ground.spec),
             )
         job = replace(_job(run, ground, folder, there), model=str(model), checksum=checksum, threads=threads, precision=precision)
-        forward, host, read, cell = _block(ground, job)
+        busy = threads * r.workers >= (os.cpu_count() or 1)
+        found = [_block(ground, window, job, busy=busy) for window in ground.windows]
+        forward, read = median(f.network for f in found), median(f.read for f in found)
+        host, shard = _line([f.mapped for f in found], [f.host for f in found])
+        cell = sum(f.bytes for f in found) / sum(f.mapped for f in found)
         tell(f"calibrating: a million cells and years take {1e6 * forward:.3g} s in the networks and {1e6 * host:.3g} s besides")
         return Rates(
             step=step,
             scored=scored,
             forward=forward / run.train.members,
             host=host,
+            shard=shard,
             read=read / len(run.static),
             hands=max(1, min(r.at_once, (os.cpu_count() or 1) // (r.workers * threads))),
             turns=False,
@@ -105,7 +111,7 @@ def calibrate(run: RunConfig, *, tell: Callable[[str], None] = lambda _: None) -
 
 
 def _own(run: RunConfig) -> _Ground:
-    """Take the store of the run and the block of median land of its cube."""
+    """Take the store of the run and, of the blocks of its cube, one of little land and one of much."""
     store, grid, legend, r = run.folder / "store.zarr", grid_of(run), legend_of(run), run.reconstruct
     split, source = split_of(run, grid), Source(store)
     cells = split.roles == TRAIN
@@ -114,10 +120,12 @@ def _own(run: RunConfig) -> _Ground:
     blocks = plan_blocks(store, years=r.years, reference=r.reference)
     longest = [b for b in blocks if len(b.years) == len(blocks[0].years)]
     land = [int(np.asarray(source.mask[b.window.slices]).sum()) for b in longest]
-    block = longest[int(np.argsort(land)[len(land) // 2])]
-    away = sorted((y for y in block.years if y != r.reference), key=lambda y: abs(y - (r.reference or 0)))
-    years = away[: 1 + _WALKED] or block.years
-    return _Ground(store, grid, legend, spec, cells, split.pairs, block.window, r.reference, tuple(years))
+    order = np.argsort(land)
+    few, many = (longest[int(order[int(part * (len(order) - 1))])] for part in (0.2, 0.8))
+    away = sorted((y for y in many.years if y != r.reference), key=lambda y: abs(y - (r.reference or 0)))
+    years = away[: 1 + _WALKED] or many.years
+    windows = (few.window, many.window) if few.window != many.window else (many.window,)
+    return _Ground(store, grid, legend, spec, cells, split.pairs, windows, r.reference, tuple(years))
 
 
 def _practice(run: RunConfig, folder: Path) -> _Ground:
@@ -133,7 +141,7 @@ def _practice(run: RunConfig, folder: Path) -> _Ground:
     codes, waves = legend.codes.tolist(), run.train.position
     spec = fit_spec(open_store(store), cells=cells, pairs=pairs, codes=codes, factor=grid.factor, position=waves)
     reference = None if run.reconstruct.reference is None else _YEARS[0]
-    return _Ground(store, grid, legend, spec, cells, pairs, Window(0, 0, side, side), reference, _YEARS[1:])
+    return _Ground(store, grid, legend, spec, cells, pairs, (Window(0, 0, side, side),), reference, _YEARS[1:])
 
 
 def _job(run: RunConfig, ground: _Ground, folder: Path, there: bool) -> Job:
@@ -180,37 +188,69 @@ def _new(folder: Path) -> Path:
     return folder
 
 
-def _block(ground: _Ground, job: Job) -> tuple[float, float, float, float]:
-    """Seconds of the networks for a cell that they see and a year, besides for a mapped cell and year, and to read a cell; bytes of a mapped one."""
-    source, window = Source(ground.store), ground.window
+@dataclass(frozen=True)
+class _Found:
+    """Of a block: mapped cells; seconds of the networks for a cell that they see and a year, and to read a cell; seconds outside the networks and bytes of a year."""
+
+    mapped: int
+    network: float
+    read: float
+    host: float
+    bytes: float
+
+
+def _block(ground: _Ground, window: Window, job: Job, *, busy: bool) -> _Found:
+    """Time a block: in seconds of its cores where all will be ``busy``, as other threads then have none to help with, else in seconds."""
+    source = Source(ground.store)
+
+    def clock() -> float:
+        return time.process_time() / job.threads if busy else time.perf_counter()
+
     before = torch.get_num_threads()
 
     def seconds(count: int) -> float:
-        began = time.perf_counter()
+        began = clock()
         reconstruct_block(Block(window, ground.years[:count]), job)
-        return time.perf_counter() - began
+        return clock() - began
 
+    def size() -> int:
+        return sum(f.stat().st_size for f in Path(job.cube).glob("*/c/**/*") if f.is_file())
+
+    held = size()
     try:
         seconds(1)
-        few, many = (min(seconds(n) for _ in range(2)) for n in (1, len(ground.years)))
+        few, many = seconds(1), seconds(len(ground.years))
         forward, card = ready(job.model, job.checksum, job.precision)
         mask = np.asarray(source.mask[window.slices], dtype=bool)
         part = mapped_part(mask, window, forward.stride)
         predicted = predict(forward, source, part, spec=card.spec, reference=job.reference, years=ground.years)
-        network = median(_seconds(predicted))
+        network = median(_seconds(predicted, clock))
     finally:
         torch.set_num_threads(before)
-    year = (many - few) / max(1, len(ground.years) - 1) if len(ground.years) > 1 else few
+    year = (many - few) / (len(ground.years) - 1) if len(ground.years) > 1 else few
     seen = (part.height + 2 * forward.halo) * (part.width + 2 * forward.halo)
-    size = sum(f.stat().st_size for f in Path(job.cube).glob("*/c/**/*") if f.is_file())
-    mapped = int(mask.sum())
-    return network / seen, max(0.0, year - network) / mapped, max(0.0, few - year) / seen, size / (mapped * len(ground.years))
+    return _Found(
+        mapped=int(mask.sum()),
+        network=network / seen,
+        read=max(0.0, few - year) / seen,
+        host=max(0.0, year - network),
+        bytes=(size() - held) / len(ground.years),
+    )
 
 
-def _seconds(steps: Iterator[Any]) -> list[float]:
+def _line(x: list[int], y: list[float]) -> tuple[float, float]:
+    """Slope and start of the line through one point and the origin, or through two, neither below 0."""
+    if len(x) == 1 or x[0] == x[1]:
+        return y[-1] / x[-1], 0.0
+    slope = max(0.0, (y[1] - y[0]) / (x[1] - x[0]))
+    start = min(max(0.0, y[0] - slope * x[0]), min(y))
+    return (y[1] - start) / x[1], start
+
+
+def _seconds(steps: Iterator[Any], clock: Callable[[], float]) -> list[float]:
     """Seconds of each step of an iterator but the first, which opens files."""
-    times, began = [], time.perf_counter()
+    times, began = [], clock()
     for _ in steps:
-        times.append(time.perf_counter() - began)
-        began = time.perf_counter()
+        times.append(clock() - began)
+        began = clock()
     return times[1:] or times

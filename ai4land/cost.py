@@ -60,8 +60,8 @@ class Work:
     ----------
     passes
         Fine cells that the networks see, halo included, for each block: over the years, times the members.
-    walked
-        Mapped fine cells times years walked, for each block.
+    walked, years
+        Mapped fine cells times years walked, and these years, for each block.
     read
         Fine cells times static maps that are read, for each block.
     mapped
@@ -78,6 +78,7 @@ class Work:
 
     passes: NDArray[np.float64]
     walked: NDArray[np.float64]
+    years: NDArray[np.float64]
     read: NDArray[np.float64]
     mapped: float
     steps: int
@@ -104,8 +105,8 @@ class Rates:
         Of one training step and of one scored batch.
     forward
         Of a fine cell through the network.
-    host
-        Of a mapped cell and year outside the network: totals, encoding, writing.
+    host, shard
+        Outside the network (totals, encoding, writing): of a mapped cell and year, and of a shard and year whatever is mapped.
     read
         Of a fine cell of a static map.
     hands
@@ -122,6 +123,7 @@ class Rates:
     scored: float
     forward: float
     host: float
+    shard: float
     read: float
     hands: int
     turns: bool
@@ -215,6 +217,7 @@ def count(run: RunConfig, *, land: float = 1.0, cuda: bool = False) -> Work:
     source = Source(store) if (store / "zarr.json").is_file() else None
     passes: list[float] = []
     walked: list[float] = []
+    walks: list[float] = []
     read: list[float] = []
     mapped, size, objects = 0.0, 0.0, 0
     for _, reference, years in cubes_of(run).values():
@@ -234,6 +237,7 @@ def count(run: RunConfig, *, land: float = 1.0, cuda: bool = False) -> Work:
             seen = (math.sqrt(cells) + 2 * net.halo) ** 2
             passes.append(run.train.members * steps * seen)
             walked.append(steps * share * grid.shard**2)
+            walks.append(steps)
             read.append(len(run.static) * seen)
             mapped += len(kept) * share * grid.shard**2
             size += CELL_BYTES[reference is not None] * len(kept) * share * grid.shard**2
@@ -243,6 +247,7 @@ def count(run: RunConfig, *, land: float = 1.0, cuda: bool = False) -> Work:
     return Work(
         passes=np.array(passes),
         walked=np.array(walked),
+        years=np.array(walks, dtype=np.float64),
         read=np.array(read),
         mapped=mapped,
         steps=t.members * t.steps,
@@ -303,6 +308,7 @@ def rates_of(run: RunConfig, device: str) -> Rates:
         scored=forward,
         forward=each / d.predicts,
         host=HOST * legend_of(run).n,
+        shard=0.0,
         read=READ,
         hands=min(d.cores, run.reconstruct.at_once),
         turns=True,
@@ -332,7 +338,7 @@ def estimate(work: Work, rates: Rates, *, workers: int) -> Cost:
     they take turns in the network, that of the network or a share of the host work, whichever is longer. A run ends no sooner than its longest block.
     """
     network = work.passes * rates.forward
-    host = work.walked * rates.host + work.read * rates.read
+    host = work.walked * rates.host + work.years * rates.shard + work.read * rates.read
     each = np.maximum(network, host / rates.hands) if rates.turns else (network + host) / rates.hands
     longest = float((network + host).max(initial=0.0))
     total = max(float(each.sum()) / workers, longest)

@@ -12,7 +12,7 @@ from ai4land.cube import VARIABLES
 from ai4land.errors import ConfigError
 from ai4land.runfile import load_run
 
-RATES = Rates(step=0.1, scored=0.05, forward=1e-6, host=2e-6, read=1e-7, hands=1, turns=False, about="of the tests")
+RATES = Rates(step=0.1, scored=0.05, forward=1e-6, host=2e-6, shard=0.01, read=1e-7, hands=1, turns=False, about="of the tests")
 
 
 def run_of(tmp_path, *changes: str):
@@ -70,7 +70,7 @@ def test_more_workers_take_less_but_never_less_than_the_longest_block(tmp_path):
     work = count(run_of(tmp_path))
     one, four, many = (estimate(work, RATES, workers=n) for n in (1, 4, 1000))
     assert one.reconstruct - cost.START == pytest.approx(4 * (four.reconstruct - cost.START))
-    longest = (work.passes * RATES.forward + work.walked * RATES.host + work.read * RATES.read).max()
+    longest = (work.passes * RATES.forward + work.walked * RATES.host + work.years * RATES.shard + work.read * RATES.read).max()
     assert many.reconstruct == pytest.approx(cost.START + longest)
     assert one.train == pytest.approx(work.steps * 0.1 + work.scored * 0.05)
     assert 0 < one.network < 1
@@ -129,4 +129,4 @@ def test_global_runs_fit_the_stated_device(tmp_path):
 
 def test_block_arrays_are_plain_numbers(tmp_path):
     work = count(run_of(tmp_path))
-    assert all(a.dtype == np.float64 and a.shape == (work.blocks,) for a in (work.passes, work.walked, work.read))
+    assert all(a.dtype == np.float64 and a.shape == (work.blocks,) for a in (work.passes, work.walked, work.years, work.read))
