@@ -1,4 +1,4 @@
-"""Rates of this machine: the functions of a run itself, timed for half a minute.
+"""Rates of this machine: the functions of a run itself, timed for about a minute.
 
 Where the analysis-ready store and the model are there they work on them, else on a practice store in the run's shapes, all land, and
 with untrained networks that are about as sure as trained ones. What they write goes into a folder that is thrown away.
@@ -35,7 +35,7 @@ from ai4land.inputs import grid_of, legend_of, split_of
 from ai4land.legend import Legend, load_crosswalk
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import Source, predict
-from ai4land.reconstruct import Job, mapped_part, plan_blocks, reconstruct_block
+from ai4land.reconstruct import Job, mapped_part, plan_blocks, reconstruct_block, years_between
 from ai4land.splits import TRAIN
 from ai4land.stages import job_of, method_of
 from ai4land.train import Schedule, fit
@@ -230,11 +230,14 @@ def _block(ground: _Ground, window: Window, job: Job, *, busy: bool) -> _Found:
         forward, card = ready(job.model, job.checksum, job.precision)
         mask = np.asarray(source.mask[window.slices], dtype=bool)
         part = mapped_part(mask, window, forward.stride)
-        predicted = predict(forward, source, part, spec=card.spec, reference=job.reference, years=ground.years)
+        predicted = predict(forward, source, part, spec=card.spec, reference=job.reference, years=ground.years[:last])
         network = median(_seconds(predicted, clock))
     finally:
         torch.set_num_threads(before)
-    year = (many - few) / (last - 1) if last > 1 else few
+    # A block walks all years that the scenario has, also those that are not kept.
+    walks = job.reference is not None and job.method != "none"
+    ends = [years_between(source.years, job.reference or 0, ground.years[n - 1]) if walks else range(n) for n in (1, last)]
+    year = (many - few) / (len(ends[1]) - len(ends[0])) if last > 1 else few / len(ends[0])
     seen = (part.height + 2 * forward.halo) * (part.width + 2 * forward.halo)
     return _Found(
         mapped=int(mask.sum()),

@@ -121,7 +121,7 @@ def score_table(scores: dict[str, Any], *, title: str) -> Table:
 def plan(
     run: RunFile,
     overrides: Overrides = None,
-    calibrate: Annotated[bool, typer.Option(help="time this machine for half a minute, to say how long the run takes")] = False,
+    calibrate: Annotated[bool, typer.Option(help="time this machine for a minute, to say how long the run takes")] = False,
     device: Annotated[str | None, typer.Option(help="say how long it takes on a device from its data sheet: h100, a100")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="workers, one to a device (default: those of the run file)")] = None,
     land: Annotated[float, typer.Option(min=0.0, max=1.0, help="share of the shards with land, while there is no store")] = 1.0,

@@ -269,7 +269,9 @@ class ReconstructConfig(_Model):
     workers: int = Field(default=1, ge=1)
     threads: int | None = Field(default=None, description="threads of a worker; default: the cores shared by the workers")
     at_once: int = Field(
-        default=2, ge=1, description="blocks that a worker has in hand: one in the network, the others read, meet totals or write"
+        default=2,
+        ge=1,
+        description="blocks that a worker has in hand, a thread each; on a CUDA device one at a time is in the network",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the network; auto: bfloat16 where the model's card allows it and the device gains by it"

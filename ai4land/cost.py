@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -170,34 +169,21 @@ def static_channels(run: RunConfig) -> int:
 
 
 def network_of(run: RunConfig) -> UNet:
-    """Make the network of a run without weights (on the meta device)."""
-    states = 3 if run.scenario.kind != "luh2" else 12
+    """Make the network of a run without weights (on the meta device), but for the coarse states, which are next to no work."""
+    settings = run.model.model_dump()
     with torch.device("meta"):
         return UNet(
-            static_channels=static_channels(run),
-            coarse_channels=3 * states + 2 + 4 * len(run.train.position),
-            classes=legend_of(run).n,
-            factor=run.grid.factor,
-            **run.model.model_dump(),
+            static_channels=static_channels(run), coarse_channels=1, classes=legend_of(run).n, factor=run.grid.factor, **settings
         )
 
 
-@cache
-def _operations(inputs: int, classes: int, base: int, depth: int) -> float:
-    """Operations of the convolutions for a fine cell."""
-    side = 2**depth * 8
-    with torch.device("meta"):
-        net = UNet(static_channels=inputs - 24, coarse_channels=1, classes=classes, factor=1, base=base, depth=depth)
-        x = torch.empty(1, net.inputs, side, side)
-    with FlopCounterMode(display=False) as counter:
-        net.head(net.trunk(x))
-    return float(counter.get_total_flops()) / side**2
-
-
 def operations(run: RunConfig) -> float:
-    """Operations of one network for a fine cell."""
+    """Operations of the convolutions of one network for a fine cell."""
     net = network_of(run)
-    return _operations(net.inputs - run.model.coarse_features + 16, net.classes, run.model.base, run.model.depth)
+    side = 8 * net.stride
+    with FlopCounterMode(display=False) as counter:
+        net.head(net.trunk(torch.empty(1, net.inputs, side, side, device="meta")))
+    return float(counter.get_total_flops()) / side**2
 
 
 def count(run: RunConfig, *, land: float = 1.0, cuda: bool = False) -> Work:

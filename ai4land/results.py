@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ai4land import cube, plot
 from ai4land.checkpoint import load_card, write_atomically
 from ai4land.config import RunConfig
-from ai4land.cost import STATIC_BYTES, Rates, Work, count, estimate
+from ai4land.cost import STATIC_BYTES, Rates, Work, count, estimate, network_of
 from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import evaluate_years
 from ai4land.grid import Window
@@ -26,7 +26,6 @@ from ai4land.rivals import RIVALS, Wanted, coarse_slices, rival_maps
 from ai4land.splits import TEST, VALIDATION, Scored, Split, load_split
 from ai4land.stages import method_of
 from ai4land.totals import STATEMENTS
-from ai4land.unet import UNet
 
 _log = logging.getLogger(__name__)
 
@@ -216,7 +215,7 @@ def plan(
         "done" if aligned else f"to do: {4 * len(run.static) * rows * cols / 1e9:.2f} GB of static maps before compression",
     )
     yield "totals", STATEMENTS[run.constrain.method]
-    net = UNet(static_channels=len(run.static), coarse_channels=8, classes=legend.n, factor=grid.factor, **run.model.model_dump())
+    net = network_of(run)
     t = run.train
     cells = t.members * t.steps * t.batch * t.patch**2
     yield (

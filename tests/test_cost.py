@@ -123,8 +123,10 @@ def test_run_that_is_too_large_for_the_disk_is_refused(tmp_path):
 
 
 def test_global_runs_fit_the_stated_device(tmp_path):
-    refuse(load_run("global_1km.yaml", [f"runs={tmp_path}"]), device="h100", land=0.45)
-    refuse(load_run("global_300m.yaml", [f"runs={tmp_path}"]), device="h100", land=0.45)
+    for name in ("global_1km.yaml", "global_300m.yaml"):
+        run = load_run(name, [f"runs={tmp_path}"])
+        assert refusals(count(run, land=0.45, cuda=True), workers=1, memory=DEVICES["h100"].memory) == []
+        refuse(run, device="h100", land=0.45)
 
 
 def test_block_arrays_are_plain_numbers(tmp_path):
