@@ -7,7 +7,6 @@ with untrained networks that are about as sure as trained ones. What they write 
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from ai4land import cube
@@ -72,7 +72,7 @@ def calibrate(run: RunConfig, *, tell: Callable[[str], None] = lambda _: None) -
     busy machine.
     """
     r = run.reconstruct
-    threads = r.threads or max(1, (os.cpu_count() or 1) // r.workers)
+    threads = r.cores
     half = bfloat16_pays(torch.device("cpu")) if r.precision == "auto" else r.precision == "bfloat16"
     precision: Precision = "bfloat16" if half else "float32"
     with tempfile.TemporaryDirectory(prefix="ai4land-calibrate-") as name:
@@ -92,7 +92,7 @@ def calibrate(run: RunConfig, *, tell: Callable[[str], None] = lambda _: None) -
                 save_practice_model(folder, members, grid=ground.grid, legend=ground.legend, spec=ground.spec),
             )
         job = replace(_job(run, ground, folder, there), model=str(model), checksum=checksum, threads=threads, precision=precision)
-        busy = threads * r.workers >= (os.cpu_count() or 1)
+        busy = threads * r.workers >= CPU_COUNT
         found = [_block(ground, window, job, busy=busy) for window in ground.windows]
         forward, read = median(f.network for f in found), median(f.read for f in found)
         crowd = _CROWD if busy and r.workers > 1 else 1.0
@@ -106,7 +106,7 @@ def calibrate(run: RunConfig, *, tell: Callable[[str], None] = lambda _: None) -
             host=crowd * host,
             shard=crowd * shard,
             read=crowd * read / len(run.static),
-            hands=max(1, min(r.at_once, (os.cpu_count() or 1) // (r.workers * threads))),
+            hands=max(1, min(r.hands, CPU_COUNT // (r.workers * threads))),
             turns=False,
             cell=cell,
             about=f"measured here: {'the store of the run' if there else 'a practice store'}, {'its' if trained else 'a practice'} model, "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from dask.system import CPU_COUNT
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
@@ -268,14 +269,25 @@ class ReconstructConfig(_Model):
     years: Years
     workers: int = Field(default=1, ge=1)
     threads: int | None = Field(default=None, description="threads of a worker; default: the cores shared by the workers")
-    at_once: int = Field(
-        default=2,
+    at_once: int | None = Field(
+        default=None,
         ge=1,
-        description="blocks that a worker has in hand, a thread each; on a CUDA device one at a time is in the network",
+        description="blocks that a worker has in hand, a thread each (on a CUDA device one at a time is in the network); "
+        "default: 2, or 1 where a worker has one thread",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the network; auto: bfloat16 where the model's card allows it and the device gains by it"
     )
+
+    @property
+    def cores(self) -> int:
+        """Threads of a worker on this machine."""
+        return self.threads or max(1, CPU_COUNT // self.workers)
+
+    @property
+    def hands(self) -> int:
+        """Blocks that a worker has in hand on this machine."""
+        return self.at_once or min(2, self.cores)
 
 
 class EvaluateConfig(_Model):

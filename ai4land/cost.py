@@ -261,11 +261,12 @@ def worker_memory(run: RunConfig, net: UNet, *, cuda: bool = False) -> Memory:
     """Most bytes that a worker holds: on a CUDA device in bfloat16, one block at a time in the network; docs/performance.md has the formula."""
     r, shard, k, channels = run.reconstruct, run.grid.shard, net.classes, static_channels(run)
     window = (shard + 2 * net.halo) ** 2
-    hands = r.at_once * (window * (4 * len(run.static) + 2 * channels) + shard**2 * (26 * k + 20))
+    hands = (r.at_once or 2) if cuda else r.hands
+    held = hands * (window * (4 * len(run.static) + 2 * channels) + shard**2 * (26 * k + 20))
     inputs = window * run.train.members * net.inputs
     passing = window * (4.5 * run.model.base + run.model.coarse_features + 2 * k)
-    device = 2 * (r.at_once * inputs + passing) if cuda else 4 * r.at_once * (inputs + passing)
-    return Memory(PROCESS_BYTES + hands, device)
+    device = 2 * (hands * inputs + passing) if cuda else 4 * hands * (inputs + passing)
+    return Memory(PROCESS_BYTES + held, device)
 
 
 def training_memory(run: RunConfig, net: UNet, years: int) -> Memory:
@@ -287,7 +288,7 @@ def rates_of(run: RunConfig, device: str) -> Rates:
     """
     if device not in DEVICES:
         raise ConfigError(f"device is {device!r}, expected one of {sorted(DEVICES)}; or measure this machine with --calibrate")
-    d, t, each = DEVICES[device], run.train, operations(run)
+    d, t, each, hands = DEVICES[device], run.train, operations(run), run.reconstruct.at_once or 2
     forward = each * t.batch * t.patch**2 / d.predicts
     return Rates(
         step=max(_LAUNCH, 3 * each * t.batch * t.patch**2 / d.trains),
@@ -296,9 +297,9 @@ def rates_of(run: RunConfig, device: str) -> Rates:
         host=HOST * legend_of(run).n,
         shard=0.0,
         read=READ,
-        hands=min(d.cores, run.reconstruct.at_once),
+        hands=min(d.cores, hands),
         turns=True,
-        about=f"estimates for {device}: {d.predicts / 1e12:.0f} TFLOP/s, {d.cores} cores each, {run.reconstruct.at_once} blocks in hand",
+        about=f"estimates for {device}: {d.predicts / 1e12:.0f} TFLOP/s, {d.cores} cores each, {hands} blocks in hand",
     )
 
 

@@ -7,7 +7,6 @@ the last place that knows configuration objects: what it calls takes plain value
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 import xarray as xr
 import yaml
+from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from ai4land import cube
@@ -56,7 +56,7 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, di
     run.save(run.folder / "config.yaml")
     split.save(run.folder / "splits.json")
     t = run.train
-    torch.set_num_threads(t.threads or os.cpu_count() or 1)
+    torch.set_num_threads(t.threads or CPU_COUNT)
     store = open_store(store_path)
     legend = Legend(**store.attrs["legend"])
     codes = legend.codes.tolist()
@@ -198,7 +198,7 @@ def _class_counts(store: xr.Dataset, split: Split, legend: Legend, grid: Grid) -
 
 def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, int], None] | None = None) -> Path:
     """Make the cubes of a run; blocks that the ledger has are not done again."""
-    from distributed import Client, LocalCluster
+    from ai4land.cluster import local
 
     _, card = load_model(run.folder)
     fits = partial(check_fits, card, legend=legend_of(run), feature_names=[s.name for s in run.static], factor=run.grid.factor)
@@ -208,7 +208,6 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     fits(states=[str(s) for s in open_store(store_path)["state"].values])
     r = run.reconstruct
     precision = precision_of(card) if r.precision == "auto" else r.precision
-    threads = r.threads or max(1, (os.cpu_count() or 1) // r.workers)
     work: list[tuple[Path, list[cube.Block], Job]] = []
     for name, (path, reference, years) in cubes_of(run).items():
         identity = {
@@ -233,7 +232,7 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
         origin = "without a reference map" if reference is None else f"from the map of {reference}"
         tell(f"{name}: {len(blocks)} blocks to do, years {years[0]}-{years[-1]} {origin}")
         job = job_of(
-            run, source, cube_path=path, reference=reference, checksum=card.weights, threads=threads, precision=precision
+            run, source, cube_path=path, reference=reference, checksum=card.weights, threads=r.cores, precision=precision
         )
         work.append((path, blocks, job))
     total = sum(len(blocks) for _, blocks, _ in work)
@@ -246,17 +245,8 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
             progress(count, total)
 
     if total:
-        with (
-            LocalCluster(
-                n_workers=r.workers,
-                threads_per_worker=r.at_once,
-                processes=True,
-                dashboard_address="127.0.0.1:0",
-                host="127.0.0.1",
-            ) as cluster,
-            Client(cluster) as client,
-        ):
-            tell(f"Dask dashboard: {cluster.dashboard_link}")
+        with local(r.workers, threads=r.hands) as client:
+            tell(f"Dask dashboard: {client.dashboard_link}")
             for _, blocks, job in work:
                 run_blocks(blocks, job, client=client, progress=step)
     for path, _, _ in work:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import xarray as xr
 import zarr
-from distributed import Client, LocalCluster
+from distributed import Client
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Column, Table
@@ -40,6 +40,7 @@ from ai4land.align import open_store
 from ai4land.allocate import allocate, level_quotas
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import load_model
+from ai4land.cluster import SETTINGS, local
 from ai4land.config import ModelConfig, ReconstructConfig
 from ai4land.constrain import project
 from ai4land.cube import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, Block
@@ -387,7 +388,7 @@ def reconstruct_rows(s: Setting) -> list[Row]:
     def ours(precision: Precision) -> None:
         # As a worker does it: some blocks in hand at once.
         job = s.job(paths[precision], precision)
-        with ThreadPoolExecutor(ReconstructConfig.model_fields["at_once"].default) as hands:
+        with ThreadPoolExecutor(ReconstructConfig(reference=None, years=[2000], threads=CORES).hands) as hands:
             list(hands.map(partial(reconstruct_block, job=job), blocks))
 
     arms: dict[str, Arm] = {"naive": lambda: partial(naive_cube, s, paths["naive"], model)}
@@ -557,24 +558,31 @@ def worker_rows(folder: Path, size: Size) -> list[Row]:
         job = replace(s.job(path), threads=1)
         return partial(run_blocks, blocks, job, client=client)
 
-    peaks: dict[str, float] = {}
-    for name, s in settings.items():
-        with workers(1) as client:
-            mapping(s, client)()
-            peaks[name] = max(client.run(peak_memory).values())
+    peaks: dict[str, list[float]] = {name: [] for name in settings}
+    for _ in range(size.rounds):
+        for name, s in settings.items():
+            with workers(1) as client:
+                mapping(s, client)()
+                peaks[name] += client.run(peak_memory).values()
     large = settings["large"]
-    with workers(1) as one, workers(2) as two:
-        arms: dict[str, Arm] = {"one": partial(mapping, large, one), "two": partial(mapping, large, two)}
-        for arm in arms.values():
-            arm()()
-        seconds = alternate(arms, rounds=size.rounds)
+
+    def beside(**starts: AbstractContextManager[Client]) -> dict[str, list[float]]:
+        with ExitStack() as stack:
+            arms: dict[str, Arm] = {k: partial(mapping, large, stack.enter_context(w)) for k, w in starts.items()}
+            for arm in arms.values():
+                arm()()
+            return alternate(arms, rounds=size.rounds)
+
+    seconds = beside(one=workers(1), two=workers(2))
+    plain = beside(ours=workers(1), dask=workers(1, settings={}))
     n = len(large.grid.shards())
     rate = large.grid.shape[0] * large.grid.shape[1] * len(size.mapped) / median(seconds["one"])
     about = f"{n} shards of {size.shard} cells, {len(size.mapped)} years, base {size.base}"
     return [
-        Row("memory_growth", peaks["large"] / peaks["small"], "1", f"peak of a worker on 2 shards; {about}"),
-        Row("worker_memory", peaks["large"] / 1e9, "GB", "absolute, as in memory_growth"),
+        Row("memory_growth", ratio(peaks["large"], peaks["small"]), "1", f"peak of a worker on 2 shards; {about}"),
+        Row("worker_memory", median(peaks["large"]) / 1e9, "GB", "absolute, as in memory_growth"),
         Row("two_worker_speedup", ratio(seconds["one"], seconds["two"]), "times", f"one worker, same work; {about}"),
+        Row("worker_settings", ratio(plain["dask"], plain["ours"]), "times", f"one worker with Dask's own settings; {about}"),
         scheduler_row(folder, MANY if size is CROWD else size, rate),
     ]
 
@@ -595,14 +603,10 @@ def scheduler_row(folder: Path, size: Size, rate: float) -> Row:
 
 
 @contextmanager
-def workers(count: int) -> Iterator[Client]:
+def workers(count: int, *, settings: dict[str, object] = SETTINGS) -> Iterator[Client]:
     """Start Dask workers of one thread each, which do not compress in others."""
     single = {"OMP_NUM_THREADS": "1", "ZARR_THREADING__MAX_WORKERS": "1"}
-    with (
-        dask.config.set({"distributed.nanny.environ": single}),
-        LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster,
-        Client(cluster) as client,
-    ):
+    with dask.config.set({"distributed.nanny.environ": single}), local(count, dashboard=False, settings=settings) as client:
         yield client
 
 
