@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from ai4land import cube
 from ai4land.align import open_store
@@ -44,9 +45,12 @@ _SIDE = 720
 """Fine cells along the side of a practice store at most."""
 _YEARS = tuple(range(2000, 2006))
 _STEPS = 6
-_LONG = 12.0
-"""Seconds that the years of a block are timed for, about: far from the reference map more is in question, and a year takes longer."""
-_CROWD = 1.17
+_BLOCKS = 6
+"""Blocks that are timed at most, of little land and of much."""
+_LONG, _ENOUGH = 6.0, 40.0
+"""Seconds that the years of a block are timed for, about (far from the reference map more is in question), and after which no further block
+is begun but the second."""
+_CROWD = 1.08
 """What workers beside one another on all cores take longer than one (`two_worker_speedup` of the benchmark)."""
 
 
@@ -60,9 +64,8 @@ class _Ground:
     spec: FeatureSpec
     cells: NDArray[np.bool_]
     pairs: tuple[tuple[int, int], ...]
-    windows: tuple[Window, ...]
+    blocks: tuple[Block, ...]
     reference: int | None
-    years: tuple[int, ...]
 
 
 def calibrate(run: RunConfig, *, tell: Callable[[str], None] = lambda _: None) -> Rates:
@@ -93,7 +96,11 @@ def calibrate(run: RunConfig, *, tell: Callable[[str], None] = lambda _: None) -
             )
         job = replace(_job(run, ground, folder, there), model=str(model), checksum=checksum, threads=threads, precision=precision)
         busy = threads * r.workers >= CPU_COUNT
-        found = [_block(ground, window, job, busy=busy) for window in ground.windows]
+        found: list[_Found] = []
+        began = time.perf_counter()
+        for block in ground.blocks:
+            if len(found) < 2 or time.perf_counter() - began < _ENOUGH:
+                found.append(_block(ground, block, job, busy=busy))
         forward, read = median(f.network for f in found), median(f.read for f in found)
         crowd = _CROWD if busy and r.workers > 1 else 1.0
         host, shard = _line([f.mapped for f in found], [f.host for f in found])
@@ -115,21 +122,25 @@ def calibrate(run: RunConfig, *, tell: Callable[[str], None] = lambda _: None) -
 
 
 def _own(run: RunConfig) -> _Ground:
-    """Take the store of the run and, of the blocks of its cube, one of little land and one of much."""
+    """Take the store of the run and some blocks of its cube, from little land to much, of both sides of the reference map."""
     store, grid, legend, r = run.folder / "store.zarr", grid_of(run), legend_of(run), run.reconstruct
     split, source = split_of(run, grid), Source(store)
     cells = split.roles == TRAIN
     codes, waves = legend.codes.tolist(), run.train.position
     spec = fit_spec(open_store(store), cells=cells, pairs=split.pairs, codes=codes, factor=grid.factor, position=waves)
-    blocks = plan_blocks(store, years=r.years, reference=r.reference)
-    longest = [b for b in blocks if len(b.years) == len(blocks[0].years)]
-    land = [int(np.asarray(source.mask[b.window.slices]).sum()) for b in longest]
+    every = [b for b in plan_blocks(store, years=r.years, reference=r.reference) if set(b.years) != {r.reference}]
+    land = [int(np.asarray(source.mask[b.window.slices]).sum()) for b in every]
     order = np.argsort(land)
-    few, many = (longest[int(order[int(part * (len(order) - 1))])] for part in (0.2, 0.8))
-    away = sorted((y for y in many.years if y != r.reference), key=lambda y: abs(y - (r.reference or 0)))
-    years = away or many.years
-    windows = (few.window, many.window) if few.window != many.window else (many.window,)
-    return _Ground(store, grid, legend, spec, cells, split.pairs, windows, r.reference, tuple(years))
+    parts = (0.8, 0.2, *np.linspace(0.0, 1.0, _BLOCKS - 2))
+    picked = dict.fromkeys(int(order[round(part * (len(order) - 1))]) for part in parts)
+    return _Ground(
+        store, grid, legend, spec, cells, split.pairs, tuple(_outward(every[i], r.reference) for i in picked), r.reference
+    )
+
+
+def _outward(block: Block, reference: int | None) -> Block:
+    """Order the years of a block away from the reference map, and leave out its own."""
+    return replace(block, years=tuple(sorted(set(block.years) - {reference}, key=lambda y: abs(y - (reference or 0)))))
 
 
 def _practice(run: RunConfig, folder: Path) -> _Ground:
@@ -145,14 +156,15 @@ def _practice(run: RunConfig, folder: Path) -> _Ground:
     codes, waves = legend.codes.tolist(), run.train.position
     spec = fit_spec(open_store(store), cells=cells, pairs=pairs, codes=codes, factor=grid.factor, position=waves)
     reference = None if run.reconstruct.reference is None else _YEARS[0]
-    return _Ground(store, grid, legend, spec, cells, pairs, (Window(0, 0, side, side),), reference, _YEARS[1:])
+    return _Ground(store, grid, legend, spec, cells, pairs, (Block(Window(0, 0, side, side), _YEARS[1:]),), reference)
 
 
 def _job(run: RunConfig, ground: _Ground, folder: Path, there: bool) -> Job:
     """Put together the job of the block, and make its cube."""
     path = folder / "cube.zarr"
     about = {"title": "calibration", "source": "calibration", "totals": "not imposed"}
-    cube.create(path, grid=ground.grid, legend=ground.legend, years=ground.years, identity={}, **about)
+    years = sorted({year for block in ground.blocks for year in block.years})
+    cube.create(path, grid=ground.grid, legend=ground.legend, years=years, identity={}, **about)
     if there:
         return job_of(run, Source(ground.store), cube_path=path, reference=ground.reference)
     c, plain = run.constrain, load_crosswalk("identity", ground.legend)
@@ -203,9 +215,9 @@ class _Found:
     bytes: float
 
 
-def _block(ground: _Ground, window: Window, job: Job, *, busy: bool) -> _Found:
+def _block(ground: _Ground, block: Block, job: Job, *, busy: bool) -> _Found:
     """Time a block: in seconds of its cores where all will be ``busy``, as other threads then have none to help with, else in seconds."""
-    source = Source(ground.store)
+    source, window, years = Source(ground.store), block.window, block.years
 
     def clock() -> float:
         return time.process_time() / job.threads if busy else time.perf_counter()
@@ -214,7 +226,7 @@ def _block(ground: _Ground, window: Window, job: Job, *, busy: bool) -> _Found:
 
     def seconds(count: int) -> float:
         began = clock()
-        reconstruct_block(Block(window, ground.years[:count]), job)
+        reconstruct_block(Block(window, years[:count]), job)
         return clock() - began
 
     def size() -> int:
@@ -223,20 +235,20 @@ def _block(ground: _Ground, window: Window, job: Job, *, busy: bool) -> _Found:
     held = size()
     try:
         seconds(1)
-        few, some = seconds(1), min(3, len(ground.years))
+        few, some = seconds(1), min(3, len(years))
         pace = (seconds(some) - few) / max(1, some - 1)
-        last = max(some, min(len(ground.years), round(_LONG / max(pace, 1e-3))))
+        last = max(some, min(len(years), round(_LONG / max(pace, 1e-3))))
         many, written = seconds(last), size() - held
         forward, card = ready(job.model, job.checksum, job.precision)
         mask = np.asarray(source.mask[window.slices], dtype=bool)
         part = mapped_part(mask, window, forward.stride)
-        predicted = predict(forward, source, part, spec=card.spec, reference=job.reference, years=ground.years[:last])
+        predicted = predict(forward, source, part, spec=card.spec, reference=job.reference, years=years[:last])
         network = median(_seconds(predicted, clock))
     finally:
         torch.set_num_threads(before)
     # A block walks all years that the scenario has, also those that are not kept.
     walks = job.reference is not None and job.method != "none"
-    ends = [years_between(source.years, job.reference or 0, ground.years[n - 1]) if walks else range(n) for n in (1, last)]
+    ends = [years_between(source.years, job.reference or 0, years[n - 1]) if walks else range(n) for n in (1, last)]
     year = (many - few) / (len(ends[1]) - len(ends[0])) if last > 1 else few / len(ends[0])
     seen = (part.height + 2 * forward.halo) * (part.width + 2 * forward.halo)
     return _Found(
@@ -249,12 +261,11 @@ def _block(ground: _Ground, window: Window, job: Job, *, busy: bool) -> _Found:
 
 
 def _line(x: list[int], y: list[float]) -> tuple[float, float]:
-    """Slope and start of the line through one point and the origin, or through two, neither below 0."""
-    if len(x) == 1 or x[0] == x[1]:
-        return y[-1] / x[-1], 0.0
-    slope = max(0.0, (y[1] - y[0]) / (x[1] - x[0]))
-    start = min(max(0.0, y[0] - slope * x[0]), min(y))
-    return (y[1] - start) / x[1], start
+    """Slope and start of the line through points, neither below 0."""
+    if len(set(x)) == 1:
+        return sum(y) / sum(x), 0.0
+    found = nnls(np.column_stack([x, np.ones(len(x))]), np.asarray(y))[0]
+    return float(found[0]), float(found[1])
 
 
 def _seconds(steps: Iterator[Any], clock: Callable[[], float]) -> list[float]:

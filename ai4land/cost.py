@@ -34,7 +34,7 @@ STATIC_BYTES, MAP_BYTES = 1.3, 0.15
 """Bytes of a cell of a static map and of a cell and year of land cover in the store (Bavaria, United Kingdom, globe at 0.05 degrees: 1.1 to 1.6)."""
 PROCESS_BYTES = 0.5e9
 """What Python and the libraries of a worker hold."""
-START = 8.0
+START = 6.0
 """Seconds to start Dask and the libraries of its workers."""
 
 

@@ -15,6 +15,7 @@ import psutil
 
 from ai4land.calibrate import calibrate
 from ai4land.cost import count, estimate
+from ai4land.cube import VARIABLES
 from ai4land.inputs import align, cubes_of
 from ai4land.runfile import load_run
 from ai4land.stages import reconstruct, train
@@ -52,23 +53,35 @@ def main() -> None:
     began = time.perf_counter()
     train(run, tell=print)
     trained = time.perf_counter() - began
+    late = calibrate(run, tell=print)
+    last = estimate(work, late, workers=workers)
     watch = Watch()
     watch.start()
     began = time.perf_counter()
     reconstruct(run, tell=print)
     mapped = time.perf_counter() - began
     watch.over.set()
-    files = [f for path, *_ in cubes_of(run).values() for f in path.glob("*/c/**/*") if f.is_file()]
+    files = [f for path, *_ in cubes_of(run).values() for name in VARIABLES for f in (path / name).glob("c/**/*") if f.is_file()]
     size = sum(f.stat().st_size for f in files)
-    print("| | foretold, nothing done | foretold, aligned | taken | aligned / taken |\n|---|---|---|---|---|")
-    for name, first, told, real in (
-        ("training, s", fresh.train, cost.train, trained),
-        ("reconstruction, s", fresh.reconstruct, cost.reconstruct, mapped),
-        ("memory of a worker, GB", None, work.worker.both / 1e9, watch.peak / 1e9),
-        ("bytes of the cubes, GB", None, work.mapped * (rates.cell or 0.0) / 1e9, size / 1e9),
-        ("shards of the cubes", None, work.objects, len(files)),
+    print(
+        "| | foretold, nothing done | aligned | trained | taken | aligned / taken | trained / taken |\n|---|---|---|---|---|---|---|"
+    )
+    for name, first, told, later, real in (
+        ("training, s", fresh.train, cost.train, None, trained),
+        ("reconstruction, s", fresh.reconstruct, cost.reconstruct, last.reconstruct, mapped),
+        ("memory of a worker, GB", None, work.worker.both / 1e9, None, watch.peak / 1e9),
+        (
+            "bytes of the cubes, GB",
+            None,
+            work.mapped * (rates.cell or 0.0) / 1e9,
+            work.mapped * (late.cell or 0.0) / 1e9,
+            size / 1e9,
+        ),
+        ("shards of the cubes", None, work.objects, None, len(files)),
     ):
-        print(f"| {name} | {'-' if first is None else f'{first:.4g}'} | {told:.4g} | {real:.4g} | {told / real:.2f} |")
+        columns = ["-" if x is None else f"{x:.4g}" for x in (first, told, later, real)]
+        columns += ["-" if x is None else f"{x / real:.2f}" for x in (told, later)]
+        print(f"| {name} | {' | '.join(columns)} |")
 
 
 if __name__ == "__main__":
