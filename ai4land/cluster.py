@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 
 import dask
 from distributed import Client, LocalCluster
@@ -38,13 +39,16 @@ def local(
     settings
         Of Dask, that scheduler and workers start with.
     """
-    with dask.config.set(settings):  # what starts keeps a copy, also for workers that it starts again
+    with dask.config.set(settings):
         cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=threads,
             processes=True,
             dashboard_address="127.0.0.1:0" if dashboard else None,
             host="127.0.0.1",
+            config=deepcopy(
+                dask.config.config
+            ),  # for workers that are started again, too: without it they share what is set here
         )
     with cluster, Client(cluster) as client:
         yield client

@@ -1,0 +1,39 @@
+"""Workers on this machine: what they start with, and that none is left."""
+
+import os
+
+import dask
+import psutil
+
+from ai4land.cluster import local
+
+
+def surroundings() -> tuple[str | None, str | None, str]:
+    """Tell what a worker starts with; it runs there."""
+    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
+    return *(os.environ.get(name) for name in names), dask.config.get("distributed.worker.profile.interval")
+
+
+def test_workers_start_with_our_settings_also_anew_and_leave_dask_as_it_was(monkeypatch):
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    before = dask.config.get("distributed.nanny.pre-spawn-environ")
+    with local(1, dashboard=False) as client:
+        assert list(client.run(surroundings).values()) == [(None, "1", "500ms")]
+        assert dask.config.get("distributed.nanny.pre-spawn-environ") == before
+        client.restart()
+        assert list(client.run(surroundings).values()) == [(None, "1", "500ms")]
+
+
+def test_settings_can_be_those_of_dask():
+    with local(1, dashboard=False, settings={}) as client:
+        assert [interval for *_, interval in client.run(surroundings).values()] == ["10ms"]
+
+
+def test_workers_listen_on_the_loopback_and_end_with_the_block():
+    with local(2, threads=3) as client:
+        info = client.scheduler_info(n_workers=-1)["workers"]
+        assert len(info) == 2
+        assert all(address.startswith("tcp://127.0.0.1:") and w["nthreads"] == 3 for address, w in info.items())
+        assert "127.0.0.1" in client.dashboard_link
+        pids = list(client.run(os.getpid).values())
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
