@@ -128,10 +128,11 @@ def _own(run: RunConfig) -> _Ground:
     cells = split.roles == TRAIN
     codes, waves = legend.codes.tolist(), run.train.position
     spec = fit_spec(open_store(store), cells=cells, pairs=split.pairs, codes=codes, factor=grid.factor, position=waves)
-    every = [b for b in plan_blocks(store, years=r.years, reference=r.reference) if set(b.years) != {r.reference}]
+    planned = plan_blocks(store, years=r.years, reference=r.reference)
+    every = [b for b in planned if set(b.years) != {r.reference}] or planned
     land = [int(np.asarray(source.mask[b.window.slices]).sum()) for b in every]
     order = np.argsort(land)
-    parts = (0.8, 0.2, *np.linspace(0.0, 1.0, _BLOCKS - 2))
+    parts = (0.8, 0.2, *np.linspace(0.0, 1.0, _BLOCKS - 2).tolist())
     picked = dict.fromkeys(int(order[round(part * (len(order) - 1))]) for part in parts)
     return _Ground(
         store, grid, legend, spec, cells, split.pairs, tuple(_outward(every[i], r.reference) for i in picked), r.reference
@@ -139,8 +140,9 @@ def _own(run: RunConfig) -> _Ground:
 
 
 def _outward(block: Block, reference: int | None) -> Block:
-    """Order the years of a block away from the reference map, and leave out its own."""
-    return replace(block, years=tuple(sorted(set(block.years) - {reference}, key=lambda y: abs(y - (reference or 0)))))
+    """Order the years of a block away from the reference map, and leave out its own if there are others."""
+    years = set(block.years) - {reference} or block.years
+    return replace(block, years=tuple(sorted(years, key=lambda y: abs(y - (reference or 0)))))
 
 
 def _practice(run: RunConfig, folder: Path) -> _Ground:

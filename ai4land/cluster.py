@@ -46,9 +46,7 @@ def local(
             processes=True,
             dashboard_address="127.0.0.1:0" if dashboard else None,
             host="127.0.0.1",
-            config=deepcopy(
-                dask.config.config
-            ),  # for workers that are started again, too: without it they share what is set here
+            config=deepcopy(dask.config.config),  # a worker that is started again needs them, too
         )
     with cluster, Client(cluster) as client:
         yield client

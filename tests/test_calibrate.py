@@ -3,8 +3,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from ai4land.calibrate import calibrate
+import pytest
+
+from ai4land.calibrate import _line, _outward, calibrate
 from ai4land.cost import count, estimate
+from ai4land.cube import Block
+from ai4land.grid import Window
 from ai4land.runfile import load_run
 
 SMALL = [
@@ -29,3 +33,17 @@ def test_rates_of_a_run_that_is_not_begun(tmp_path):
     cost = estimate(count(run), rates, workers=2)
     assert cost.train > 0 and cost.reconstruct > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_time_of_a_year_is_a_share_of_the_land_and_a_start_that_never_help():
+    assert _line([10, 20, 40], [2.0, 3.0, 5.0]) == pytest.approx((0.1, 1.0))
+    assert _line([10, 20], [3.0, 2.0])[0] == 0
+    assert _line([10, 20], [0.0, 2.0])[1] == 0
+    assert _line([10, 10], [1.0, 3.0]) == (0.2, 0.0)
+
+
+def test_years_are_timed_outward_and_the_map_itself_only_if_it_is_alone():
+    window = Window(0, 0, 8, 8)
+    assert _outward(Block(window, (2001, 2002, 2003)), 2003).years == (2002, 2001)
+    assert _outward(Block(window, (2003,)), 2003).years == (2003,)
+    assert _outward(Block(window, (2001, 2002)), None).years == (2001, 2002)
