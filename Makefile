@@ -4,20 +4,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-slurm lint bench clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,hpc]"
 	touch $@
 
 demo: install  ## the whole path on a synthetic planet: a model, a cube, a table, pictures in runs/demo
 	$(BIN)/ai4land demo
 
 test: install  ## the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm"
+
+test-slurm: install  ## real SLURM jobs on a private cluster on this machine; installs Debian's packages
+	command -v slurmctld sbatch munged >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
 lint: install  ## style and types
 	$(BIN)/ruff check .

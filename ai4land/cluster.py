@@ -1,13 +1,21 @@
-"""Where blocks are computed: a Dask client with its workers."""
+"""Where blocks are computed: from one word of the run file to a Dask client with its workers.
+
+``local`` starts workers on this machine, ``slurm`` submits them as jobs (:mod:`ai4land.slurm`), and an address (``tcp://…``, ``tls://…``)
+joins a cluster that is there already.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 
 import dask
 from distributed import Client, LocalCluster
+
+from ai4land.errors import ConfigError
+from ai4land.slurm import slurm
 
 _SPAWN = "distributed.nanny.pre-spawn-environ"
 SETTINGS = {
@@ -20,6 +28,49 @@ SETTINGS = {
 """Dask's own settings are for tasks of milliseconds; a block takes seconds to minutes. Workers leave it to the C library when to give
 memory back, as a year asks for the sizes of the year before (in one arena, so that what is kept stays small), and are looked at twice a
 second in place of a hundred times. What both gain is ``worker_settings`` of the benchmarks."""
+
+
+@contextmanager
+def connect(
+    where: str, *, workers: int, threads: int, cores: int, memory: float, folder: Path, tell: Callable[[str], None]
+) -> Iterator[Client]:
+    """Get workers of a cluster for a while.
+
+    Parameters
+    ----------
+    where
+        ``local``, ``slurm``, or the address of a scheduler.
+    workers
+        How many; of no use for an address.
+    threads, cores, memory
+        Of a worker: tasks in hand, and on SLURM the cores and bytes that it asks for.
+    folder
+        Of the run.
+    tell
+        Is told where the dashboard is.
+
+    Raises
+    ------
+    ConfigError
+        If the cluster cannot be had.
+    """
+    if where == "local":
+        with local(workers, threads=threads) as client:
+            tell(f"Dask dashboard: {client.dashboard_link}")
+            yield client
+    elif where == "slurm":
+        with slurm(workers, threads=threads, cores=cores, memory=memory, folder=folder, settings=SETTINGS, tell=tell) as client:
+            yield client
+    else:
+        try:
+            client = Client(where, timeout=30)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"cluster is {where!r}, expected local, slurm or the address of a Dask scheduler: {error}"
+            ) from error
+        with client:
+            tell(f"Dask dashboard: {client.dashboard_link}")
+            yield client
 
 
 @contextmanager

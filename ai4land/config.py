@@ -304,6 +304,9 @@ class RunConfig(_Model):
     title: str = ""
     runs: str = "runs"
     data: str = "."
+    cluster: str = Field(
+        default="local", description="where blocks are computed: local, slurm, or the address of a Dask scheduler (tcp://…)"
+    )
     seed: int = 0
     grid: GridConfig
     landcover: LandCoverConfig

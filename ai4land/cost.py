@@ -396,7 +396,9 @@ def refuse(run: RunConfig, *, workers: int | None = None, land: float = 1.0, dev
     """
     work = count(run, land=land, cuda=device is not None)
     if device is None:
-        found = refusals(work, workers=workers or run.reconstruct.workers, memory=MEMORY_LIMIT) + _lacking(run, work)
+        # Workers of another cluster do not share this machine's memory.
+        here = workers or run.reconstruct.workers if run.cluster == "local" else 0
+        found = refusals(work, workers=here, memory=MEMORY_LIMIT) + _lacking(run, work)
     else:
         found = refusals(work, workers=1, memory=DEVICES[device].memory, who=device)
     if found:

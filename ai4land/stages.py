@@ -198,7 +198,8 @@ def _class_counts(store: xr.Dataset, split: Split, legend: Legend, grid: Grid) -
 
 def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, int], None] | None = None) -> Path:
     """Make the cubes of a run; blocks that the ledger has are not done again."""
-    from ai4land.cluster import local
+    from ai4land.cluster import connect
+    from ai4land.cost import network_of, worker_memory
 
     _, card = load_model(run.folder)
     fits = partial(check_fits, card, legend=legend_of(run), feature_names=[s.name for s in run.static], factor=run.grid.factor)
@@ -245,8 +246,10 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
             progress(count, total)
 
     if total:
-        with local(r.workers, threads=r.hands) as client:
-            tell(f"Dask dashboard: {client.dashboard_link}")
+        memory = worker_memory(run, network_of(run)).both
+        with connect(
+            run.cluster, workers=r.workers, threads=r.hands, cores=r.cores, memory=memory, folder=run.folder, tell=tell
+        ) as client:
             for _, blocks, job in work:
                 run_blocks(blocks, job, client=client, progress=step)
     for path, _, _ in work:

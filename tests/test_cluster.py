@@ -4,8 +4,10 @@ import os
 
 import dask
 import psutil
+import pytest
 
-from ai4land.cluster import local
+from ai4land.cluster import connect, local
+from ai4land.errors import ConfigError
 
 
 def surroundings() -> tuple[str | None, str | None, str]:
@@ -37,3 +39,20 @@ def test_workers_listen_on_the_loopback_and_end_with_the_block():
         assert "127.0.0.1" in client.dashboard_link
         pids = list(client.run(os.getpid).values())
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+
+
+SHAPE = {"workers": 1, "threads": 1, "cores": 1, "memory": 1e9}
+
+
+def test_a_scheduler_that_is_there_is_joined_and_left_running(tmp_path):
+    told: list[str] = []
+    with local(1, dashboard=False) as owner:
+        with connect(owner.scheduler.address, **SHAPE, folder=tmp_path, tell=told.append) as client:
+            assert client.submit(sum, [1, 2]).result() == 3
+        assert len(told) == 1 and owner.submit(sum, [2, 2]).result() == 4
+
+
+def test_a_cluster_that_is_none_is_refused(tmp_path):
+    refused = pytest.raises(ConfigError, match=r"'marenostrum', expected local, slurm or the address")
+    with refused, connect("marenostrum", **SHAPE, folder=tmp_path, tell=print):
+        pass

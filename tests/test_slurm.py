@@ -1,0 +1,160 @@
+"""Real SLURM on this machine (`make test-slurm`): a private cluster of two virtual nodes with fake GPUs, started and stopped here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import dask
+import pytest
+from distributed import Client
+
+from ai4land import slurm as module
+from ai4land.cluster import SETTINGS, connect
+from ai4land.errors import ConfigError
+from ai4land.slurm import check, queue, slurm
+
+SCRIPT = Path(__file__).with_name("slurm_local.sh")
+DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A SLURM cluster of this test alone."""
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    missing = [name for name in DAEMONS if shutil.which(name, path=path) is None]
+    if missing:
+        pytest.skip(f"SLURM is not installed ({', '.join(missing)}): make test-slurm installs it")
+    home = tmp_path_factory.mktemp("slurm")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1] % 20000 + 10000
+    setting = {
+        "SLURM_LOCAL_HOME": str(home),
+        "SLURM_LOCAL_PORT": str(port),
+        "SLURM_LOCAL_GPUS_PER_NODE": "2",
+        "SLURM_LOCAL_CPUS": "4",
+    }
+    env = {**os.environ, **setting}
+    subprocess.run([SCRIPT, "start"], check=True, env=env, timeout=60)
+    before = dict(os.environ)
+    os.environ.update(SLURM_CONF=str(home / "etc" / "slurm.conf"), **setting)
+    try:
+        with dask.config.set({"jobqueue.slurm.interface": "lo", "jobqueue.slurm.walltime": "00:10:00"}):
+            yield home
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        subprocess.run([SCRIPT, "stop"], check=True, env=env, timeout=120)
+
+
+@pytest.fixture
+def jobs(cluster, tmp_path):
+    """Start workers as jobs of this cluster; what was told."""
+    told: list[str] = []
+
+    def start(count, **others):
+        shape = {"threads": 1, "cores": 1, "memory": 1e9, "every": 0.5} | others
+        return slurm(count, folder=tmp_path, settings=SETTINGS, tell=told.append, **shape)
+
+    start.told = told
+    return start
+
+
+def until(what, *, seconds=60.0):
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if what():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come to hold")
+
+
+def workers(client):
+    return client.scheduler_info(n_workers=-1)["workers"]
+
+
+@pytest.mark.slurm
+def test_jobs_are_workers_with_our_settings_and_gone_afterwards(jobs, tmp_path):
+    with jobs(2) as client:
+        client.wait_for_workers(2, timeout=60)
+        assert sum(client.gather(client.map(lambda x: x + 1, range(10)))) == 55
+        found = client.run(lambda: (os.environ.get("MALLOC_TRIM_THRESHOLD_"), os.environ.get("SLURM_JOB_ID")))
+        assert {trim for trim, _ in found.values()} == {None}
+        assert {job for _, job in found.values()} == set(queue())
+        assert all(address.startswith("tls://") for address in found)
+        assert "127.0.0.1" in jobs.told[0] and "ssh -N -L" in jobs.told[0]
+    until(lambda: not queue())
+    assert (tmp_path / "slurm").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.slurm
+def test_a_job_that_is_cancelled_is_replaced(jobs):
+    with jobs(2) as client:
+        client.wait_for_workers(2, timeout=60)
+        before = set(queue())
+        subprocess.run(["scancel", min(before)], check=True)
+        until(lambda: len(set(queue()) - before) == 1)
+        client.wait_for_workers(2, timeout=60)
+        until(lambda: len(workers(client)) == 2)
+        assert any(min(before) in line and "gone" in line for line in jobs.told)
+
+
+@pytest.mark.slurm
+def test_what_is_granted_works_and_why_the_rest_waits_is_said(jobs):
+    with jobs(10, cores=4) as client:
+        client.wait_for_workers(2, timeout=60)
+        assert client.submit(sum, [1, 2]).result() == 3
+        until(lambda: any("8 of 10 jobs wait: " in line and "Resources" in line for line in jobs.told))
+        assert len(workers(client)) == 2
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("settings", "directive"),
+    [
+        ({"jobqueue.slurm.queue": "nope"}, "-p nope"),
+        ({"jobqueue.slurm.job-cpu": 200}, "--cpus-per-task=200"),
+        ({"jobqueue.slurm.job-extra-directives": ["--gres=gpu:9"]}, "--gres=gpu:9"),
+        ({"jobqueue.slurm.memory": "900GB"}, "--mem="),
+    ],
+)
+def test_a_job_that_would_never_run_is_refused_with_its_directive(jobs, settings, directive):
+    with dask.config.set(settings), pytest.raises(ConfigError, match="because of #SBATCH") as error, jobs(1):
+        pass
+    assert directive in str(error.value) and " or " not in str(error.value).split("; change")[0]
+    assert not queue()
+
+
+@pytest.mark.slurm
+def test_a_stranger_without_the_certificate_is_refused(jobs):
+    with jobs(1) as client:
+        client.wait_for_workers(1, timeout=60)
+        address = client.scheduler.address
+        for tried in (address, address.replace("tls://", "tcp://")):
+            with pytest.raises((OSError, TypeError, ValueError, RuntimeError)):
+                Client(tried, timeout=3)
+        assert client.submit(sum, [1, 2]).result() == 3
+
+
+def test_without_sbatch_the_error_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    shape = {"workers": 1, "threads": 1, "cores": 1, "memory": 1e9, "folder": tmp_path, "tell": print}
+    with pytest.raises(ConfigError, match=r"sbatch is not on the path.*cluster=local"), connect("slurm", **shape):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_does_not_answer_is_an_error_not_a_wait(monkeypatch, tmp_path):
+    slow = tmp_path / "sbatch"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(module, "_PATIENCE", 0.2)
+    with pytest.raises(ConfigError, match="did not answer"):
+        check("#!/bin/sh\n", tmp_path)
