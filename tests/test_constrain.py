@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
@@ -65,6 +65,7 @@ def test_totals_are_met_by_area_or_count_whatever_the_logits(problem: Any, by_ar
 def test_starting_from_the_answer_takes_no_step_and_gives_the_same(problem: Any) -> None:
     p, totals, mapped, factor, _ = problem
     cold = project(p, totals=totals, factor=factor, mapped=mapped)
+    assume(cold.steps < 80)  # in float32 some wander about 1.7e-7 to the last step: that is no answer to start from
     warm = project(p, totals=totals, factor=factor, mapped=mapped, multipliers=cold.multipliers)
     assert warm.steps == 0
     assert np.abs(warm.fractions - cold.fractions).max() < 1e-6
