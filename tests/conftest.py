@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import dask
 import numpy as np
 import pytest
 import xarray as xr
+from distributed import Client
 from scipy import ndimage
 
 from ai4land.align import Layer, write_store
+from ai4land.cluster import SETTINGS
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, block_sum, make_grid
 from ai4land.legend import Legend, load_legend
+from ai4land.slurm import slurm
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,3 +98,86 @@ def write_tiny_store(
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
     return write_tiny_store(tmp_path_factory.mktemp("tiny") / "store.zarr")
+
+
+# -- SLURM --------------------------------------------------------------------------------------------------------------
+
+DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+JOBS = {"DASK_JOBQUEUE__SLURM__INTERFACE": "lo", "DASK_JOBQUEUE__SLURM__WALLTIME": "00:10:00"}
+"""What a command line in a process of its own needs to submit jobs here."""
+
+
+def start_slurm(home: Path, *, needs: tuple[str, ...] = DAEMONS, **setting: str) -> Iterator[dict[str, str]]:
+    """Start a private SLURM cluster, give the environment that its commands need, and stop it."""
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    missing = [name for name in needs if shutil.which(name, path=path) is None]
+    if missing:
+        pytest.skip(f"SLURM is not installed ({', '.join(missing)}): make test-slurm installs it")
+    script = Path(__file__).with_name("slurm_local.sh")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1] % 20000 + 10000
+    setting = {
+        "SLURM_LOCAL_HOME": str(home),
+        "SLURM_LOCAL_PORT": str(port),
+        "SLURM_LOCAL_GPUS_PER_NODE": "2",
+        "SLURM_LOCAL_CPUS": "4",
+        **setting,
+    }
+    env = {**os.environ, **setting}
+    subprocess.run([script, "start"], check=True, env=env, timeout=60)
+    try:
+        yield {"SLURM_CONF": str(home / "etc" / "slurm.conf"), **setting}
+    finally:
+        subprocess.run([script, "stop"], check=True, env=env, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def _slurm_started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    yield from start_slurm(tmp_path_factory.mktemp("slurm"))
+
+
+@pytest.fixture
+def slurm_cluster(_slurm_started: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Folder of a real SLURM cluster of this session: two nodes of 4 CPUs and 2 GPUs, and one without; without jobs afterwards."""
+    for name, value in {**_slurm_started, **JOBS}.items():
+        monkeypatch.setenv(name, value)
+    importlib.import_module("dask_jobqueue")  # its settings come with it and would go with ours
+    with dask.config.set({"jobqueue.slurm.interface": "lo", "jobqueue.slurm.walltime": "00:10:00"}):
+        yield Path(_slurm_started["SLURM_LOCAL_HOME"])
+    subprocess.run(["scancel", "--me"], check=True, timeout=60)
+    until(lambda: not squeue("%i"))
+
+
+@pytest.fixture
+def jobs(slurm_cluster: Path, tmp_path: Path) -> Any:
+    """Start workers as jobs of this cluster; ``jobs.told`` is what was told."""
+    told: list[str] = []
+
+    def start(count: int, **others: Any) -> AbstractContextManager[Client]:
+        shape = {"threads": 1, "cores": 1, "memory": 1e9, "every": 0.5} | others
+        return slurm(count, folder=tmp_path, settings=SETTINGS, tell=told.append, **shape)
+
+    start.told = told  # type: ignore[attr-defined]
+    return start
+
+
+def squeue(form: str, *options: str) -> list[str]:
+    """Ask SLURM for jobs in any state, a line each."""
+    done = subprocess.run(["squeue", "-h", "-o", form, *options], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.split("\n")[:-1]
+
+
+def until(what: Callable[[], Any], *, seconds: float = 60.0) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if what():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come to hold")
+
+
+def workers_of(client: Client) -> dict[str, Any]:
+    """Describe the workers that a client has, by address."""
+    return client.scheduler_info(n_workers=-1)["workers"]

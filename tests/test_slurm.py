@@ -3,80 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
 import subprocess
-import time
-from pathlib import Path
 
 import dask
 import pytest
 from distributed import Client
 
 from ai4land import slurm as module
-from ai4land.cluster import SETTINGS, connect
+from ai4land.cluster import connect
 from ai4land.errors import ConfigError
-from ai4land.slurm import check, queue, slurm
-
-SCRIPT = Path(__file__).with_name("slurm_local.sh")
-DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A SLURM cluster of this test alone."""
-    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    missing = [name for name in DAEMONS if shutil.which(name, path=path) is None]
-    if missing:
-        pytest.skip(f"SLURM is not installed ({', '.join(missing)}): make test-slurm installs it")
-    home = tmp_path_factory.mktemp("slurm")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1] % 20000 + 10000
-    setting = {
-        "SLURM_LOCAL_HOME": str(home),
-        "SLURM_LOCAL_PORT": str(port),
-        "SLURM_LOCAL_GPUS_PER_NODE": "2",
-        "SLURM_LOCAL_CPUS": "4",
-    }
-    env = {**os.environ, **setting}
-    subprocess.run([SCRIPT, "start"], check=True, env=env, timeout=60)
-    before = dict(os.environ)
-    os.environ.update(SLURM_CONF=str(home / "etc" / "slurm.conf"), **setting)
-    try:
-        with dask.config.set({"jobqueue.slurm.interface": "lo", "jobqueue.slurm.walltime": "00:10:00"}):
-            yield home
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        subprocess.run([SCRIPT, "stop"], check=True, env=env, timeout=120)
-
-
-@pytest.fixture
-def jobs(cluster, tmp_path):
-    """Start workers as jobs of this cluster; what was told."""
-    told: list[str] = []
-
-    def start(count, **others):
-        shape = {"threads": 1, "cores": 1, "memory": 1e9, "every": 0.5} | others
-        return slurm(count, folder=tmp_path, settings=SETTINGS, tell=told.append, **shape)
-
-    start.told = told
-    return start
-
-
-def until(what, *, seconds=60.0):
-    """Wait until something holds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if what():
-            return
-        time.sleep(0.1)
-    raise AssertionError("it did not come to hold")
-
-
-def workers(client):
-    return client.scheduler_info(n_workers=-1)["workers"]
+from ai4land.slurm import check, queue
+from tests.conftest import until, workers_of
 
 
 @pytest.mark.slurm
@@ -101,7 +38,7 @@ def test_a_job_that_is_cancelled_is_replaced(jobs):
         subprocess.run(["scancel", min(before)], check=True)
         until(lambda: len(set(queue()) - before) == 1)
         client.wait_for_workers(2, timeout=60)
-        until(lambda: len(workers(client)) == 2)
+        until(lambda: len(workers_of(client)) == 2)
         assert any(min(before) in line and "gone" in line for line in jobs.told)
 
 
@@ -111,7 +48,7 @@ def test_what_is_granted_works_and_why_the_rest_waits_is_said(jobs):
         client.wait_for_workers(2, timeout=60)
         assert client.submit(sum, [1, 2]).result() == 3
         until(lambda: any("8 of 10 jobs wait: " in line and "Resources" in line for line in jobs.told))
-        assert len(workers(client)) == 2
+        assert len(workers_of(client)) == 2
 
 
 @pytest.mark.slurm
