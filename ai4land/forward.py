@@ -23,6 +23,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from ai4land.batch import Batch
 from ai4land.checkpoint import Card, load_model
+from ai4land.device import device as own_device
 from ai4land.ensemble import Ensemble
 from ai4land.errors import MismatchError
 from ai4land.legend import MISSING
@@ -70,11 +71,11 @@ class Forward:
     dtype
         Of the convolutions: float32 or bfloat16.
     device
-        Where it runs; default: the first CUDA device, else the CPU.
+        Where it runs; default: that of the process (:func:`ai4land.device.device`).
     """
 
     def __init__(self, model: Ensemble, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or own_device()
         self.dtype = dtype
         self.members: list[UNet] = list(folded(model, dtype).to(self.device).members)  # type: ignore[arg-type]
         self.weight = model.sharpness / len(self.members)
@@ -183,7 +184,10 @@ def gate(model: Ensemble, batches: Iterable[Batch], *, totals: bool) -> dict[str
 
 
 def precision_of(card: Card, *, device: torch.device | None = None) -> Precision:
-    """Tell in which precision a model runs best here: bfloat16 where the device gains by it and the model bears it."""
+    """Tell in which precision a model runs best here: bfloat16 where the device gains by it and the model bears it.
+
+    The process that asks may be one that merely hands out work: it takes no device (:func:`ai4land.device.device`).
+    """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = card.bfloat16
     bears = bool(found) and found["agreement"] >= AGREEMENT and found["accuracy_lost"] <= ACCURACY
