@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import dask
 from distributed import Client, LocalCluster
@@ -24,15 +25,28 @@ SETTINGS = {
     "distributed.worker.profile.interval": "500ms",
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.system-monitor.interval": "2s",
+    "distributed.scheduler.worker-saturation": 1.0,
+    "distributed.scheduler.allowed-failures": 0,
+    "distributed.deploy.lost-worker-timeout": "5 minutes",
 }
 """Dask's own settings are for tasks of milliseconds; a block takes seconds to minutes. Workers leave it to the C library when to give
 memory back, as a year asks for the sizes of the year before (in one arena, so that what is kept stays small), and are looked at twice a
-second in place of a hundred times. What both gain is ``worker_settings`` of the benchmarks."""
+second in place of a hundred times. What both gain is ``worker_settings`` of the benchmarks. A worker gets no block before it has a thread for it, so that one that dies takes
+along what it had in hand and no more; whether that is tried again is up to who submitted it, not to the scheduler. A worker whose process died
+has some minutes to start anew before its job is ended."""
 
 
 @contextmanager
 def connect(
-    where: str, *, workers: int, threads: int, cores: int, memory: float, folder: Path, tell: Callable[[str], None]
+    where: str,
+    *,
+    workers: int,
+    threads: int,
+    cores: int,
+    memory: float,
+    folder: Path,
+    tell: Callable[[str], None],
+    lasting: bool = False,
 ) -> Iterator[Client]:
     """Get workers of a cluster for a while.
 
@@ -48,6 +62,8 @@ def connect(
         Of the run.
     tell
         Is told where the dashboard is.
+    lasting
+        Whether jobs are to be used up to the end of their walltime, for work that cannot move from one worker to another.
 
     Raises
     ------
@@ -59,7 +75,8 @@ def connect(
             tell(f"Dask dashboard: {client.dashboard_link}")
             yield client
     elif where == "slurm":
-        with slurm(workers, threads=threads, cores=cores, memory=memory, folder=folder, settings=SETTINGS, tell=tell) as client:
+        shape: dict[str, Any] = {"threads": threads, "cores": cores, "memory": memory, "lasting": lasting}
+        with slurm(workers, folder=folder, settings=SETTINGS, tell=tell, **shape) as client:
             yield client
     else:
         try:

@@ -10,7 +10,9 @@ writes what the ledger lacks.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,7 @@ from typing import Any, Literal
 import dask.array as da
 import numpy as np
 import torch
-from distributed import Client, as_completed
+from distributed import Client, Future, KilledWorker, as_completed
 from numpy.typing import NDArray
 
 from ai4land import cube
@@ -32,6 +34,9 @@ from ai4land.totals import Method, Totals
 from ai4land.walk import Published, walk
 
 _log = logging.getLogger(__name__)
+
+_TRIES = 3
+"""Times that a block is begun before it counts as failed."""
 
 _GOLDEN = 0.6180339887498949
 """The golden ratio less 1."""
@@ -272,7 +277,8 @@ def run_blocks(
 ) -> list[dict[str, Any]]:
     """Compute blocks on a Dask cluster by ``map_blocks`` over the plan; receipts are gathered as they come.
 
-    A task gets its block and the job, some hundred bytes, and reads what it needs itself.
+    A task gets its block and the job, some hundred bytes, and reads what it needs itself. A block that fails is tried three
+    times, whether it raises or its worker dies.
 
     Raises
     ------
@@ -285,23 +291,56 @@ def run_blocks(
     plan = np.empty(len(blocks), dtype=object)
     plan[:] = blocks
     receipts = da.map_blocks(_task, da.from_array(plan, chunks=1), dtype=object, meta=np.empty(0, dtype=object), job=job)
-    futures = client.compute(list(receipts.to_delayed()), retries=2)
-    place = {f.key: b for f, b in zip(futures, plan, strict=True)}
+    futures = client.compute(list(receipts.to_delayed()), retries=_TRIES - 1)
     done: list[dict[str, Any]] = []
     failed: list[str] = []
-    for future in as_completed(futures):
-        if future.status == "finished":
-            receipt = future.result()[0]
-            done.append(receipt)
-            if progress is not None:
-                progress(receipt)
-        else:
-            block = place[future.key]
-            failed.append(f"{block.window} of {block.years[0]}-{block.years[-1]}: {future.exception()!r}")
-        future.release()
+    for block, receipt in outcomes(dict(zip(futures, blocks, strict=True)), job, client=client):
+        if isinstance(receipt, BaseException):
+            failed.append(f"{block.window} of {block.years[0]}-{block.years[-1]}: {receipt!r}")
+            continue
+        done.append(receipt)
+        if progress is not None:
+            progress(receipt)
     if failed:
         raise DataError(
             f"{len(failed)} of {len(plan)} blocks failed, the rest is done; mend the cause and run again:\n  "
             + "\n  ".join(failed[:10])
         )
     return done
+
+
+def outcomes(blocks: dict[Future[Any], Block], job: Job, *, client: Client) -> Iterator[tuple[Block, Any]]:
+    """Give each block, as its task ends, with what that came to: a receipt, or the last exception.
+
+    A block whose worker died is submitted anew, up to three tries. All that a worker has in hand dies with it, so a death says little of
+    any one block: one that has seen two is set aside until all others are done, and is then tried alone.
+    """
+    place = {future.key: block for future, block in blocks.items()}
+    ended = as_completed(blocks, loop=client.loop)
+    deaths: Counter[Block] = Counter()
+    aside: list[Block] = []
+
+    def again(block: Block) -> None:
+        part = np.empty(1, dtype=object)
+        part[0] = block
+        future = client.submit(_task, part, job, retries=_TRIES - 1, pure=False)
+        place[future.key] = block
+        ended.add(future)
+
+    for future in ended:
+        block = place.pop(future.key)
+        error = None if future.status == "finished" else future.exception() or CancelledError("the cluster was closed")
+        if isinstance(error, KilledWorker):
+            deaths[block] += 1
+            _log.warning("a worker died with %s of %s-%s in hand: %s", block.window, block.years[0], block.years[-1], error)
+        if not isinstance(error, KilledWorker):
+            yield block, future.result()[0] if error is None else error
+        elif deaths[block] == _TRIES:
+            yield block, DataError(f"{_TRIES} workers died on it, the last one with nothing else in hand (memory? see its log)")
+        elif deaths[block] == _TRIES - 1:
+            aside.append(block)
+        else:
+            again(block)
+        future.release()
+        if aside and ended.is_empty():
+            again(aside.pop())

@@ -1,35 +1,34 @@
-"""Dask workers as SLURM jobs: refused before they wait for nothing, replaced when they die.
+"""Dask workers as SLURM jobs: refused before they wait for nothing, replaced when they end, none left behind.
 
-dask-jobqueue submits them; the shape of a job (queue, account, walltime, GPUs) is in Dask's own configuration under ``jobqueue.slurm``. It does
-not replace a job that dies: :class:`Keeper` asks SLURM which jobs live, forgets the others, has new ones submitted, and says why jobs wait.
-All connections are encrypted with certificates of this run, and the dashboard listens on the loopback alone.
+dask-jobqueue submits them; the shape of a job (queue, account, walltime, GPUs) is in Dask's own configuration under ``jobqueue.slurm``.
+:mod:`ai4land.keeper` keeps their number. All connections are encrypted with certificates of this run, and the dashboard listens on the
+loopback alone. Each job's comment says of which folder and scheduler it is, so that the jobs of a client that was killed are
+found and cancelled by the next one.
 """
 
 from __future__ import annotations
 
 import getpass
-import logging
+import shlex
 import shutil
+import signal
 import socket
-import subprocess
+import sys
 import threading
-from collections import Counter
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import dask
-from distributed import Client, Security, Status
+from distributed import Client, Security
 
 from ai4land.errors import ConfigError
+from ai4land.keeper import Keeper, ask, queue
 
-_log = logging.getLogger(__name__)
-
-_PATIENCE = 30.0
-"""Seconds that a command of SLURM may take."""
-_LIVE = "PENDING,RUNNING,CONFIGURING,SUSPENDED"
-"""States of jobs that are or will be workers; one that completes is none."""
+_CLEARING = 120.0
+"""Seconds that jobs may take to end once they are cancelled; SLURM kills after 30 as it comes."""
 
 
 @contextmanager
@@ -43,6 +42,7 @@ def slurm(
     settings: Mapping[str, object],
     tell: Callable[[str], None],
     every: float = 5.0,
+    lasting: bool = False,
 ) -> Iterator[Client]:
     """Submit workers, one a job, keep their number, and cancel them at the end.
 
@@ -64,23 +64,40 @@ def slurm(
         Is told where the dashboard is and why jobs wait.
     every
         Seconds between two looks at the queue.
+    lasting
+        Whether workers stay until SLURM ends them, as for work that cannot move to others; else they leave before their
+        walltime is over (:func:`lifetime`).
 
     Raises
     ------
     ConfigError
-        If SLURM is not there or would never run such a job; the error names the directive.
+        If SLURM is not there or would never run such a job (the error names the directive), if another client runs jobs for
+        the same folder, or if jobs end before they are workers.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError("cluster is slurm, but sbatch is not on the path; run on a login node, or set cluster=local")
     try:
-        from dask_jobqueue.slurm import SLURMCluster
+        from dask_jobqueue.slurm import SLURMCluster, SLURMJob
     except ImportError as error:
         raise ConfigError(f"cluster is slurm, but {error.name} is not installed; pip install 'ai4land[hpc]'") from error
     place = folder.absolute() / "slurm"
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    clear(place, tell=tell)
+
+    class Job(SLURMJob):
+        """One that says of which folder and scheduler it is."""
+
+        def __init__(self, scheduler: str | None = None, name: str | None = None, **options: Any) -> None:
+            super().__init__(scheduler, name, **options)
+            self.job_header = f"{self.job_header}\n#SBATCH --comment={shlex.quote(f'{place} {scheduler}')}"
+
+    extra = list(dask.config.get("jobqueue.slurm.worker-extra-args", None) or [])
+    if not (lasting or dask.config.get("distributed.worker.lifetime.duration", None) or any("--lifetime" in a for a in extra)):
+        extra += lifetime(dask.config.get("jobqueue.slurm.walltime", None))
     with dask.config.set(settings):
         inherited = dask.config.serialize({"distributed": dask.config.get("distributed")})
         cluster = SLURMCluster(
+            job_cls=cast("Any", Job),
             cores=threads,
             processes=1,
             job_cpu=dask.config.get("jobqueue.slurm.job-cpu", None) or cores,
@@ -89,18 +106,110 @@ def slurm(
             security=Security.temporary(),
             shared_temp_directory=str(place),
             log_directory=str(place),
-            scheduler_options={"dashboard_address": "127.0.0.1:0"},
+            scheduler_options={
+                "dashboard_address": "127.0.0.1:0",
+                **(dask.config.get("jobqueue.slurm.scheduler-options", None) or {}),
+            },
+            worker_extra_args=extra,
             job_script_prologue=[
                 *(dask.config.get("jobqueue.slurm.job-script-prologue", None) or []),
                 f"export DASK_INTERNAL_INHERIT_CONFIG={inherited}",
             ],
         )
-    with cluster:
+    with _ended_by_sigterm() as end, cluster:
         check(cluster.job_script(), place)
-        with Client(cluster) as client, Keeper(cluster, jobs, tell=tell, every=every):
-            port = client.dashboard_link.split(":")[2].split("/")[0]
-            tell(f"Dask dashboard: {client.dashboard_link}; from elsewhere: {tunnel(port)}")
-            yield client
+        keeper = Keeper(cluster, jobs, folder=place, tell=tell, give_up=end, every=every)
+        try:
+            with Client(cluster) as client, keeper:
+                port = client.dashboard_link.split(":")[2].split("/")[0]
+                tell(f"Dask dashboard: {client.dashboard_link}; from elsewhere: {tunnel(port)}")
+                yield client
+        except SystemExit as error:
+            if keeper.failed is None:
+                raise
+            raise ConfigError(keeper.failed) from error
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[Callable[[], None]]:
+    """Have SIGTERM end the block as an exception does, so that its jobs are cancelled; gives what does so from another thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    thread = threading.get_ident()
+    try:
+        yield lambda: signal.pthread_kill(thread, signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def clear(place: Path, *, tell: Callable[[str], None]) -> None:
+    """Cancel the jobs of a client that ended without doing so, and wait for their end.
+
+    Raises
+    ------
+    ConfigError
+        If that client is alive, or jobs do not end.
+    """
+    ours: dict[str, str] = {}
+    for job, comment in queue("%k").items():
+        folder, _, scheduler = "|".join(comment).rpartition(" ")
+        if folder == str(place):
+            ours[job] = scheduler
+    for scheduler in sorted(set(ours.values())):
+        if _answers(scheduler):
+            raise ConfigError(
+                f"another client computes in {place.parent} with jobs {', '.join(ours)} and the scheduler {scheduler}; "
+                "wait for it, or end it first"
+            )
+    if not ours:
+        return
+    tell(f"cancelling {len(ours)} jobs of a client that is gone ({', '.join(ours)})")
+    ask(["scancel", *ours])
+    end = time.monotonic() + _CLEARING
+    while left := ask(["squeue", "-h", "-o", "%i", "-j", ",".join(ours)]).stdout.split():
+        if time.monotonic() > end:
+            raise ConfigError(f"jobs {', '.join(left)} were cancelled {_CLEARING:.0f} s ago and have not ended; see squeue")
+        time.sleep(0.2)
+
+
+def _answers(scheduler: str) -> bool:
+    """Tell whether something listens at the address of a scheduler."""
+    host, _, port = scheduler.rpartition("/")[2].rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def lifetime(walltime: str | None) -> list[str]:
+    """Write the options by which workers leave, not all at once, before their walltime ends.
+
+    What a worker has in hand when it leaves is computed again by others and does not count as a failure, as it would if SLURM ended the worker.
+
+    >>> lifetime("02:00:00")
+    ['--lifetime', '6780s', '--lifetime-stagger', '300s']
+    """
+    if walltime is None or not walltime.replace("-", "").replace(":", "").isdecimal():
+        return []
+    whole = seconds(walltime)
+    stagger = min(300.0, whole / 20)
+    margin = min(120.0, whole / 4)
+    return ["--lifetime", f"{whole - stagger - margin:.0f}s", "--lifetime-stagger", f"{stagger:.0f}s"]
+
+
+def seconds(walltime: str) -> int:
+    """Read a time of SLURM: minutes, minutes:seconds, hours:minutes:seconds, or days before a dash and hours after it.
+
+    >>> [seconds(t) for t in ("90", "90:30", "01:30:00", "2-12", "1-00:30", "1-00:00:01")]
+    [5400, 5430, 5400, 216000, 88200, 86401]
+    """
+    days, dash, rest = walltime.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(n * unit for n, unit in zip(parts, units, strict=False))
 
 
 def tunnel(port: str) -> str:
@@ -135,90 +244,5 @@ def check(script: str, folder: Path) -> None:
 def _refused(script: str, folder: Path) -> str | None:
     path = folder / "test.sbatch"
     path.write_text(script, encoding="utf-8")
-    done = _ask(["sbatch", "--test-only", str(path)])
+    done = ask(["sbatch", "--test-only", str(path)])
     return None if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())
-
-
-def _ask(command: list[str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)  # noqa: S603
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError(
-            f"{command[0]} did not answer within {_PATIENCE:.0f} s; is SLURM's controller up (scontrol ping)?"
-        ) from error
-
-
-def queue() -> dict[str, tuple[str, str]]:
-    """Ask SLURM for this user's live jobs: state and reason by job id."""
-    done = _ask(["squeue", "--me", "-h", "-t", _LIVE, "-o", "%i|%T|%r"])
-    if done.returncode:
-        raise ConfigError(f"squeue failed: {done.stderr.strip()}")
-    return {i: (state, why) for i, state, why in (line.strip().split("|", 2) for line in done.stdout.splitlines() if line)}
-
-
-class Keeper:
-    """Keeps a number of jobs alive while the block runs, and says why jobs wait.
-
-    Parameters
-    ----------
-    cluster
-        A ``SLURMCluster``.
-    jobs
-        How many.
-    tell
-        Is told what changed.
-    every
-        Seconds between two looks.
-    """
-
-    def __init__(self, cluster: Any, jobs: int, *, tell: Callable[[str], None], every: float = 5.0) -> None:
-        self._cluster, self._jobs, self._tell, self._every = cluster, jobs, tell, every
-        self._over, self._said = threading.Event(), ""
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
-
-    def __enter__(self) -> Keeper:
-        self._cluster.scale(jobs=self._jobs)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._over.wait(self._every):
-            try:
-                self.look()
-            except ConfigError as error:  # the controller may be away for a while
-                _log.warning("%s", error)
-
-    def look(self) -> None:
-        """Look once: forget dead jobs, submit as many anew, say what waits."""
-        ours: dict[Any, str] = self._cluster.sync(
-            self._submitted
-        )  # before the queue is asked: what is submitted meanwhile is not dead
-        live = queue()
-        dead = [name for name, job in ours.items() if job not in live]
-        if dead:
-            self._tell(f"{len(dead)} jobs are gone ({', '.join(ours[name] for name in dead)}); submitting as many")
-        self._cluster.sync(self._replace, dead)
-        waiting = Counter(why for i, (state, why) in live.items() if i in ours.values() and state == "PENDING")
-        said = (
-            f"{waiting.total()} of {self._jobs} jobs wait: {', '.join(f'{n} for {why}' for why, n in waiting.items())}"
-            if waiting
-            else ""
-        )
-        if said and said != self._said:
-            self._tell(said)
-        self._said = said
-
-    async def _submitted(self) -> dict[Any, str]:
-        return {name: str(job.job_id) for name, job in self._cluster.workers.items() if getattr(job, "job_id", None)}
-
-    async def _replace(self, dead: list[Any]) -> None:
-        for name in dead:
-            # Left to Dask, the worker would first be retired, which does not end if it is on its way out.
-            self._cluster.worker_spec.pop(name, None)
-            self._cluster.workers.pop(name).status = Status.closed
-        if len(self._cluster.worker_spec) < self._jobs:
-            self._cluster.scale(jobs=self._jobs)

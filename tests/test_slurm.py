@@ -9,10 +9,11 @@ import dask
 import pytest
 from distributed import Client
 
-from ai4land import slurm as module
+from ai4land import keeper
 from ai4land.cluster import connect
 from ai4land.errors import ConfigError
-from ai4land.slurm import check, queue
+from ai4land.keeper import queue
+from ai4land.slurm import check
 from tests.conftest import until, workers_of
 
 
@@ -92,6 +93,6 @@ def test_a_command_that_does_not_answer_is_an_error_not_a_wait(monkeypatch, tmp_
     slow.write_text("#!/bin/sh\nexec sleep 60\n")
     slow.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(module, "_PATIENCE", 0.2)
+    monkeypatch.setattr(keeper, "_PATIENCE", 0.2)
     with pytest.raises(ConfigError, match="did not answer"):
         check("#!/bin/sh\n", tmp_path)

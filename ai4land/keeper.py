@@ -1,0 +1,203 @@
+"""Keeps a number of SLURM jobs alive as Dask workers: replaces those that end, and has more or fewer of them while a run goes on.
+
+dask-jobqueue does not replace a job that ends. :class:`Keeper` asks SLURM which jobs live, forgets the others, has new ones submitted, says
+why jobs wait, and ends the run where jobs end again and again before they become workers. How many there are to be is in a file, which
+an operator changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distributed import Status
+
+from ai4land.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE = 30.0
+"""Seconds that a command of SLURM may take."""
+_LIVE = "PENDING,RUNNING,CONFIGURING,SUSPENDED"
+"""States of jobs that are or will be workers; one that completes is none."""
+_IN_VAIN = 5
+"""Times in a row that jobs may end before they are workers, while there are no others."""
+_LONGEST = 300.0
+"""Seconds at most between two such times."""
+
+
+def ask(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command of SLURM.
+
+    Raises
+    ------
+    ConfigError
+        If it does not answer.
+    """
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"{command[0]} did not answer within {_PATIENCE:.0f} s; is SLURM's controller up (scontrol ping)?"
+        ) from error
+
+
+def queue(form: str = "%T|%r") -> dict[str, list[str]]:
+    """Ask SLURM for this user's live jobs: what a format of ``squeue`` says (state and reason), by job id."""
+    done = ask(["squeue", "--me", "-h", "-t", _LIVE, "-o", f"%i|{form}"])
+    if done.returncode:
+        raise ConfigError(f"squeue failed: {done.stderr.strip()}")
+    return {i: told for i, *told in (line.strip().split("|") for line in done.stdout.splitlines() if line)}
+
+
+class Keeper:
+    """Keeps a number of jobs alive while the block runs, and says why jobs wait.
+
+    Parameters
+    ----------
+    cluster
+        A ``SLURMCluster``.
+    jobs
+        How many, until :meth:`scale` or an operator says otherwise.
+    folder
+        Of the logs of the jobs, and of the file ``jobs`` that says how many there are to be.
+    tell
+        Is told what changed.
+    give_up
+        Is called when jobs end before they are workers, again and again; why is in :attr:`failed`.
+    every
+        Seconds between two looks.
+    """
+
+    failed: str | None = None
+
+    def __init__(
+        self,
+        cluster: Any,
+        jobs: int,
+        *,
+        folder: Path,
+        tell: Callable[[str], None],
+        give_up: Callable[[], None],
+        every: float = 5.0,
+    ) -> None:
+        self._cluster, self._jobs, self._folder, self._tell, self._every = cluster, jobs, folder, tell, every
+        self._give_up = give_up
+        self._file = folder / "jobs"
+        self._over, self._said = threading.Event(), ""
+        self._came: set[Any] = set()
+        self._in_vain, self._not_before = 0, 0.0
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def __enter__(self) -> Keeper:
+        self.scale(self._jobs)
+        self._cluster.scale(jobs=self._jobs)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._file.unlink(missing_ok=True)
+
+    def scale(self, jobs: int) -> None:
+        """Have another number of jobs from the next look on; none: all work waits.
+
+        What the fewest jobs have in hand is computed again by the others. The same as writing the number into the file.
+        """
+        self._file.write_text(f"{jobs}\n", encoding="utf-8")
+
+    def _run(self) -> None:
+        while not self._over.wait(self._every):
+            try:
+                self.look()
+            except ConfigError as error:  # the controller may be away for a while
+                _log.warning("%s", error)
+            if self.failed:
+                self._give_up()
+                return
+
+    def look(self) -> None:
+        """Look once: forget jobs that ended, submit as many anew, have more or fewer, say what waits."""
+        wanted = self._wanted()
+        if wanted != self._jobs:
+            self._tell(f"{wanted} jobs are wanted in place of {self._jobs}")
+            self._jobs = wanted
+        # Before the queue is asked: what is submitted meanwhile has not ended.
+        ours, here = self._cluster.sync(self._known)
+        live = queue()
+        fresh = here - self._came
+        self._came |= here
+        ended = {name: job for name, job in ours.items() if job not in live}
+        if fresh:
+            self._in_vain = 0
+        if ended:
+            self._say_ended(ended, working=bool(here))
+        self._cluster.sync(self._mend, list(ended))
+        waiting = Counter(why for i, (state, why) in live.items() if i in ours.values() and state == "PENDING")
+        said = ", ".join(f"{n} for {why}" for why, n in waiting.items())
+        if said and said != self._said:
+            self._tell(f"{waiting.total()} of {self._jobs} jobs wait: {said}")
+        self._said = said
+
+    def _wanted(self) -> int:
+        try:
+            text = self._file.read_text(encoding="utf-8").strip()
+        except OSError:
+            return self._jobs
+        if text and not text.isdecimal():
+            self._tell(f"{self._file} says {text!r}, expected a number of jobs; there stay {self._jobs}")
+            self.scale(self._jobs)
+        return int(text) if text.isdecimal() else self._jobs
+
+    def _say_ended(self, ended: dict[Any, str], *, working: bool) -> None:
+        never = [job for name, job in ended.items() if name not in self._came]
+        wait = 0.0
+        if never:
+            self._in_vain += 1
+            wait = min(self._every * 2**self._in_vain, _LONGEST)
+            self._not_before = time.monotonic() + wait
+        later = f" in {wait:.0f} s, as {len(never)} of them never became workers; {self._last_words(never[-1])}" if wait else ""
+        self._tell(f"{len(ended)} jobs are gone ({', '.join(ended.values())}); submitting as many{later}")
+        if self._in_vain >= _IN_VAIN and not working:
+            self.failed = (
+                f"jobs ended {self._in_vain} times in a row before they were workers; {self._last_words(never[-1])}; mend the cause "
+                "and run again (the Python of jobqueue.slurm.python and the folder of the run must be there on the nodes)"
+            )
+
+    def _last_words(self, job: str) -> str:
+        if not job:
+            return "sbatch did not take them"
+        for path in self._folder.glob(f"*-{job}.err"):
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            return f"the last line of {path} is: {next((x for x in reversed(lines) if x.strip()), 'none')}"
+        return f"job {job} left no log in {self._folder}"
+
+    async def _known(self) -> tuple[dict[Any, str], set[Any]]:
+        """Id of each job by name, empty if it could not be submitted, and the names of those that are workers now."""
+        jobs = {name: str(job.job_id or "") for name, job in self._cluster.workers.items() if name in self._cluster.worker_spec}
+        return jobs, {w.name for w in self._cluster.scheduler.workers.values()} & set(jobs)
+
+    async def _mend(self, ended: list[Any]) -> None:
+        cluster = self._cluster
+        for name in ended:
+            # Left to Dask, the worker would first be retired, which does not end if it is on its way out.
+            cluster.worker_spec.pop(name, None)
+            cluster.workers.pop(name).status = Status.closed
+        less = len(cluster.worker_spec) - self._jobs
+        if less > 0:
+            here = {w.name for w in cluster.scheduler.workers.values()}
+            leave = sorted(cluster.worker_spec, key=here.__contains__)[:less]  # those that wait are the first to leave
+            # Workers that leave by themselves do not count as dead, so that nothing is held against what they had in hand.
+            await cluster.scheduler.retire_workers(names=[name for name in leave if name in here], close_workers=True)
+            for name in leave:
+                cluster.worker_spec.pop(name, None)
+            cluster.scale(jobs=self._jobs)
+        elif (less < 0 or len(cluster.workers) < self._jobs) and time.monotonic() >= self._not_before:
+            cluster.scale(jobs=self._jobs)
