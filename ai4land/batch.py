@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
@@ -343,7 +343,7 @@ def holes(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.bool_]
     return out
 
 
-def prefetched(batches: Iterator[Batch], *, depth: int = 4, pin: bool = False) -> Iterator[Batch]:
+def prefetched(batches: Iterator[Batch], *, depth: int = 4, pin: bool = False) -> Generator[Batch, None, None]:
     """Make the batches in a thread, up to ``depth`` ahead and in page-locked memory if ``pin``; an error there is raised here."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
     stop = threading.Event()

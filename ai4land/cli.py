@@ -73,14 +73,14 @@ def _bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def _train(run: RunConfig) -> None:
-    from ai4land import stages
+    from ai4land import training
 
     with _bar("train") as bar:
 
         def step(number: int, row: dict[str, float]) -> None:
             bar(number, run.train.members * run.train.steps, f"loss {row['loss']:.4f}")
 
-        stages.train(run, tell=_tell, progress=step)
+        training.train(run, tell=_tell, progress=step)
 
 
 def _reconstruct(run: RunConfig) -> None:

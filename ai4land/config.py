@@ -243,8 +243,22 @@ class TrainConfig(_Model):
     patience: int = Field(default=10, ge=1, description="validations without improvement before training stops")
     checkpoint_every: int = Field(default=100, ge=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    threads: int | None = None
+    threads: int | None = Field(default=None, description="of a worker; default: the cores of its job, or this machine's, shared")
     seed: int = 0
+    workers: int = Field(default=1, ge=1, description="processes that share every batch, each on a GPU or on cores of its own")
+    timeout: float = Field(
+        default=300, gt=0, description="seconds that a worker may keep the others waiting before it is given up"
+    )
+    wait: float = Field(
+        default=60, ge=0, description="seconds to wait for the rest of the workers before training goes on with fewer"
+    )
+    leave: float = Field(
+        default=300, ge=0, description="seconds before the end of a SLURM job at which training is saved and left"
+    )
+
+
+HOW_TRAINED = {"workers", "timeout", "wait", "leave"}
+"""Settings of the training that do not shape its weights but by rounding: a training may go on with others."""
 
 
 class ConstrainConfig(_Model):
@@ -331,6 +345,8 @@ class RunConfig(_Model):
                     f"{what} is {size}, expected a multiple of {stride} (2 to the power of model.depth={self.model.depth}); "
                     f"try {stride * max(1, round(size / stride))}"
                 )
+        if self.train.workers > self.train.batch:
+            raise ValueError(f"train.workers is {self.train.workers}, expected at most train.batch={self.train.batch}")
         if self.train.patch > self.grid.shard:
             raise ValueError(f"train.patch is {self.train.patch}, expected at most the shard of {self.grid.shard} fine cells")
         if self.constrain.protected is not None and self.constrain.protected not in names:

@@ -17,3 +17,11 @@ class ConfigError(AI4LandError):
 
 class MismatchError(AI4LandError):
     """Two things that do not belong together: a store, a checkpoint or a cube of another run."""
+
+
+class Unfinished(AI4LandError):
+    """Work that was saved and left before its end, as its time was over; the same command goes on with it."""
+
+
+class WorkerError(AI4LandError):
+    """Workers that fail again and again at the same place."""

@@ -55,6 +55,7 @@ def change_loss(
     change_weight: float,
     offset: Tensor | None = None,
     factor: int = 1,
+    whole: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy over the cells that have a target, as a weighted mean.
 
@@ -72,17 +73,17 @@ def change_loss(
         Row and column of the first cell in fine cells from the corner of a coarse cell ``(batch, 2)``, and fine cells along
         one side of a coarse cell: given the offset, the totals of the target are imposed on each coarse cell, or on the part
         of it that the patch holds.
+    whole
+        What to divide by: the sum of :func:`cell_weights` over the whole batch, of which these may be a part; default: their own.
 
     Returns
     -------
     Tensor
         Scalar; 0 where no cell has a target.
     """
-    scored = target != MISSING
-    wanted = torch.where(scored, target, 0).long()
+    wanted = torch.where(target != MISSING, target, 0).long()
     known = reference != MISSING
-    weight = weights[wanted] * scored
-    weight = torch.where(known & (reference != target), weight * change_weight, weight)
+    weight = cell_weights(target, reference, weights, change_weight=change_weight)
     logits = logits.float()
     if offset is not None:
         logits = impose_totals(logits, target, offset=offset, factor=factor)
@@ -90,7 +91,14 @@ def change_loss(
     classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
     adjusted = logits + torch.where(classes == reference[:, None], 0.0, lift)
     loss = F.cross_entropy(adjusted, wanted, reduction="none")
-    return (loss * weight).sum() / weight.sum().clamp(min=1e-6)
+    return (loss * weight).sum() / (weight.sum() if whole is None else whole).clamp(min=1e-6)
+
+
+def cell_weights(target: Tensor, reference: Tensor, weights: Tensor, *, change_weight: float) -> Tensor:
+    """Weight of each cell in :func:`change_loss`, ``(batch, rows, columns)``; 0 where there is no target."""
+    scored = target != MISSING
+    weight = weights[torch.where(scored, target, 0).long()] * scored
+    return torch.where((reference != MISSING) & (reference != target), weight * change_weight, weight)
 
 
 def coarse_parts(offset: Tensor, *, size: tuple[int, int], factor: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""The training loop of one process.
+"""The training loop, of one process or of each of a group.
 
 Batches follow from the seed and the step alone and the state is saved every few steps, so that a run that was killed
-goes on to the same weights, bit for bit, on the same number of threads. The best weights by validation loss, of an
+goes on to the same weights, bit for bit, on the same number of threads and processes. The best weights by validation loss, of an
 exponential moving average, are what is kept.
 """
 
@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 
 from ai4land.batch import Batch, prefetched
 from ai4land.checkpoint import load_state, save_state, write_atomically
-from ai4land.errors import DataError, MismatchError
+from ai4land.ddp import ALONE, Group, shared_norms
+from ai4land.errors import DataError, MismatchError, Unfinished
 from ai4land.forward import bfloat16_pays
 from ai4land.legend import MISSING
-from ai4land.losses import change_loss, impose_totals
+from ai4land.losses import cell_weights, change_loss, impose_totals
 from ai4land.unet import UNet
 
 _log = logging.getLogger(__name__)
@@ -76,6 +78,8 @@ def fit(
     schedule: Schedule,
     folder: Path,
     fingerprint: str,
+    group: Group = ALONE,
+    until: float | None = None,
     device: torch.device | None = None,
     progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Trained:
@@ -86,9 +90,9 @@ def fit(
     model
         The network; trained in place.
     batches
-        Makes the batches from a given step on.
+        Makes the batches from a given step on; of a group, the part of each that is this process's.
     validation
-        Batches that are scored every ``validate_every`` steps.
+        Batches, or parts of them, that are scored every ``validate_every`` steps.
     weights
         Class weights of the loss, ``(class,)``.
     schedule
@@ -97,10 +101,14 @@ def fit(
         Where ``metrics.jsonl`` and ``resume.pt`` are kept.
     fingerprint
         Of everything that shapes the result; a state with another one is refused.
+    group
+        Processes that train together; the first of them keeps the folder.
+    until
+        Time, in seconds since 1970, from which on training is left: its state is saved at the end of the step.
     device
         Default: the first CUDA device, else the CPU.
     progress
-        Called after each step with the step and its numbers.
+        Called after each step with the step and its numbers, by the first process.
 
     Raises
     ------
@@ -108,12 +116,16 @@ def fit(
         If ``resume.pt`` is of another configuration.
     DataError
         If a loss is not finite.
+    Unfinished
+        If training was left; called again, it goes on.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = bfloat16_pays(device) if schedule.precision == "auto" else schedule.precision == "bfloat16"
+    half = int(group.sum(torch.tensor(int(half), device=device))) == group.world
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     weights = weights.to(device)
     validation = [b.to(device) for b in validation]
+    wholes = _wholes(validation, weights, schedule, group)
     optimiser = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.learning_rate)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     best = {k: v.clone() for k, v in average.items()}
@@ -131,33 +143,39 @@ def fit(
         average, best = ({k: v.to(device) for k, v in state[name].items()} for name in ("average", "best"))
         step, best_step, best_loss, waited = state["step"], state["best_step"], state["best_loss"], state["waited"]
         _log.info("training goes on from step %d", step)
-    rows = _Rows(folder / "metrics.jsonl", keep=step)
+    if int(group.sum(torch.tensor(step, device=device))) != step * group.world:
+        raise RuntimeError(f"process {group.rank} read the state of step {step} in {folder}, others that of another one")
+    leads = group.rank == 0
+    rows = _Rows(folder / "metrics.jsonl", keep=step) if leads else None
 
     def score(parameters: dict[str, Tensor]) -> dict[str, float]:
-        return _validate(model, parameters, validation, weights, schedule, half)
+        return _validate(model, parameters, validation, wholes, weights, schedule, half, group)
 
     if step == 0:
         first = score(average)
         best_loss = first["validation_loss"]
-        rows.add({"step": 0, **first})
+        if rows is not None:
+            rows.add({"step": 0, **first})
     source = prefetched(batches(step), pin=device.type == "cuda")
-    try:
+    with closing(source), shared_norms(model, group):
         while step < schedule.steps and waited < schedule.patience:
             began = time.perf_counter()
             batch = next(source).to(device)
             arrived = time.perf_counter()
-            for group in optimiser.param_groups:
-                group["lr"] = schedule.rate(step)
+            for parameters in optimiser.param_groups:
+                parameters["lr"] = schedule.rate(step)
             model.train()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
                 logits = model(batch.static, batch.reference, batch.coarse, batch.offset)
-            loss = _loss(logits, batch, weights, schedule, model.factor)
-            if not torch.isfinite(loss):
-                raise DataError(
-                    f"training loss is {loss.item()} at step {step}, expected a number; lower train.learning_rate or look for NaN in the inputs"
-                )
+            loss = _loss(logits, batch, weights, schedule, model.factor, whole=_wholes([batch], weights, schedule, group)[0])
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            over = torch.tensor(float(until is not None and time.time() >= until), device=device)
+            whole_loss, leave = group.add_gradients(model, loss, over).tolist()
+            if not math.isfinite(whole_loss):
+                raise DataError(
+                    f"training loss is {whole_loss} at step {step}, expected a number; lower train.learning_rate or look for NaN in the inputs"
+                )
             norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
             optimiser.step()
             step += 1
@@ -165,11 +183,12 @@ def fit(
             now = time.perf_counter()
             row = {
                 "step": step,
-                "loss": round(loss.item(), 6),
+                "loss": round(whole_loss, 6),
                 "lr": schedule.rate(step - 1),
                 "gradient_norm": round(float(norm), 5),
                 "seconds": round(now - began, 4),
                 "waited": round(arrived - began, 4),
+                "workers": group.world,
             }
             if step % schedule.validate_every == 0 or step == schedule.steps:
                 row |= score(average)
@@ -177,10 +196,13 @@ def fit(
                 if row["validation_loss"] < best_loss:
                     best_loss, best_step, waited = row["validation_loss"], step, 0
                     best = {k: v.clone() for k, v in average.items()}
-            rows.add(row)
-            if progress is not None:
-                progress(step, row)
-            if step % schedule.checkpoint_every == 0 or step == schedule.steps or waited >= schedule.patience:
+            if rows is not None:
+                rows.add(row)
+                if progress is not None:
+                    progress(step, row)
+            ends = step == schedule.steps or waited >= schedule.patience
+            left = leave > 0 and not ends
+            if leads and (step % schedule.checkpoint_every == 0 or ends or left):
                 state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "best": best}
                 numbers = {
                     "step": step,
@@ -190,15 +212,27 @@ def fit(
                     "fingerprint": fingerprint,
                 }
                 save_state(resume, {**state, **numbers})
-    finally:
-        source.close()  # type: ignore[attr-defined]
+            if left:
+                group.sum(torch.zeros((), device=device))  # nobody leaves before the state is on disk
+                raise Unfinished(
+                    f"training in {folder} was left at step {step} of {schedule.steps}, as the time of its job is over; run it again to go on"
+                )
     _log.info("trained %d steps; best validation loss %.5f at step %d", step, best_loss, best_step)
     return Trained({k: v.cpu() for k, v in best.items()}, best_step, best_loss, step)
 
 
-def _loss(logits: Tensor, batch: Batch, weights: Tensor, schedule: Schedule, factor: int) -> Tensor:
-    """Loss with the totals imposed and without, by their shares."""
-    part = partial(change_loss, logits, batch.target, batch.reference, weights, change_weight=schedule.change_weight)
+def _wholes(batches: list[Batch], weights: Tensor, schedule: Schedule, group: Group) -> list[Tensor | None]:
+    """Weight of each whole batch, of which this process has a part; None for its own."""
+    if group.world == 1 or not batches:
+        return [None] * len(batches)
+    own = [cell_weights(b.target, b.reference, weights, change_weight=schedule.change_weight).sum() for b in batches]
+    return list(group.sum(torch.stack(own)))
+
+
+def _loss(logits: Tensor, batch: Batch, weights: Tensor, schedule: Schedule, factor: int, *, whole: Tensor | None) -> Tensor:
+    """Loss with the totals imposed and without, by their shares; of a group, this process's part of it."""
+    change = schedule.change_weight
+    part = partial(change_loss, logits, batch.target, batch.reference, weights, change_weight=change, whole=whole)
     total, share = torch.zeros((), device=logits.device), schedule.totals_share
     if share:
         total = total + share * part(offset=batch.offset, factor=factor)
@@ -223,17 +257,24 @@ def _average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None
 
 @torch.no_grad()
 def _validate(
-    model: UNet, parameters: dict[str, Tensor], batches: list[Batch], weights: Tensor, schedule: Schedule, half: bool
+    model: UNet,
+    parameters: dict[str, Tensor],
+    batches: list[Batch],
+    wholes: list[Tensor | None],
+    weights: Tensor,
+    schedule: Schedule,
+    half: bool,
+    group: Group,
 ) -> dict[str, float]:
     """Score weights on the validation batches: loss, and of the most likely class accuracy and Figure of Merit."""
     own = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(parameters)
     model.eval()
     loss, cells, right, hits, union = 0.0, 0, 0, 0, 0
-    for batch in batches:
+    for batch, whole in zip(batches, wholes, strict=True):
         with torch.autocast(batch.static.device.type, dtype=torch.bfloat16, enabled=half):
             logits = model(batch.static, batch.reference, batch.coarse, batch.offset)
-        loss += float(_loss(logits, batch, weights, schedule, model.factor))
+        loss += float(_loss(logits, batch, weights, schedule, model.factor, whole=whole))
         if schedule.totals_share:
             logits = impose_totals(logits.float(), batch.target, offset=batch.offset, factor=model.factor)
         guess, scored = logits.argmax(1), batch.target != MISSING
@@ -243,6 +284,8 @@ def _validate(
         hits += int((truly & guessed & (guess == batch.target) & scored).sum())
         union += int(((truly | guessed) & scored).sum())
     model.load_state_dict(own)
+    sums = torch.tensor([loss, cells, right, hits, union], dtype=torch.float64, device=weights.device)
+    loss, cells, right, hits, union = group.sum(sums).tolist()
     return {
         "validation_loss": round(loss / max(1, len(batches)), 6),
         "validation_accuracy": round(right / max(1, cells), 6),

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ai4land.ddp import Norm
+
 
 def interpolate(coarse: Tensor, offset: Tensor, size: tuple[int, int], factor: int) -> Tensor:
     """Interpolate coarse cells bilinearly to fine cells.
@@ -57,10 +59,10 @@ class _Double(nn.Sequential):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(
             nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
+            Norm(outputs),
             nn.ReLU(inplace=True),
             nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
+            Norm(outputs),
             nn.ReLU(inplace=True),
         )
 

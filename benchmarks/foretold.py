@@ -18,7 +18,8 @@ from ai4land.cost import count, estimate
 from ai4land.cube import VARIABLES
 from ai4land.inputs import align, cubes_of
 from ai4land.runfile import load_run
-from ai4land.stages import reconstruct, train
+from ai4land.stages import reconstruct
+from ai4land.training import train
 
 
 class Watch(threading.Thread):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 from test_inputs import RUN, run_of
 
-from ai4land import inputs, stages
+from ai4land import inputs, training
 from ai4land.align import open_store
 from ai4land.grid import FINE_DIMS
 
@@ -14,7 +14,7 @@ def test_class_counts_are_of_training_cells_alone(tiny_store):
         split={**RUN["split"], "train": [2000, 2001], "space": {"block": 2, "validation": 0.3, "test": 0.0, "buffer": 0}}
     )
     split = inputs.split_of(run, tiny_store.grid)
-    counts = stages._class_counts(store, split, tiny_store.legend, tiny_store.grid)
+    counts = training._class_counts(store, split, tiny_store.legend, tiny_store.grid)
     cells = np.repeat(np.repeat(split.roles == 0, 8, 0), 8, 1) & store["mask"].transpose(*FINE_DIMS).values.astype(bool)
     maps = store["land_cover"].sel(observed_year=[2000, 2001]).values[:, cells]
     assert counts.tolist() == [int((maps == code).sum()) for code in tiny_store.legend.codes]

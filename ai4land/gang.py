@@ -1,0 +1,229 @@
+"""Training on the workers of a Dask cluster: a process group that is formed anew, from the last saved state, whenever one of it fails.
+
+A *generation* is one long task on each of some workers, none of which can be done elsewhere or again. The first failure (a task that
+raises, a worker that is gone, a worker that keeps the others waiting) ends the generation; what does not end by itself is
+restarted, and the next generation goes on with the workers that are there. What makes no progress is not tried for ever.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from distributed import Client, Future, get_worker, wait
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from ai4land.ddp import Group, joined, use_interface
+from ai4land.errors import AI4LandError, Unfinished, WorkerError
+
+_STORES: dict[str, Any] = {}
+"""Key-value stores that this process serves, by the name of the generation."""
+_TICK = 0.5
+"""Seconds between two looks at a generation."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a worker is told of its place in a generation: its number, how many there are, and where they meet."""
+
+    generation: str
+    rank: int
+    world: int
+    host: str
+    port: int
+    timeout: float
+
+    @contextmanager
+    def joined(self) -> Iterator[Group]:
+        """Join the others; to be called in the task of a worker."""
+        store, patience = None, timedelta(seconds=self.timeout)
+        if self.world > 1:
+            use_interface(_host(get_worker().address))
+            served = _STORES.pop(self.generation, None)
+            store = PrefixStore("ai4land", served or TCPStore(self.host, self.port, self.world, False, patience))
+        with joined(store, rank=self.rank, world=self.world, timeout=self.timeout) as group:
+            yield group
+
+
+def _serve(generation: str, host: str, world: int, timeout: float) -> int:
+    """Serve the store of a generation from this process; the port, which is a free one."""
+    store = TCPStore(host, 0, world, True, timedelta(seconds=timeout), wait_for_workers=False)
+    _STORES[generation] = store
+    return int(store.port)
+
+
+def _host(address: str) -> str:
+    """Host of a worker's address.
+
+    >>> _host("tls://10.0.0.1:4567")
+    '10.0.0.1'
+    """
+    return address.partition("://")[2].rpartition(":")[0].strip("[]")
+
+
+def gang(
+    client: Client,
+    task: Callable[[Member], object],
+    *,
+    workers: int,
+    timeout: float,
+    patience: float,
+    state: Callable[[], object],
+    tell: Callable[[str], None],
+    look: Callable[[], None] = lambda: None,
+    restarts: int = 3,
+) -> None:
+    """Do a task on some workers together until it is done.
+
+    Parameters
+    ----------
+    client
+        Of the cluster.
+    task
+        What each worker does; it joins the others by :meth:`Member.joined`, and goes on from its own saved state. It raises
+        ``Unfinished`` where the time of its worker's job is over: that worker then leaves the cluster.
+    workers
+        To wait for.
+    timeout
+        Seconds that a worker may keep the others waiting.
+    patience
+        Seconds to wait for the rest of the workers once one is there.
+    state
+        Tells the saved state: a failure counts as a further one only if it is the same as at the one before.
+    tell
+        Is told what happens.
+    look
+        Called twice a second meanwhile.
+    restarts
+        Failures in a row, without progress, that are tried again.
+
+    Raises
+    ------
+    AI4LandError
+        What a task raised, but for ``Unfinished``: it would be raised again.
+    WorkerError
+        If workers failed too often.
+    """
+    left: set[str] = set()
+    failures, before = 0, state()
+    for number in itertools.count():
+        addresses = _gathered(client, workers, patience=patience, left=left, tell=tell)
+        tell(f"training on {len(addresses)} of {workers} workers" + (f", generation {number + 1}" if number else ""))
+        try:
+            _generation(client, task, addresses, timeout=timeout, left=left, look=look)
+            return
+        except Unfinished:
+            tell("the time of the jobs is over: training is saved and goes on in the next ones")
+            left.update(addresses)
+            client.retire_workers(addresses, close_workers=True)
+        except AI4LandError as error:
+            if not isinstance(error, WorkerError):
+                raise
+            now = state()
+            failures = failures + 1 if now == before else 1
+            before = now
+            if failures > restarts:
+                raise WorkerError(
+                    f"training failed {failures} times in a row without progress, last because {error}; the logs of the workers say more. "
+                    "Its last state is kept: mend the cause and run again"
+                ) from error
+            tell(f"{error}; training goes on from its last state")
+
+
+def _gathered(client: Client, workers: int, *, patience: float, left: set[str], tell: Callable[[str], None]) -> list[str]:
+    """Wait for workers; their addresses, those of a machine side by side."""
+    first, told = None, False
+    while True:
+        there = {a: w["name"] for a, w in client.scheduler_info(n_workers=-1)["workers"].items() if a not in left}
+        found = sorted(there, key=lambda a: (_host(a), str(there[a])))
+        if len(found) >= workers:
+            return found[:workers]
+        first = first or (time.monotonic() if found else None)
+        if first is not None and found and time.monotonic() - first > patience:
+            return found
+        if not found and not told:
+            tell("training waits for a worker")
+            told = True
+        time.sleep(_TICK / 5)
+
+
+def _generation(
+    client: Client,
+    task: Callable[[Member], object],
+    addresses: list[str],
+    *,
+    timeout: float,
+    left: set[str],
+    look: Callable[[], None],
+) -> None:
+    """Do the task once on workers with these addresses; add those that cannot be used any more to ``left``."""
+    name, world, host = f"train-{uuid.uuid4().hex[:12]}", len(addresses), _host(addresses[0])
+    fixed: dict[str, Any] = {"allow_other_workers": False, "pure": False, "retries": 0}
+    futures: dict[str, Future[Any]] = {}
+    try:
+        port = 0
+        if world > 1:
+            serving = client.submit(_serve, name, host, world, timeout, workers=addresses[:1], key=f"{name}-store", **fixed)
+            try:
+                port = serving.result(timeout=max(30.0, timeout))
+            except Exception as error:  # whatever a dying worker makes of it
+                raise WorkerError(f"worker {addresses[0]} cannot be met ({error!r})") from error
+        for rank, address in enumerate(addresses):
+            member = Member(name, rank, world, host, port, timeout)
+            futures[address] = client.submit(task, member, workers=[address], key=f"{name}-{rank}", **fixed)
+        errors = _first_failure(client, futures, look)
+        if errors:
+            _ended(client, futures, errors, grace=min(timeout, 30.0), left=left)
+            causes = [e for e in errors.values() if isinstance(e, AI4LandError) and not isinstance(e, WorkerError)]
+            if causes:
+                raise causes[0]
+            raise WorkerError("; ".join(f"worker {a} failed: {e}" for a, e in errors.items()))
+    finally:
+        client.cancel(list(futures.values()), force=True)
+
+
+def _first_failure(client: Client, futures: dict[str, Future[Any]], look: Callable[[], None]) -> dict[str, BaseException]:
+    """Watch tasks until all are done or one failed; what failed, by worker."""
+    while True:
+        look()
+        errors = _failed(client, futures)
+        if errors or all(f.status == "finished" for f in futures.values()):
+            return errors
+        with suppress(TimeoutError):
+            wait([f for f in futures.values() if not f.done()], timeout=_TICK, return_when="FIRST_COMPLETED")
+
+
+def _failed(client: Client, futures: dict[str, Future[Any]]) -> dict[str, BaseException]:
+    there = client.scheduler_info(n_workers=-1)["workers"]
+    errors: dict[str, BaseException] = {}
+    for address, future in futures.items():
+        if future.status in ("error", "cancelled", "lost"):
+            found = future.exception() if future.status == "error" else None
+            errors[address] = found or WorkerError(f"its task is {future.status}")
+        elif future.status == "pending" and address not in there:
+            errors[address] = WorkerError("it is gone")
+    return errors
+
+
+def _ended(
+    client: Client, futures: dict[str, Future[Any]], errors: dict[str, BaseException], *, grace: float, left: set[str]
+) -> None:
+    """Wait until the rest of a failed generation ends by itself, then restart what does not."""
+    end = time.monotonic() + grace
+    while time.monotonic() < end:
+        errors.update({a: e for a, e in _failed(client, futures).items() if a not in errors})
+        if all(f.done() or a in errors for a, f in futures.items()):
+            return
+        time.sleep(_TICK / 5)
+    for address, future in futures.items():
+        if address not in errors and not future.done():
+            errors[address] = WorkerError("it does not answer")
+            left.add(address)
+            with suppress(Exception):  # its nanny is gone, too: then it is left out
+                client.restart_workers([address], timeout=60, raise_for_error=False)

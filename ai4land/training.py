@@ -1,0 +1,333 @@
+"""The training of a run: in this process, in a process group that torchrun started, or on the workers of a Dask cluster.
+
+It looks whether the model is there and is that of this configuration, and goes on where a training was stopped. What is the same for all
+processes is made once (:class:`Lesson`); :func:`learn` is what each of them does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+import yaml
+from dask.system import CPU_COUNT
+from numpy.typing import NDArray
+
+from ai4land.align import open_store
+from ai4land.batch import PatchLoader
+from ai4land.checkpoint import Card, load_card, load_state, save_model
+from ai4land.config import HOW_TRAINED, RunConfig, digest
+from ai4land.ddp import ALONE, TORCHRUN, Group, job_end, torchrun_group
+from ai4land.ensemble import Ensemble, fit_sharpness
+from ai4land.errors import ConfigError, MismatchError
+from ai4land.features import FeatureSpec, fit_spec
+from ai4land.forward import gate
+from ai4land.gang import Member, gang
+from ai4land.grid import Grid
+from ai4land.inputs import Tell, align, grid_of, identity_of, split_of
+from ai4land.legend import Legend
+from ai4land.losses import class_weights
+from ai4land.splits import TRAIN, VALIDATION, Split
+from ai4land.train import Schedule, Trained, fit
+from ai4land.unet import UNet
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, dict[str, float]], None]
+
+_SEEDS_APART = 1000
+"""Between the seeds of two members."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What all processes of a training share: fingerprint, grid, legend, split, normalisation and class weights."""
+
+    fingerprint: str
+    grid: Grid
+    legend: Legend
+    split: Split
+    spec: FeatureSpec
+    weights: NDArray[np.float32]
+
+
+def train(run: RunConfig, *, tell: Tell = _log.info, progress: Progress | None = None) -> Path:
+    """Train the model of a run, if it is not there; go on where a training stopped.
+
+    Raises
+    ------
+    MismatchError
+        If the folder holds a training of another configuration.
+    Unfinished
+        If the time of the SLURM job that this process is in is nearly over: called again, it goes on.
+    """
+    if TORCHRUN in os.environ:
+        with torchrun_group(timeout=run.train.timeout) as group:
+            leads = group.rank == 0
+            group.first(partial(_prepare, run, tell))
+            if not _trained(run, fingerprint_of(run, split_of(run, grid_of(run)).hash)):
+                learn(run, _lesson(run, tell if leads else _log.info), group=group, progress=progress)
+    elif not _prepare(run, tell):
+        lesson = _lesson(run, tell)
+        if run.cluster == "local" and run.train.workers == 1:
+            learn(run, lesson, progress=progress)
+        else:
+            _on_workers(run, lesson, tell=tell, progress=progress)
+        tell(f"trained; sharpness {load_card(run.folder).sharpness:.3f} on validation")
+    return run.folder
+
+
+def _prepare(run: RunConfig, tell: Tell) -> bool:
+    """Make what training needs and check that it may begin; whether the model is there."""
+    align(run, tell=tell)
+    split = split_of(run, grid_of(run))
+    if _trained(run, fingerprint_of(run, split.hash)):
+        return True
+    run.save(run.folder / "config.yaml")
+    split.save(run.folder / "splits.json")
+    return False
+
+
+def _lesson(run: RunConfig, tell: Tell) -> Lesson:
+    """Look through the training data."""
+    store, grid = open_store(run.folder / "store.zarr"), grid_of(run)
+    split = split_of(run, grid)
+    legend = Legend(**store.attrs["legend"])
+    spec = fit_spec(
+        store,
+        cells=split.roles == TRAIN,
+        pairs=split.pairs,
+        codes=legend.codes.tolist(),
+        factor=grid.factor,
+        position=run.train.position,
+    )
+    weights = class_weights(_class_counts(store, split, legend, grid), power=run.train.class_balance)
+    lesson = Lesson(fingerprint_of(run, split.hash), grid, legend, split, spec, weights)
+    size, t = sum(p.numel() for p in _network(run, lesson).parameters()), run.train
+    tell(f"training: {t.members} networks of {size:,} parameters, {len(split.pairs)} pairs of years, {t.steps} steps each")
+    return lesson
+
+
+def _network(run: RunConfig, lesson: Lesson) -> UNet:
+    """Make an untrained network."""
+    channels = {"static_channels": len(lesson.spec.static_names), "coarse_channels": len(lesson.spec.coarse_names)}
+    return UNet(**channels, classes=lesson.legend.n, factor=lesson.grid.factor, **run.model.model_dump())
+
+
+def _on_workers(run: RunConfig, lesson: Lesson, *, tell: Tell, progress: Progress | None) -> None:
+    """Train on the workers of a cluster."""
+    from ai4land.cluster import connect
+    from ai4land.cost import network_of, training_memory
+
+    t = run.train
+    memory = training_memory(run, network_of(run), len(lesson.split.training_years)).both
+    cores = t.threads or max(1, CPU_COUNT // t.workers)
+    here = run.model_copy(update={"runs": str(Path(run.runs).absolute())})
+
+    def look() -> None:
+        if progress is not None and (seen := _steps(run)) is not None:
+            progress(*seen)
+
+    with connect(run.cluster, workers=t.workers, threads=1, cores=cores, memory=memory, folder=run.folder, tell=tell) as client:
+        gang(
+            client,
+            partial(_take_part, run=here, lesson=lesson),
+            workers=t.workers,
+            timeout=t.timeout,
+            patience=t.wait,
+            state=partial(_states, run.folder),
+            tell=tell,
+            look=look,
+        )
+
+
+def _take_part(member: Member, *, run: RunConfig, lesson: Lesson) -> None:
+    """Train as one of a generation; the task of a worker."""
+    with member.joined() as group:
+        learn(run, lesson, group=group)
+
+
+def _states(folder: Path) -> list[tuple[str, int]]:
+    """Tell the saved states of a training apart."""
+    files = [folder / "resume.pt", *sorted(folder.glob("member_*/resume.pt"))]
+    return [(str(f), f.stat().st_mtime_ns) for f in files if f.is_file()]
+
+
+def _steps(run: RunConfig) -> tuple[int, dict[str, float]] | None:
+    """Read how many steps all members have taken, and the row of the last one."""
+    taken, row = 0, None
+    for number in range(run.train.members):
+        path = _member_folder(run, number) / "metrics.jsonl"
+        lines = path.read_bytes().splitlines()[-2:] if path.is_file() else []
+        for line in reversed(lines):
+            try:
+                found = json.loads(line)
+            except json.JSONDecodeError:  # it is being written
+                continue
+            taken += found["step"]
+            row = found if "loss" in found else row
+            break
+    return None if row is None else (taken, row)
+
+
+def _member_folder(run: RunConfig, number: int) -> Path:
+    return run.folder / f"member_{number + 1}" if number else run.folder
+
+
+def _threads(run: RunConfig) -> int:
+    """Threads of a process of the training."""
+    booked = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if run.train.threads:
+        return run.train.threads
+    if run.cluster != "local" and booked.isdigit():
+        return int(booked)
+    return max(1, CPU_COUNT // int(os.environ.get("LOCAL_WORLD_SIZE", run.train.workers)))
+
+
+def learn(run: RunConfig, lesson: Lesson, *, group: Group = ALONE, progress: Progress | None = None) -> None:
+    """Train all members of the model, as one of the processes of a group; the first of them saves it."""
+    t, grid, legend, spec, split = run.train, lesson.grid, lesson.legend, lesson.spec, lesson.split
+    if group.world > t.batch:
+        raise ConfigError(
+            f"{group.world} processes train, expected at most train.batch={t.batch}: each takes a part of every batch"
+        )
+    torch.set_num_threads(_threads(run))
+    ends = job_end()
+    load = partial(
+        PatchLoader,
+        partial(open_store, run.folder / "store.zarr"),
+        grid=grid,
+        legend=legend,
+        spec=spec,
+        patch=t.patch,
+        batch=t.batch,
+        mix=t.mix,
+    )
+    own = partial(load, rank=group.rank, world=group.world)
+    seen: dict[str, Any] = {"mask_all": t.mask_all, "mask_some": t.mask_some, "disturb": t.disturb, "focus": t.focus}
+    held = _validation_batches(own, split, t.validation_batches, seen)
+    members: list[UNet] = []
+    fits: list[Trained] = []
+    for number in range(t.members):
+        seed = t.seed + run.seed + _SEEDS_APART * number
+        torch.manual_seed(seed)
+        model = _network(run, lesson)
+        done = fit(
+            model,
+            batches=own(cells=split.roles == TRAIN, pairs=split.pairs, seed=seed, turn=t.turn, **seen).batches,
+            validation=held,
+            weights=torch.from_numpy(lesson.weights),
+            schedule=Schedule(**{k: v for k, v in t.model_dump().items() if k in Schedule.__dataclass_fields__}),
+            folder=_member_folder(run, number),
+            fingerprint=lesson.fingerprint,
+            group=group,
+            until=None if ends is None else ends - t.leave,
+            progress=None if progress is None else partial(_onward, progress, number * t.steps),
+        )
+        model.load_state_dict(done.weights)
+        members.append(model.cpu())
+        fits.append(done)
+    if group.rank:
+        return
+    ensemble = Ensemble(members)
+    even = _validation_batches(load, split, t.validation_batches, {**seen, "focus": 0.0})
+    sharpness = fit_sharpness(ensemble, even, totals=t.totals_share > 0)
+    save_model(
+        run.folder,
+        [f.weights for f in fits],
+        Card(
+            legend=legend,
+            spec=spec,
+            network=ensemble.settings,
+            sharpness=sharpness,
+            bfloat16=gate(ensemble, even, totals=t.totals_share > 0),
+            cell=(float(grid.fine.affine.a), float(-grid.fine.affine.e)),
+            weights="",
+            split=split.hash,
+            store=digest(identity_of(run)),
+            training={
+                "fingerprint": lesson.fingerprint,
+                "steps": [f.steps for f in fits],
+                "best_step": [f.best_step for f in fits],
+                "validation_loss": [f.best_loss for f in fits],
+                "years": split.training_years,
+                "class_weights": [round(float(w), 5) for w in lesson.weights],
+                "receptive_radius": ensemble.receptive_radius,
+            },
+        ),
+    )
+
+
+def _onward(progress: Callable[[int, dict[str, float]], None], done: int, step: int, row: dict[str, float]) -> None:
+    """Report a step of a later member as one after those of the members before."""
+    progress(done + step, row)
+
+
+def fingerprint_of(run: RunConfig, split: str) -> str:
+    """Hash all that shapes the weights; how many workers trained them, and what these wait for, does not."""
+    fit = run.model_dump(mode="json", include={"model", "train", "seed"}, exclude={"train": HOW_TRAINED})
+    return digest({**identity_of(run), "split": split, "fit": digest(fit)})
+
+
+def _trained(run: RunConfig, fingerprint: str) -> bool:
+    """Tell whether the model of a run is there; refuse to replace a model or a training of another configuration."""
+    folder = run.folder
+    states = [folder / "resume.pt", *sorted(folder.glob("member_*/resume.pt"))]
+    found = str(load_card(folder).training.get("fingerprint")) if (folder / "model.json").is_file() else None
+    if found == fingerprint:
+        return True
+    begun = {str(load_state(state)["fingerprint"]) for state in states if state.is_file()}
+    if found is not None or begun - {fingerprint}:
+        raise MismatchError(
+            f"training in {folder} was begun with another configuration ({_differences(run)}); restore the run file, "
+            "choose another name, or delete model.json, resume.pt, the folders member_* and the cubes to train anew"
+        )
+    return False
+
+
+def _differences(run: RunConfig) -> str:
+    """List the settings that are not those that the folder's training was begun with."""
+    try:
+        before = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
+        now = run.model_dump(mode="json")
+        pairs = {
+            name: (before[name], now[name])
+            for name in ("grid", "landcover", "scenario", "static", "split", "model", "train", "seed")
+        }
+    except (OSError, yaml.YAMLError, TypeError, KeyError):
+        return "it has no config.yaml that tells which"
+    lines = []
+    for name, (old, new) in pairs.items():
+        parts = {f"{name}.{k}": (old.get(k), new[k]) for k in new} if isinstance(new, dict) else {name: (old, new)}
+        told = [key for key, (a, b) in parts.items() if a != b and key.removeprefix("train.") not in HOW_TRAINED]
+        lines += [f"{key} is {parts[key][1]!r:.60}, was {parts[key][0]!r:.60}" for key in told]
+    return "; ".join(lines) or "the settings are the same, the package or the split is not"
+
+
+def _validation_batches(load: Any, split: Split, count: int, seen: dict[str, Any]) -> list[Any]:
+    """Batches that decide when to stop: the validation years, or held-out cells of the training years with holes."""
+    cells = split.cells(VALIDATION)
+    if split.validation is not None:
+        base = split.validation.reference
+        pairs = tuple((year if base is None else base, year) for year in split.validation.years)
+        return list(
+            load(cells=cells, pairs=pairs, seed=1_000_003, mask_all=float(base is None), focus=seen["focus"]).batches(0, count)
+        )
+    return list(load(cells=cells, pairs=split.pairs, seed=1_000_003, **seen).batches(0, count))
+
+
+def _class_counts(store: xr.Dataset, split: Split, legend: Legend, grid: Grid) -> NDArray[np.int64]:
+    cells = store["mask"].values.astype(bool) & np.kron(split.roles == TRAIN, np.ones((grid.factor, grid.factor), dtype=bool))
+    counts = np.zeros(256, dtype=np.int64)
+    for year in sorted({year for _, year in split.pairs}):
+        counts += np.bincount(legend.encode(store["land_cover"].sel(observed_year=year).values[cells]), minlength=256)
+    return counts[: legend.n]
