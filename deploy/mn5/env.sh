@@ -1,0 +1,78 @@
+# shellcheck shell=bash
+# The environment of AI4Land on MareNostrum 5: sourced by your shell on a login node, by the jobs of Dask and by the sbatch files
+# beside it. What is marked (?) comes from notes of other users and was not verified on the machine.
+
+AI4LAND_MN5=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export AI4LAND_MN5
+export AI4LAND_ENV=$AI4LAND_MN5/env.sh # by which jobs find this file: sbatch hands the environment on
+
+# -- yours to change, here or in the environment ------------------------------------------------------------------------
+export AI4LAND_VENV=${AI4LAND_VENV:-$(dirname "$AI4LAND_MN5")/venv} # as install-offline.sh leaves it
+export AI4LAND_MODULES=${AI4LAND_MODULES-python/3.11.5-gcc}         # (?) see `module avail python`
+export AI4LAND_SIF=${AI4LAND_SIF-}                                  # an image made from ai4land.def, in place of the two above
+export DASK_CONFIG=${DASK_CONFIG:-$AI4LAND_MN5/jobqueue-acc.yaml}   # or jobqueue-acc-node.yaml, jobqueue-gpp.yaml
+# Account and QoS are in the files. These two, where set, replace them in all jobs; `bsc_project list` and `bsc_queues` tell yours:
+#   export SBATCH_ACCOUNT=ehpc999 SBATCH_QOS=acc_ehpc
+
+# -- modules, Python ----------------------------------------------------------------------------------------------------
+AI4LAND_IN=() # goes before a command that is to run inside of the image
+[[ -z $AI4LAND_SIF ]] || AI4LAND_MODULES=singularity/4.1.5 AI4LAND_IN=(singularity exec --nv --bind "/gpfs,${TMPDIR:-/tmp}" "$AI4LAND_SIF")
+if [[ -n $AI4LAND_MODULES ]] && command -v module >/dev/null; then
+    _ai4land_options=$(set +o) # the module command does not bear `set -eu`
+    set +eu
+    module purge
+    # shellcheck disable=SC2086
+    module load $AI4LAND_MODULES
+    eval "$_ai4land_options"
+fi
+unset PYTHONHOME PYTHONPATH
+export PYTHONNOUSERSITE=1
+if [[ -z $AI4LAND_SIF ]]; then
+    [[ -x $AI4LAND_VENV/bin/python ]] || echo "env.sh: no Python in $AI4LAND_VENV; run install-offline.sh, or set AI4LAND_VENV" >&2
+    case :$PATH: in *:"$AI4LAND_VENV/bin":*) ;; *) export PATH=$AI4LAND_VENV/bin:$PATH ;; esac
+fi
+
+# -- processes ----------------------------------------------------------------------------------------------------------
+export OMP_NUM_THREADS=1              # AI4Land sets the threads of its networks itself
+export HDF5_USE_FILE_LOCKING=FALSE    # inputs on GPFS are read only, and its locks are slow
+export SLURM_CPU_BIND=none            # a process may use all cores of its job
+[[ -z ${SLURM_CPUS_PER_TASK-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer takes it from sbatch
+if [[ -e /sys/class/net/ib0 ]]; then  # (?) the name of the InfiniBand interface; `ip -br a` on a node
+    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-ib0} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-ib0}
+fi
+
+# ai4land_until_done FILE COMMAND...: run a command in this job. Where SLURM says that the job is about to end (#SBATCH --signal), the
+# command may still leave by itself. If FILE is not there then, or was not made by a command that ended well, the job goes back into the
+# queue, where it goes on (?: that users may do so), at most AI4LAND_TIMES times. If the command fails before, so does the job.
+ai4land_until_done() {
+    local file=$1 ending=0 status=0 step watch
+    shift
+    trap 'ending=1' USR1
+    "$@" &
+    step=$!
+    wait "$step" || status=$?
+    if ((ending)); then
+        (sleep "${AI4LAND_GRACE:-330}" && kill -TERM "$step") 2>/dev/null &
+        watch=$!
+        status=0
+        wait "$step" || status=$?
+        kill "$watch" 2>/dev/null || true
+    fi
+    if ((status == 0)) && [[ -e $file ]]; then
+        return 0
+    elif ((status && !ending)); then
+        return "$status"
+    fi
+    if ((${SLURM_RESTART_COUNT:-0} >= ${AI4LAND_TIMES:-20})); then
+        echo "$file is not there after ${AI4LAND_TIMES:-20} returns to the queue; submit the job again to go on" >&2
+        return 1
+    fi
+    echo "the job goes back into the queue to go on: $file is not there yet"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # SLURM ends this script
+}
+
+# ai4land_folder RUN.yaml [KEY=VALUE]...: print the folder of a run.
+ai4land_folder() {
+    "${AI4LAND_IN[@]}" python -c 'import sys; from ai4land.runfile import load_run; print(load_run(sys.argv[1], sys.argv[2:]).folder)' "$@"
+}
