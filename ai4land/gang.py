@@ -8,15 +8,18 @@ restarted, and the next generation goes on with the workers that are there. What
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
-from distributed import Client, Future, get_worker, wait
+from distributed import Client, Future, Nanny, get_worker, wait
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from ai4land.ddp import Group, joined, use_interface
@@ -24,6 +27,8 @@ from ai4land.errors import AI4LandError, Unfinished, WorkerError
 
 _STORES: dict[str, Any] = {}
 """Key-value stores that this process serves, by the name of the generation."""
+_ARRIVAL = 120.0
+"""Seconds, at least, within which all workers of a generation have to come: their libraries may load slowly."""
 _TICK = 0.5
 """Seconds between two looks at a generation."""
 
@@ -42,11 +47,14 @@ class Member:
     @contextmanager
     def joined(self) -> Iterator[Group]:
         """Join the others; to be called in the task of a worker."""
-        store, patience = None, timedelta(seconds=self.timeout)
+        store = None
         if self.world > 1:
             use_interface(_host(get_worker().address))
+            arrival = timedelta(seconds=max(self.timeout, _ARRIVAL))
             served = _STORES.pop(self.generation, None)
-            store = PrefixStore("ai4land", served or TCPStore(self.host, self.port, self.world, False, patience))
+            store = PrefixStore("ai4land", served or TCPStore(self.host, self.port, self.world, False, arrival))
+            store.set(f"here {self.rank}", "")
+            store.wait([f"here {rank}" for rank in range(self.world)], arrival)
         with joined(store, rank=self.rank, world=self.world, timeout=self.timeout) as group:
             yield group
 
@@ -130,8 +138,8 @@ def gang(
             before = now
             if failures > restarts:
                 raise WorkerError(
-                    f"training failed {failures} times in a row without progress, last because {error}; the logs of the workers say more. "
-                    "Its last state is kept: mend the cause and run again"
+                    f"training failed {failures} times in a row without progress, last because {error}; the logs of the workers say more; "
+                    "its last state is kept: mend the cause and run again"
                 ) from error
             tell(f"{error}; training goes on from its last state")
 
@@ -225,5 +233,13 @@ def _ended(
         if address not in errors and not future.done():
             errors[address] = WorkerError("it does not answer")
             left.add(address)
-            with suppress(Exception):  # its nanny is gone, too: then it is left out
-                client.restart_workers([address], timeout=60, raise_for_error=False)
+            # Not by the client's restart_workers: a nanny that kills a worker as it starts does not start another one.
+            Thread(
+                target=client.run, args=(_kill,), kwargs={"workers": [address], "nanny": True, "on_error": "ignore"}, daemon=True
+            ).start()
+
+
+def _kill(dask_worker: Nanny) -> None:
+    """End the worker of a nanny, which then starts another one; it runs in the nanny, as a worker may be stopped."""
+    if dask_worker.pid is not None:
+        os.kill(dask_worker.pid, signal.SIGKILL)

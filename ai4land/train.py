@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -146,7 +147,7 @@ def fit(
     if int(group.sum(torch.tensor(step, device=device))) != step * group.world:
         raise RuntimeError(f"process {group.rank} read the state of step {step} in {folder}, others that of another one")
     leads = group.rank == 0
-    rows = _Rows(folder / "metrics.jsonl", keep=step) if leads else None
+    rows = _Rows(folder / "metrics.jsonl" if leads else Path(os.devnull), keep=step)
 
     def score(parameters: dict[str, Tensor]) -> dict[str, float]:
         return _validate(model, parameters, validation, wholes, weights, schedule, half, group)
@@ -154,10 +155,9 @@ def fit(
     if step == 0:
         first = score(average)
         best_loss = first["validation_loss"]
-        if rows is not None:
-            rows.add({"step": 0, **first})
+        rows.add({"step": 0, **first})
     source = prefetched(batches(step), pin=device.type == "cuda")
-    with closing(source), shared_norms(model, group):
+    with closing(source), closing(rows), shared_norms(model, group):
         while step < schedule.steps and waited < schedule.patience:
             began = time.perf_counter()
             batch = next(source).to(device)
@@ -196,10 +196,9 @@ def fit(
                 if row["validation_loss"] < best_loss:
                     best_loss, best_step, waited = row["validation_loss"], step, 0
                     best = {k: v.clone() for k, v in average.items()}
-            if rows is not None:
-                rows.add(row)
-                if progress is not None:
-                    progress(step, row)
+            rows.add(row)
+            if leads and progress is not None:
+                progress(step, row)
             ends = step == schedule.steps or waited >= schedule.patience
             left = leave > 0 and not ends
             if leads and (step % schedule.checkpoint_every == 0 or ends or left):
@@ -294,20 +293,29 @@ def _validate(
 
 
 class _Rows:
-    """``metrics.jsonl``: a row a step; rows after the step that training resumes from are dropped."""
+    """``metrics.jsonl``: a row a step; rows after the step that training resumes from are dropped.
+
+    The file is held open: one that is written anew meanwhile, by a training that goes on elsewhere, is not added to.
+    """
 
     def __init__(self, path: Path, *, keep: int) -> None:
-        old = path.read_text(encoding="utf-8").splitlines() if path.is_file() and keep else []
-        kept = []
-        for line in old:
-            try:
-                if json.loads(line)["step"] <= keep:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                break
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-        self._path = path
+        if str(path) != os.devnull:
+            write_atomically(path, "".join(f"{line}\n" for line in _kept(path, keep)).encode())
+        self._file = path.open("a", encoding="utf-8")
 
     def add(self, row: dict[str, float]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _kept(path: Path, keep: int) -> Iterator[str]:
+    """Rows up to a step; a torn one and what follows are left out."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() and keep else []:
+        try:
+            if json.loads(line)["step"] <= keep:
+                yield line
+        except (json.JSONDecodeError, KeyError):
+            return

@@ -113,7 +113,9 @@ def _lesson(run: RunConfig, tell: Tell) -> Lesson:
     weights = class_weights(_class_counts(store, split, legend, grid), power=run.train.class_balance)
     lesson = Lesson(fingerprint_of(run, split.hash), grid, legend, split, spec, weights)
     size, t = sum(p.numel() for p in _network(run, lesson).parameters()), run.train
-    tell(f"training: {t.members} networks of {size:,} parameters, {len(split.pairs)} pairs of years, {t.steps} steps each")
+    tell(
+        f"training: {t.members} network{'s' * (t.members > 1)} of {size:,} parameters, {len(split.pairs)} pairs of years, {t.steps} steps each"
+    )
     return lesson
 
 
