@@ -125,6 +125,14 @@ def test_settings_beyond_the_job_are_the_same_for_all_jobs():
     assert dask.utils.parse_timedelta(first["distributed"]["deploy"]["lost-worker-timeout"]) >= 60
 
 
+def test_a_job_of_a_whole_node_has_a_worker_for_each_gpu():
+    options = {"dashboard_address": "127.0.0.1:0"}
+    with configuration(MN5 / "jobqueue-acc-node.yaml"), dask_jobqueue.SLURMCluster(scheduler_options=options) as cluster:
+        script = cluster.job_script()
+    assert "#SBATCH --gres=gpu:4\n" in script and "#SBATCH --cpus-per-task=80\n" in script
+    assert " --nthreads 1 --memory-limit 116.42GiB --nworkers 4 --nanny " in script
+
+
 def test_cores_and_memory_are_a_share_of_the_node():
     for name, gpus, share in (("acc", 1, 4), ("acc-node", 4, 1)):
         job = yaml.safe_load((MN5 / f"jobqueue-{name}.yaml").read_text())["jobqueue"]["slurm"]
@@ -336,6 +344,13 @@ def state_of(job: str) -> str:
 
 
 @pytest.mark.slurm
+def test_a_command_runs_in_the_environment(machine, tmp_path):
+    job = sbatch("-o", tmp_path / "log", MN5 / "command.sbatch", "bash", "-c", "echo $HDF5_USE_FILE_LOCKING ${PATH%%:*}")
+    until(lambda: state_of(job) in ("COMPLETED", "FAILED"))
+    assert (tmp_path / "log").read_text() == f"FALSE {machine.folder}/bin\n"
+
+
+@pytest.mark.slurm
 def test_a_run_has_a_worker_for_each_gpu_beside_scheduler_and_client(machine, tmp_path):
     machine(
         "ai4land",
@@ -379,7 +394,8 @@ def test_a_job_whose_time_is_over_goes_on_from_the_queue(machine, tmp_path):
     until((tmp_path / "half").exists)
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
     until(lambda: state_of(job) == "PENDING")
-    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+    # SLURM waits two minutes before it starts such a job: its credential of the first time must be forgotten.
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+4"], check=True)
     until(lambda: state_of(job) in ("COMPLETED", "FAILED"))
     log = (tmp_path / "log").read_text()
     assert state_of(job) == "COMPLETED", log
