@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,8 +193,29 @@ def torchrun_group(*, timeout: float) -> Iterator[Group]:
         yield Group()
         return
     store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    with joined(PrefixStore("ai4land", store), rank=rank, world=world, timeout=timeout) as group:
+    with joined(_fresh(store, rank=rank, world=world), rank=rank, world=world, timeout=timeout) as group:
         yield group
+
+
+def _fresh(store: Any, *, rank: int, world: int) -> Any:
+    """Find a part of a store that none but the living processes have written to.
+
+    torchrun keeps its store when it starts processes again, with the addresses of dead ones in it. So every process asks with a number
+    of its own, and the first one answers such questions with the name of a part until all have heard it.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"ai4land/{rank}", own)
+        store.wait([f"ai4land/{own}"], _LONG)
+        name = store.get(f"ai4land/{own}").decode()
+        store.set(f"ai4land/{name}/{rank}", "heard")
+        return PrefixStore(name, store)
+    for other in range(1, world):
+        while not store.check([f"ai4land/{own}/{other}"]):
+            if store.check([f"ai4land/{other}"]):
+                store.set(f"ai4land/{store.get(f'ai4land/{other}').decode()}", own)
+            time.sleep(0.05)
+    return PrefixStore(own, store)
 
 
 def use_interface(host: str) -> None:
