@@ -16,20 +16,24 @@ export DASK_CONFIG=${DASK_CONFIG:-$AI4LAND_MN5/jobqueue-acc.yaml}   # or jobqueu
 
 # -- modules, Python ----------------------------------------------------------------------------------------------------
 AI4LAND_IN=() # goes before a command that is to run inside of the image
-[[ -z $AI4LAND_SIF ]] || AI4LAND_MODULES=singularity/4.1.5 AI4LAND_IN=(singularity exec --nv --bind "/gpfs,${TMPDIR:-/tmp}" "$AI4LAND_SIF")
-if [[ -n $AI4LAND_MODULES ]] && command -v module >/dev/null; then
+_ai4land_modules=$AI4LAND_MODULES
+if [[ -n $AI4LAND_SIF ]]; then
+    _ai4land_modules=singularity/4.1.5 # (?)
+    AI4LAND_IN=(singularity exec --nv --bind "/gpfs,${TMPDIR:-/tmp}" "$AI4LAND_SIF")
+fi
+if [[ -n $_ai4land_modules ]] && command -v module >/dev/null; then
     _ai4land_options=$(set +o) # the module command does not bear `set -eu`
     set +eu
     module purge
     # shellcheck disable=SC2086
-    module load $AI4LAND_MODULES
+    module load $_ai4land_modules
     eval "$_ai4land_options"
 fi
 unset PYTHONHOME PYTHONPATH
 export PYTHONNOUSERSITE=1
 if [[ -z $AI4LAND_SIF ]]; then
     [[ -x $AI4LAND_VENV/bin/python ]] || echo "env.sh: no Python in $AI4LAND_VENV; run install-offline.sh, or set AI4LAND_VENV" >&2
-    case :$PATH: in *:"$AI4LAND_VENV/bin":*) ;; *) export PATH=$AI4LAND_VENV/bin:$PATH ;; esac
+    export PATH=$AI4LAND_VENV/bin:${PATH//"$AI4LAND_VENV/bin:"/} # before what the modules put there
 fi
 
 # -- processes ----------------------------------------------------------------------------------------------------------
