@@ -139,7 +139,8 @@ def _on_workers(run: RunConfig, lesson: Lesson, *, tell: Tell, progress: Progres
         if progress is not None and (seen := _steps(run)) is not None:
             progress(*seen)
 
-    with connect(run.cluster, workers=t.workers, threads=1, cores=cores, memory=memory, folder=run.folder, tell=tell) as client:
+    shape: dict[str, Any] = {"workers": t.workers, "threads": 1, "cores": cores, "memory": memory, "lasting": True}
+    with connect(run.cluster, **shape, folder=run.folder, tell=tell) as client:
         gang(
             client,
             partial(_take_part, run=here, lesson=lesson),

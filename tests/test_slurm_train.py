@@ -1,0 +1,78 @@
+"""Training on real SLURM (`make test-slurm`): jobs are cancelled, killed, stopped and run out of time, and the weights are those of a training that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from functools import partial
+
+import dask
+import pytest
+from test_end_to_end import ai4land, planet, write_run  # noqa: F401 planet is a fixture
+from test_gang import CHECKPOINT, STEPS, client, lessons, losses, pids, steps, train, unbroken, weights  # noqa: F401 fixtures
+
+from ai4land import training
+from ai4land.runfile import load_run
+
+pytestmark = pytest.mark.slurm
+
+
+def job_ids(client):  # noqa: F811
+    """Job of each rank."""
+    there = client.scheduler_info(n_workers=-1)["workers"]
+    found = client.run(lambda: os.environ["SLURM_JOB_ID"])
+    return [found[a] for a in sorted(there, key=lambda a: str(there[a]["name"]))]
+
+
+def cancel(client, rank: int) -> None:  # noqa: F811
+    subprocess.run(["scancel", job_ids(client)[rank]], check=True, timeout=60)
+
+
+def send(client, rank: int, number: int) -> None:  # noqa: F811
+    os.kill(pids(client)[rank], number)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "timeout"),
+    [
+        ("scancel of a job", partial(cancel, rank=1), 60.0),
+        ("SIGKILL of rank 0", partial(send, rank=0, number=signal.SIGKILL), 60.0),
+        ("SIGSTOP of a rank", partial(send, rank=1, number=signal.SIGSTOP), 4.0),
+    ],
+)
+def test_what_happens_to_a_job_changes_nothing(jobs, lessons, unbroken, name, what, timeout):  # noqa: F811
+    with jobs(2, lasting=True) as workers:
+        event = (CHECKPOINT + 4, partial(what, workers))
+        run, told = train(lessons(name.replace(" ", "_")), workers, events=[event], timeout=timeout)
+    assert weights(run) == weights(unbroken) and losses(run) == losses(unbroken)
+    assert any("goes on from its last state" in line for line in told)
+
+
+def test_training_leaves_a_job_before_its_end_and_goes_on_in_the_next(jobs, lessons):  # noqa: F811
+    """The time of a job of one minute is over after 2 s, so that every job takes one step."""
+    made = {"steps": 3, "checkpoint_every": 100}
+    whole, lesson = lessons("few", **made)
+    training.learn(whole, lesson)
+    with dask.config.set({"jobqueue.slurm.walltime": "00:01:00"}), jobs(1, lasting=True) as workers:
+        run, told = train(lessons("left", **made, leave=58), workers, workers=1)
+    assert weights(run) == weights(whole) and [r["step"] for r in steps(run)] == [0, 1, 2, 3]
+    assert sum("goes on in the next ones" in line for line in told) == 2
+    assert len({line for line in jobs.told if "gone" in line}) == 2
+
+
+def test_training_works_with_the_jobs_that_are_granted(jobs, lessons):  # noqa: F811
+    with jobs(4, cores=4, lasting=True) as workers:
+        run, told = train(lessons("granted", steps=4), workers, workers=4, patience=3.0)
+    assert "training on 2 of 4 workers" in told and steps(run)[-1]["workers"] == 2
+    assert any("2 of 4 jobs wait: " in line for line in jobs.told)
+
+
+def test_the_command_trains_on_jobs(slurm_cluster, planet, lessons, unbroken, tmp_path):  # noqa: F811
+    run, _ = lessons("command")
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(run.model_dump(mode="json")))
+    done = ai4land("train", file, "cluster=slurm", "train.workers=2")
+    assert weights(load_run(file)) == weights(unbroken)
+    assert "training on 2 of 2 workers" in done.stderr and f"train: {STEPS} of {STEPS}" in done.stderr
