@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -329,18 +328,23 @@ def outcomes(blocks: dict[Future[Any], Block], job: Job, *, client: Client) -> I
 
     for future in ended:
         block = place.pop(future.key)
-        error = None if future.status == "finished" else future.exception() or CancelledError("the cluster was closed")
-        if isinstance(error, KilledWorker):
+        outcome: Any = None
+        try:
+            outcome = future.result()[0]  # waits where a worker took a receipt along that nobody had fetched
+        except KilledWorker:
             deaths[block] += 1
-            _log.warning("a worker died with %s of %s-%s in hand: %s", block.window, block.years[0], block.years[-1], error)
-        if not isinstance(error, KilledWorker):
-            yield block, future.result()[0] if error is None else error
-        elif deaths[block] == _TRIES:
-            yield block, DataError(f"{_TRIES} workers died on it, the last one with nothing else in hand (memory? see its log)")
-        elif deaths[block] == _TRIES - 1:
-            aside.append(block)
-        else:
-            again(block)
+            span = f"{block.years[0]}-{block.years[-1]}"
+            _log.warning("a worker died with %s of %s in hand, try %d of %d", block.window, span, deaths[block], _TRIES)
+            if deaths[block] == _TRIES:
+                outcome = DataError(f"{_TRIES} workers died on it, the last one with nothing else in hand (memory? see its log)")
+            elif deaths[block] == _TRIES - 1:
+                aside.append(block)
+            else:
+                again(block)
+        except Exception as error:
+            outcome = error
         future.release()
+        if outcome is not None:
+            yield block, outcome
         if aside and ended.is_empty():
             again(aside.pop())

@@ -1,0 +1,217 @@
+"""Reconstruction on real SLURM jobs that come and go (`make test-slurm`): the same bytes whatever happens, and what is done stays done."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ai4land import cube
+from ai4land.cube import Block
+from ai4land.grid import Window
+from ai4land.reconstruct import plan_blocks
+from ai4land.runfile import load_run
+from ai4land.synthetic import make_planet
+from tests.conftest import squeue, until
+from tests.test_end_to_end import RUN, ai4land, command, contents, write_run
+
+YEARS = range(2000, 2008)
+TINY = {
+    "grid": {**RUN["grid"], "shard": 24},
+    "split": {"train": "2000-2003", "max_lead": 3, "space": {"block": 2, "validation": 0.2}},
+    "train": {**RUN["train"], "members": 1, "patch": 24, "steps": 10, "validate_every": 5, "checkpoint_every": 5},
+    "reconstruct": {"reference": 2004, "years": "2000-2007", "workers": 2, "threads": 1, "at_once": 1},
+    "evaluate": {"boosting": 0},
+}
+HERE = ("cluster=slurm",)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was finished on this machine alone."""
+    planet = make_planet(tmp_path_factory.mktemp("planet") / "p", coarse_cell=15.0, factor=8, years=YEARS).folder
+    file = write_run(tmp_path_factory.mktemp("whole"), planet, **TINY)
+    ai4land("run", file)
+    return file
+
+
+def folder_of(file: Path) -> Path:
+    return load_run(file).folder
+
+
+@pytest.fixture
+def trained(whole: Path, tmp_path: Path, slurm_cluster: Path) -> Path:
+    """The same run without its cube."""
+    file = write_run(tmp_path, Path(load_run(whole).data), **TINY)
+    shutil.copytree(folder_of(whole), folder_of(file), ignore=shutil.ignore_patterns("cube*", "figures", "evaluation.json"))
+    return file
+
+
+class Running:
+    """A command in a process of its own, what it told, and how far its cube is."""
+
+    def __init__(self, file: Path, *overrides: str, verb: str = "reconstruct") -> None:
+        self.file, self.path = file, folder_of(file) / "cube.zarr"
+        self.log = file.with_name(f"log-{time.monotonic_ns()}")
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(**command(verb, file, *HERE, *overrides), stdout=log, stderr=log)
+
+    @property
+    def told(self) -> str:
+        return self.log.read_text()
+
+    def counts(self) -> Counter[tuple[int, int, int]]:
+        """How often each (row, column, year) was recorded."""
+        return Counter((e["row"], e["col"], year) for e in cube.entries(self.path) for year in e["years"])
+
+    def done(self) -> set[Block]:
+        """Blocks whose years are all there."""
+        have = self.counts()
+        return {b for b in blocks_of(self.file) if all((b.window.row, b.window.col, y) in have for y in b.years)}
+
+    def until_done(self, least: int) -> set[Block]:
+        """Wait until some blocks are done; those, while there are others."""
+        until(lambda: self.process.poll() is not None or len(self.done()) >= least)
+        done = self.done()
+        assert least <= len(done) < len(blocks_of(self.file)) - 4 and self.process.poll() is None, self.told
+        return done
+
+    def ends(self) -> str:
+        """Wait for the end; what was told."""
+        assert self.process.wait(timeout=120) == 0, self.told
+        return self.told
+
+
+def blocks_of(file: Path) -> list[Block]:
+    return plan_blocks(folder_of(file) / "store.zarr", years=YEARS, reference=2004)
+
+
+def block_at(file: Path, row: int, col: int, year: int) -> Block:
+    return next(b for b in blocks_of(file) if b.window == Window(row, col, 24, 24) and year in b.years)
+
+
+def chunks(file: Path) -> dict[str, bytes]:
+    return contents(folder_of(file) / "cube.zarr", "*/c/**/*")
+
+
+def assert_same(run: Running, whole: Path, *, once: set[Block], lost: int) -> None:
+    """The cube is that of the whole run; what was done was not done again, and no more than some blocks were begun twice."""
+    assert chunks(run.file) == chunks(whole) and len(chunks(whole)) > 100
+    assert cube.recorded(run.path) == cube.recorded(folder_of(whole) / "cube.zarr")
+    counts = run.counts()
+    assert {key for b in once for key in keys(b) if counts[key] != 1} == set()
+    assert len({block_at(run.file, *key) for key, n in counts.items() if n > 1}) <= lost
+
+
+def keys(block: Block) -> list[tuple[int, int, int]]:
+    return [(block.window.row, block.window.col, year) for year in block.years]
+
+
+def running() -> set[str]:
+    return set(squeue("%i", "-t", "RUNNING"))
+
+
+@pytest.mark.slurm
+def test_whole_run_on_two_jobs_has_the_bytes_of_one_on_this_machine(whole, tmp_path, slurm_cluster):
+    file = write_run(tmp_path, Path(load_run(whole).data), **TINY)
+    told = Running(file, verb="run").ends()
+    assert "Dask dashboard: http://127.0.0.1" in told and "ssh -N -L" in told
+    assert chunks(file) == chunks(whole) and len(chunks(whole)) > 100
+    assert load_run(folder_of(file) / "config.yaml").cluster == "slurm"
+    assert not squeue("%i")
+
+
+@pytest.mark.slurm
+def test_one_job_is_cancelled(whole, trained):
+    run = Running(trained)
+    done = run.until_done(4)
+    gone = max(running())
+    subprocess.run(["scancel", gone], check=True)
+    told = run.ends()
+    assert f"1 jobs are gone ({gone}); submitting as many" in told
+    assert_same(run, whole, once=done, lost=1)
+
+
+@pytest.mark.slurm
+def test_all_jobs_are_cancelled(whole, trained):
+    run = Running(trained)
+    done = run.until_done(4)
+    gone = running()
+    assert len(gone) == 2
+    subprocess.run(["scancel", *gone], check=True)
+    told = run.ends()
+    assert "2 jobs are gone" in told
+    assert_same(run, whole, once=done, lost=2)
+
+
+@pytest.mark.slurm
+def test_client_is_killed_and_the_run_is_run_again(whole, trained, monkeypatch):
+    monkeypatch.setenv("DASK_JOBQUEUE__SLURM__JOB_CPU", "4")
+    run = Running(trained, "reconstruct.workers=3")
+    done = run.until_done(4)
+    busy, every = running(), set(squeue("%i"))
+    assert len(busy) == 2 and len(every) == 3
+    run.process.kill()
+    until(lambda: not busy & set(squeue("%i")))  # they end by themselves, and the third has its turn
+    again = Running(trained)
+    told = again.ends()
+    (left,) = every - busy
+    assert f"cancelling 1 jobs of a client that is gone ({left})" in told
+    assert_same(again, whole, once=done, lost=2)
+
+
+@pytest.mark.slurm
+def test_workers_leave_before_their_walltime_and_others_go_on(whole, trained, monkeypatch):
+    monkeypatch.setenv("DASK_JOBQUEUE__SLURM__WORKER_EXTRA_ARGS", '["--lifetime", "6s", "--lifetime-stagger", "1s"]')
+    run = Running(trained)
+    told = run.ends()
+    gone = [int(n) for n in re.findall(r"(\d+) jobs are gone", told)]
+    assert sum(gone) >= 1 and told.count("a worker died") <= told.count("could not be moved")
+    assert_same(run, whole, once=set(), lost=sum(gone))
+
+
+BREAKS = """
+import os, signal
+from ai4land import reconstruct
+
+whole = reconstruct.reconstruct_block
+
+def block(block, job):
+    place = (block.window.row, block.window.col, 2000 in block.years)
+    if place in {places}:
+        with open({log!r}, "a") as file:
+            file.write(f"{{place}}\\n")
+        if place == {places}[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError("a disk is full")
+    return whole(block, job)
+
+def dask_setup(worker):
+    reconstruct.reconstruct_block = block
+"""
+
+
+@pytest.mark.slurm
+def test_a_block_that_kills_its_workers_is_named_and_the_rest_is_done(whole, trained, tmp_path, monkeypatch):
+    every = blocks_of(trained)
+    kills, raises = every[5], every[6]
+    places = [(b.window.row, b.window.col, 2000 in b.years) for b in (kills, raises)]
+    script, log = tmp_path / "breaks.py", tmp_path / "tries"
+    script.write_text(BREAKS.format(places=places, log=str(log)))
+    monkeypatch.setenv("DASK_DISTRIBUTED__WORKER__PRELOAD", str([str(script)]))
+    run = Running(trained, "reconstruct.at_once=2", "reconstruct.threads=2")
+    assert run.process.wait(timeout=120) == 1
+    assert Counter(log.read_text().splitlines()) == {str(place): 3 for place in places}
+    told = run.told
+    assert f"2 of {len(every)} blocks failed, the rest is done" in told
+    for block, why in ((kills, "3 workers died on it"), (raises, "a disk is full")):
+        assert re.search(rf"{re.escape(str(block.window))} of {block.years[0]}-{block.years[-1]}: .*{why}", told)
+    assert run.done() == set(every) - {kills, raises}
+    monkeypatch.delenv("DASK_DISTRIBUTED__WORKER__PRELOAD")
+    assert "2 blocks to do" in Running(trained).ends()
+    assert chunks(trained) == chunks(whole)
