@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from rich.table import Table
 
 import ai4land
 from ai4land.config import RunConfig
-from ai4land.errors import AI4LandError, ConfigError
+from ai4land.errors import AI4LandError, ConfigError, Unfinished
 from ai4land.runfile import load_run
 
 app = typer.Typer(
@@ -28,6 +29,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+_TRY_AGAIN = 75
+"""Exit status of work that was left and goes on when it is run again: EX_TEMPFAIL of sysexits.h."""
 _console = Console(stderr=True, highlight=False)
 _out = Console(highlight=False)
 
@@ -241,6 +244,9 @@ def main() -> None:
     """Run the command line; an error of the package is one readable text, not a traceback."""
     try:
         app()
+    except Unfinished as left:
+        _console.print(str(left), markup=False, soft_wrap=True)
+        sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else _TRY_AGAIN)  # torchrun would start it again in the same job
     except AI4LandError as error:
         _console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
         sys.exit(1)

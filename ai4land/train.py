@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ai4land.batch import Batch, prefetched
 from ai4land.checkpoint import load_state, save_state, write_atomically
 from ai4land.ddp import ALONE, Group, shared_norms
+from ai4land.device import device as device_of_process
 from ai4land.errors import DataError, MismatchError, Unfinished
 from ai4land.forward import bfloat16_pays
 from ai4land.legend import MISSING
@@ -107,7 +108,7 @@ def fit(
     until
         Time, in seconds since 1970, from which on training is left: its state is saved at the end of the step.
     device
-        Default: the first CUDA device, else the CPU.
+        Default: that of :func:`ai4land.device.device`.
     progress
         Called after each step with the step and its numbers, by the first process.
 
@@ -120,7 +121,7 @@ def fit(
     Unfinished
         If training was left; called again, it goes on.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or device_of_process()
     half = bfloat16_pays(device) if schedule.precision == "auto" else schedule.precision == "bfloat16"
     half = int(group.sum(torch.tensor(int(half), device=device))) == group.world
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

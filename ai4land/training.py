@@ -22,6 +22,7 @@ import yaml
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
+from ai4land import device
 from ai4land.align import open_store
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import Card, load_card, load_state, save_model
@@ -80,6 +81,7 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Progress | None =
         lesson = _lesson(run, tell)
         if run.cluster == "local" and run.train.workers == 1:
             learn(run, lesson, progress=progress)
+            device.release()  # for a worker of the reconstruction
         else:
             _on_workers(run, lesson, tell=tell, progress=progress)
         tell(f"trained; sharpness {load_card(run.folder).sharpness:.3f} on validation")

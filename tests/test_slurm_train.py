@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 from functools import partial
 
 import dask
@@ -76,3 +78,35 @@ def test_the_command_trains_on_jobs(slurm_cluster, planet, lessons, unbroken, tm
     done = ai4land("train", file, "cluster=slurm", "train.workers=2")
     assert weights(load_run(file)) == weights(unbroken)
     assert "training on 2 of 2 workers" in done.stderr and f"train: {STEPS} of {STEPS}" in done.stderr
+
+
+def test_torchrun_under_srun_trains_on_two_nodes_and_leaves_in_time(slurm_cluster, lessons, tmp_path):  # noqa: F811
+    """The time of an allocation of one minute is over after 2 s, so that each takes one step and ends well."""
+    run, _ = lessons("srun", steps=2, leave=58)
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(run.model_dump(mode="json")))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = ["srun", "-N2", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=1", "--chdir", str(tmp_path)]
+    runner = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d"]
+    place = [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=here", "-m", "ai4land.cli", "train", str(file)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for turn in (1, 2):
+        done = subprocess.run([*launch, sys.executable, *runner, *place], capture_output=True, text=True, env=env, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert ("was left at step 1 of 2" in done.stderr) == (turn == 1)
+        assert [r["step"] for r in steps(run)] == list(range(turn + 1)) and steps(run)[-1]["workers"] == 2
+    whole, lesson = lessons("srun_whole", steps=2)
+    training.learn(whole, lesson)
+    assert losses(whole) == pytest.approx(losses(run), abs=1e-5) and (run.folder / "model.json").is_file()
+
+
+def test_a_training_that_leaves_its_allocation_says_so_by_its_exit_status(slurm_cluster, lessons, tmp_path):  # noqa: F811
+    run, _ = lessons("alone_in_a_job", steps=2, leave=58)
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(run.model_dump(mode="json")))
+    launch = ["srun", "-N1", "--time=1", "--chdir", str(tmp_path), sys.executable, "-m", "ai4land.cli", "train", str(file)]
+    ends = [subprocess.run(launch, capture_output=True, text=True, timeout=120) for _ in range(2)]
+    assert [done.returncode for done in ends] == [75, 0] and "run it again to go on" in ends[0].stderr
+    assert [r["step"] for r in steps(run)] == [0, 1, 2]
