@@ -51,6 +51,9 @@ class Block:
     window: Window
     years: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.window} of {self.years[0]}-{self.years[-1]}"
+
 
 def chunk_side(grid: Grid, *, limit: int = 512) -> int:
     """Side of a chunk: whole coarse cells, a divisor of the shard, at most ``limit`` fine cells where there is one.

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distributed import Status
+from distributed import SchedulerPlugin, Status
 
 from ai4land.errors import ConfigError
 
@@ -56,6 +56,17 @@ def queue(form: str = "%T|%r") -> dict[str, list[str]]:
     return {i: told for i, *told in (line.strip().split("|") for line in done.stdout.splitlines() if line)}
 
 
+class Arrivals(SchedulerPlugin):
+    """Remembers the names of all workers that ever came, however short they stayed."""
+
+    def __init__(self) -> None:
+        self.names: set[Any] = set()
+
+    def add_worker(self, scheduler: Any, worker: str) -> None:
+        """Note a worker's name."""
+        self.names |= {scheduler.workers[worker].name}
+
+
 class Keeper:
     """Keeps a number of jobs alive while the block runs, and says why jobs wait.
 
@@ -91,12 +102,14 @@ class Keeper:
         self._give_up = give_up
         self._file = folder / "jobs"
         self._over, self._said = threading.Event(), ""
+        self._arrivals = Arrivals()
         self._came: set[Any] = set()
         self._in_vain, self._not_before = 0, 0.0
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def __enter__(self) -> Keeper:
         self.scale(self._jobs)
+        self._cluster.scheduler.add_plugin(self._arrivals)
         self._cluster.scale(jobs=self._jobs)
         self._thread.start()
         return self
@@ -132,8 +145,8 @@ class Keeper:
         # Before the queue is asked: what is submitted meanwhile has not ended.
         ours, here = self._cluster.sync(self._known)
         live = queue()
-        fresh = here - self._came
-        self._came |= here
+        fresh = self._arrivals.names - self._came
+        self._came |= fresh
         ended = {name: job for name, job in ours.items() if job not in live}
         if fresh:
             self._in_vain = 0

@@ -10,7 +10,6 @@ writes what the ledger lacks.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any, Literal
 import dask.array as da
 import numpy as np
 import torch
-from distributed import Client, Future, KilledWorker, as_completed
+from distributed import Client, Future
 from numpy.typing import NDArray
 
 from ai4land import cube
+from ai4land.crowd import TRIES, outcomes
 from ai4land.cube import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, Block
 from ai4land.errors import DataError
 from ai4land.forward import Precision, ready
@@ -33,9 +33,6 @@ from ai4land.totals import Method, Totals
 from ai4land.walk import Published, walk
 
 _log = logging.getLogger(__name__)
-
-_TRIES = 3
-"""Times that a block is begun before it counts as failed."""
 
 _GOLDEN = 0.6180339887498949
 """The golden ratio less 1."""
@@ -283,6 +280,8 @@ def run_blocks(
     ------
     DataError
         If blocks failed; the others are finished first, and a further run does only what is missing.
+    WorkerError
+        If workers die so that no block is ever done.
     """
     if not blocks:
         return []
@@ -290,61 +289,25 @@ def run_blocks(
     plan = np.empty(len(blocks), dtype=object)
     plan[:] = blocks
     receipts = da.map_blocks(_task, da.from_array(plan, chunks=1), dtype=object, meta=np.empty(0, dtype=object), job=job)
-    futures = client.compute(list(receipts.to_delayed()), retries=_TRIES - 1)
+    futures = client.compute(list(receipts.to_delayed()), retries=TRIES - 1)
+
+    def again(block: Block) -> Future[Any]:
+        part = np.empty(1, dtype=object)
+        part[0] = block
+        return client.submit(_task, part, job, retries=TRIES - 1, priority=1, pure=False)
+
     done: list[dict[str, Any]] = []
     failed: list[str] = []
-    for block, receipt in outcomes(dict(zip(futures, blocks, strict=True)), job, client=client):
-        if isinstance(receipt, BaseException):
-            failed.append(f"{block.window} of {block.years[0]}-{block.years[-1]}: {receipt!r}")
+    for block, outcome in outcomes(dict(zip(futures, blocks, strict=True)), again, client=client):
+        if isinstance(outcome, BaseException):
+            failed.append(f"{block}: {outcome!r}")
             continue
-        done.append(receipt)
+        done.append(outcome[0])
         if progress is not None:
-            progress(receipt)
+            progress(outcome[0])
     if failed:
         raise DataError(
             f"{len(failed)} of {len(plan)} blocks failed, the rest is done; mend the cause and run again:\n  "
             + "\n  ".join(failed[:10])
         )
     return done
-
-
-def outcomes(blocks: dict[Future[Any], Block], job: Job, *, client: Client) -> Iterator[tuple[Block, Any]]:
-    """Give each block, as its task ends, with what that came to: a receipt, or the last exception.
-
-    A block whose worker died is submitted anew, up to three tries. All that a worker has in hand dies with it, so a death says little of
-    any one block: one that has seen two is set aside until all others are done, and is then tried alone.
-    """
-    place = {future.key: block for future, block in blocks.items()}
-    ended = as_completed(blocks, loop=client.loop)
-    deaths: Counter[Block] = Counter()
-    aside: list[Block] = []
-
-    def again(block: Block) -> None:
-        part = np.empty(1, dtype=object)
-        part[0] = block
-        future = client.submit(_task, part, job, retries=_TRIES - 1, pure=False)
-        place[future.key] = block
-        ended.add(future)
-
-    for future in ended:
-        block = place.pop(future.key)
-        outcome: Any = None
-        try:
-            outcome = future.result()[0]  # waits where a worker took a receipt along that nobody had fetched
-        except KilledWorker:
-            deaths[block] += 1
-            span = f"{block.years[0]}-{block.years[-1]}"
-            _log.warning("a worker died with %s of %s in hand, try %d of %d", block.window, span, deaths[block], _TRIES)
-            if deaths[block] == _TRIES:
-                outcome = DataError(f"{_TRIES} workers died on it, the last one with nothing else in hand (memory? see its log)")
-            elif deaths[block] == _TRIES - 1:
-                aside.append(block)
-            else:
-                again(block)
-        except Exception as error:
-            outcome = error
-        future.release()
-        if outcome is not None:
-            yield block, outcome
-        if aside and ended.is_empty():
-            again(aside.pop())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 
 import dask
 import pytest
@@ -50,6 +52,63 @@ def test_what_is_granted_works_and_why_the_rest_waits_is_said(jobs):
         assert client.submit(sum, [1, 2]).result() == 3
         until(lambda: any("8 of 10 jobs wait: " in line and "Resources" in line for line in jobs.told))
         assert len(workers_of(client)) == 2
+
+
+@pytest.mark.slurm
+def test_number_of_jobs_follows_the_file(jobs, tmp_path):
+    file = tmp_path / "slurm" / "jobs"
+    with jobs(1) as client:
+        futures = client.map(
+            lambda value: time.sleep(0.3) or value, range(60)
+        )  # a worker that dies, in place of leaving, would fail what it has in hand
+        client.wait_for_workers(1, timeout=60)
+        assert file.read_text() == "1\n"
+        file.write_text("3")
+        until(lambda: len(workers_of(client)) == 3)
+        file.write_text("three")
+        until(lambda: file.read_text() == "3\n")
+        file.write_text("1")
+        until(lambda: len(workers_of(client)) == 1 and len(queue()) == 1)
+        assert client.gather(futures) == list(range(36))
+        assert len(queue()) == 1
+    assert [line for line in jobs.told if "wanted" in line] == [
+        "3 jobs are wanted in place of 1",
+        "1 jobs are wanted in place of 3",
+    ]
+    assert any("jobs says 'three', expected a number of jobs; there stay 3" in line for line in jobs.told)
+    assert not file.exists()
+
+
+@pytest.mark.slurm
+def test_jobs_that_end_before_they_are_workers_end_the_run_with_their_last_words(jobs):
+    refused = pytest.raises(
+        ConfigError, match=r"5 times in a row before they were workers; the last line of .* (no|No) such file"
+    )
+    with dask.config.set({"jobqueue.slurm.python": "/none/python"}), refused, jobs(2, every=0.1) as client:
+        client.wait_for_workers(1, timeout=60)
+    assert sum("never became workers" in line for line in jobs.told) == 5
+    assert not queue()
+
+
+@pytest.mark.slurm
+def test_a_second_client_of_the_same_folder_is_refused(jobs):
+    with jobs(1) as client:
+        client.wait_for_workers(1, timeout=60)
+        before = set(queue())
+        with pytest.raises(ConfigError, match=r"another client computes in .* end it first"), jobs(1):
+            pass
+        assert set(queue()) == before and client.submit(sum, [1, 2]).result() == 3
+
+
+@pytest.mark.slurm
+def test_sigterm_cancels_the_jobs(jobs):
+    with pytest.raises(SystemExit) as end, jobs(2) as client:
+        client.wait_for_workers(2, timeout=60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert end.value.code == 143
+    until(lambda: not queue(), seconds=5)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.slurm

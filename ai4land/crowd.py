@@ -1,0 +1,80 @@
+"""Tasks on workers that come and go: what fails is tried again, and nothing is given up for what another task did to its worker."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from distributed import Client, Future, KilledWorker, as_completed
+
+from ai4land.errors import WorkerError
+
+_log = logging.getLogger(__name__)
+
+TRIES = 3
+"""Times that a task is begun before it counts as failed."""
+_HOPELESS = 10
+"""Tasks that lose their workers again and again before any one succeeds, until all are given up."""
+
+T = TypeVar("T", bound=Hashable)
+
+
+def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]], *, client: Client) -> Iterator[tuple[T, Any]]:
+    """Give each task as it ends, with what it came to: its result, or the last exception.
+
+    A task whose worker died is submitted anew. All that a worker has in hand dies with it, so a death says little of any one task: one
+    that has seen two is set aside until all others are done, and is then tried alone. The scheduler is to report each death
+    (``distributed.scheduler.allowed-failures`` 0, as in :data:`ai4land.cluster.SETTINGS`).
+
+    Parameters
+    ----------
+    futures
+        What each future is to come to; submitted with ``retries`` of ``TRIES - 1``.
+    again
+        Submits one of them anew, best before the others, so that what is hopeless shows early.
+
+    Raises
+    ------
+    WorkerError
+        If workers die so that nothing succeeds at all; what is left is cancelled.
+    """
+    place = {future.key: task for future, task in futures.items()}
+    ended = as_completed(futures, loop=client.loop)
+    deaths: Counter[T] = Counter()
+    aside: list[T] = []
+    succeeded = False
+
+    def submit(task: T) -> None:
+        future = again(task)
+        place[future.key] = task
+        ended.add(future)
+
+    for future in ended:
+        task, outcome = place.pop(future.key), None
+        try:
+            outcome = future.result()  # waits where a worker took a result along that nobody had fetched
+            succeeded = True
+        except KilledWorker:
+            deaths[task] += 1
+            _log.warning("a worker died with %s in hand, try %d of %d", task, deaths[task], TRIES)
+            if deaths[task] == TRIES:
+                outcome = WorkerError(f"{TRIES} workers died on it, the last one with nothing else in hand (memory? see its log)")
+            elif deaths[task] == TRIES - 1:
+                aside.append(task)
+            else:
+                submit(task)
+        except Exception as error:
+            outcome = error
+        future.release()
+        if outcome is not None:
+            yield task, outcome
+        if len(aside) == _HOPELESS and not succeeded:
+            client.cancel([f for f in ended.futures if f.key in place])
+            raise WorkerError(
+                f"workers died on {_HOPELESS} tasks, {TRIES - 1} times on each, and no task succeeded, the last one {task}; see the logs "
+                "of the workers (memory? does their Python have ai4land and what it needs?), mend the cause and run again"
+            )
+        if aside and ended.is_empty():
+            submit(aside.pop())

@@ -1,0 +1,59 @@
+"""Tasks whose workers die, on real processes."""
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ai4land import crowd
+from ai4land.cluster import local
+from ai4land.crowd import TRIES, outcomes
+from ai4land.errors import WorkerError
+
+
+def begun(task: int, *, folder: Path, kills: range, raises: range = range(0)) -> int:
+    """Note that a task was begun, and do as it is told; it runs on a worker."""
+    with (folder / f"{task}-{os.getpid()}").open("a") as file:
+        file.write("x")
+    if task in kills:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task in raises:
+        raise OSError("a disk is full")
+    return task
+
+
+def all_outcomes(client, tasks, **options):
+    # By value: the workers' Python need not have the tests.
+    work = lambda task, begun=begun, options=options: begun(task, **options)  # noqa: E731
+    futures = dict(zip(client.map(work, tasks, retries=TRIES - 1, pure=False), tasks, strict=True))
+    return dict(
+        outcomes(futures, lambda task: client.submit(work, task, retries=TRIES - 1, priority=1, pure=False), client=client)
+    )
+
+
+def times_begun(folder: Path) -> Counter[int]:
+    times: Counter[int] = Counter()
+    for path in folder.iterdir():
+        times[int(path.name.split("-")[0])] += len(path.read_text())
+    return times
+
+
+def test_only_what_kills_its_workers_is_given_up_after_three(tmp_path):
+    with local(1, threads=2, dashboard=False) as client:
+        found = all_outcomes(client, range(12), folder=tmp_path, kills=range(3, 5), raises=range(7, 8))
+    assert {task for task, outcome in found.items() if isinstance(outcome, WorkerError)} == {3, 4}
+    assert "3 workers died on it" in str(found[3])
+    assert isinstance(found[7], OSError)
+    assert {task: found[task] for task in range(12) if task not in (3, 4, 7)} == {t: t for t in range(12) if t not in (3, 4, 7)}
+    times = times_begun(tmp_path)
+    assert {times[3], times[4]} <= {TRIES - 1, TRIES}  # one may be taken along before it begins
+    assert times[7] >= TRIES
+
+
+def test_where_every_worker_dies_it_ends_before_all_is_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(crowd, "_HOPELESS", 3)
+    with local(2, dashboard=False) as client, pytest.raises(WorkerError, match=r"no task succeeded.*have ai4land"):
+        all_outcomes(client, range(40), folder=tmp_path, kills=range(40))
+    assert len(times_begun(tmp_path)) < 20
