@@ -20,7 +20,7 @@ test: install  ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm"
 
 test-slurm: install  ## real SLURM jobs on a private cluster on this machine; installs Debian's packages
-	command -v slurmctld sbatch munged >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge)
+	which slurmctld slurmd sbatch munged slurmdbd mariadbd >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge slurmdbd mariadb-server)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/test_slurm*.py tests/test_deploy.py
 
 lint: install  ## style and types

@@ -81,7 +81,7 @@ class Keeper:
     tell
         Is told what changed.
     give_up
-        Is called when jobs end before they are workers, again and again; why is in :attr:`failed`.
+        Is called when jobs are refused or end before they are workers, again and again; why is in :attr:`failed`.
     every
         Seconds between two looks.
     """
@@ -104,7 +104,7 @@ class Keeper:
         self._over, self._said = threading.Event(), ""
         self._arrivals = Arrivals()
         self._came: set[Any] = set()
-        self._in_vain, self._not_before = 0, 0.0
+        self._in_vain, self._not_before, self._refused = 0, 0.0, ""
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def __enter__(self) -> Keeper:
@@ -143,17 +143,25 @@ class Keeper:
             self._tell(f"{wanted} jobs are wanted in place of {self._jobs}")
             self._jobs = wanted
         # Before the queue is asked: what is submitted meanwhile has not ended.
-        ours, here = self._cluster.sync(self._known)
+        ours, refused, working = self._cluster.sync(self._known)
         live = queue()
         fresh = self._arrivals.names - self._came
         self._came |= fresh
-        ended = {name: job for name, job in ours.items() if job not in live}
         if fresh:
             self._in_vain = 0
+        ended = {name: job for name, job in ours.items() if job not in live}
+        never = [job for name, job in ended.items() if name not in self._came]
+        if never or refused:
+            why = self._last_words(never[-1]) if never else refused[-1][1]
+            self._hesitate(why, working=working)
         if ended:
-            self._say_ended(ended, working=bool(here))
-        self._cluster.sync(self._mend, list(ended))
-        waiting = Counter(why for i, (state, why) in live.items() if i in ours.values() and state == "PENDING")
+            some = f", as {len(never)} of them never became workers; {self._last_words(never[-1])}" if never else ""
+            self._tell(f"{len(ended)} jobs are gone ({', '.join(ended.values())}); submitting as many{self._later()}{some}")
+        if refused and refused[-1][1] != self._refused:
+            self._refused = refused[-1][1]
+            self._tell(f"{len(refused)} jobs could not be submitted ({self._refused}); trying again{self._later()}")
+        self._cluster.sync(self._mend, [*ended, *(name for name, _ in refused)])
+        waiting = Counter(why for i, (state, why) in live.items() if i in ours.values() and state == "PENDING" and why != "None")
         said = ", ".join(f"{n} for {why}" for why, n in waiting.items())
         if said and said != self._said:
             self._tell(f"{waiting.total()} of {self._jobs} jobs wait: {said}")
@@ -169,33 +177,32 @@ class Keeper:
             self.scale(self._jobs)
         return int(text) if text.isdecimal() else self._jobs
 
-    def _say_ended(self, ended: dict[Any, str], *, working: bool) -> None:
-        never = [job for name, job in ended.items() if name not in self._came]
-        wait = 0.0
-        if never:
-            self._in_vain += 1
-            wait = min(self._every * 2**self._in_vain, _LONGEST)
-            self._not_before = time.monotonic() + wait
-        later = f" in {wait:.0f} s, as {len(never)} of them never became workers; {self._last_words(never[-1])}" if wait else ""
-        self._tell(f"{len(ended)} jobs are gone ({', '.join(ended.values())}); submitting as many{later}")
+    def _hesitate(self, why: str, *, working: bool) -> None:
+        """Wait longer each time before jobs are submitted that may come to nothing, too; give up if that goes on."""
+        self._in_vain += 1
+        self._not_before = time.monotonic() + min(self._every * 2**self._in_vain, _LONGEST)
         if self._in_vain >= _IN_VAIN and not working:
             self.failed = (
-                f"jobs ended {self._in_vain} times in a row before they were workers; {self._last_words(never[-1])}; mend the cause "
-                "and run again (the Python of jobqueue.slurm.python and the folder of the run must be there on the nodes)"
+                f"jobs came to nothing {self._in_vain} times in a row; {why}; mend the cause and run again "
+                "(the Python of jobqueue.slurm.python and the folder of the run must be there on the nodes)"
             )
 
+    def _later(self) -> str:
+        left = self._not_before - time.monotonic()
+        return f" in {left:.0f} s" if left > 0 else ""
+
     def _last_words(self, job: str) -> str:
-        if not job:
-            return "sbatch did not take them"
         for path in self._folder.glob(f"*-{job}.err"):
             lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
             return f"the last line of {path} is: {next((x for x in reversed(lines) if x.strip()), 'none')}"
         return f"job {job} left no log in {self._folder}"
 
-    async def _known(self) -> tuple[dict[Any, str], set[Any]]:
-        """Id of each job by name, empty if it could not be submitted, and the names of those that are workers now."""
-        jobs = {name: str(job.job_id or "") for name, job in self._cluster.workers.items() if name in self._cluster.worker_spec}
-        return jobs, {w.name for w in self._cluster.scheduler.workers.values()} & set(jobs)
+    async def _known(self) -> tuple[dict[Any, str], list[tuple[Any, str]], bool]:
+        """Id of each job by name; names of those that SLURM did not take, and why; whether any is a worker now."""
+        jobs = {name: job for name, job in self._cluster.workers.items() if name in self._cluster.worker_spec}
+        submitted = {name: str(job.job_id) for name, job in jobs.items() if job.job_id}
+        refused = [(name, str(getattr(job, "refused", "no job id"))) for name, job in jobs.items() if not job.job_id]
+        return submitted, refused, bool(self._cluster.scheduler.workers)
 
     async def _mend(self, ended: list[Any]) -> None:
         cluster = self._cluster

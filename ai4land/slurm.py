@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import dask
-from distributed import Client, Security
+from distributed import Client, Security, Status
 
 from ai4land.errors import ConfigError
 from ai4land.keeper import Keeper, ask, queue
@@ -85,11 +85,18 @@ def slurm(
     clear(place, tell=tell)
 
     class Job(SLURMJob):
-        """One that says of which folder and scheduler it is."""
+        """One that says of which folder and scheduler it is, and remembers why SLURM did not take it."""
 
         def __init__(self, scheduler: str | None = None, name: str | None = None, **options: Any) -> None:
             super().__init__(scheduler, name, **options)
             self.job_header = f"{self.job_header}\n#SBATCH --comment={shlex.quote(f'{place} {scheduler}')}"
+
+        async def start(self) -> None:
+            try:
+                await super().start()
+            except RuntimeError as error:
+                self.refused = str(error).strip().rpartition("\n")[2]
+                self.status = Status.running
 
     extra = list(dask.config.get("jobqueue.slurm.worker-extra-args", None) or [])
     if not (lasting or dask.config.get("distributed.worker.lifetime.duration", None) or any("--lifetime" in a for a in extra)):
