@@ -47,6 +47,7 @@ from ai4land.cube import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, Block
 from ai4land.ensemble import Ensemble
 from ai4land.features import FeatureSpec, features, fit_spec
 from ai4land.forward import Forward, Precision
+from ai4land.gang import Member, gang
 from ai4land.grid import FINE_DIMS, Grid, Window, block_sum, coarse_window
 from ai4land.legend import MISSING, Legend, load_crosswalk, load_legend
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
@@ -664,12 +665,62 @@ def wait_row(s: Setting) -> Row:
     return Row("data_wait_share", median(shares), "1", about)
 
 
+def gang_rows(s: Setting) -> list[Row]:
+    """Time steps of the same training on one worker and on two, of one thread each; how far their losses are apart."""
+    steps: dict[int, list[float]] = {1: [], 2: []}
+    losses: dict[int, list[float]] = {}
+    for number in range(s.size.rounds):
+        for count in steps:
+            folder = s.folder / f"gang{count}_{number}"
+            with workers(count) as client:
+                gang(
+                    client,
+                    partial(take_part, s=s, folder=folder),
+                    workers=count,
+                    timeout=300,
+                    patience=300,
+                    state=lambda: None,
+                    tell=lambda _: None,
+                )
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()][1:]
+            steps[count].append(median(r["seconds"] for r in rows))
+            losses[count] = [r["loss"] for r in rows]
+    apart = max(abs(a - b) for a, b in zip(losses[1], losses[2], strict=True))
+    about = f"{s.size.steps} steps of {s.size.batch} patches of {s.size.patch}, base {s.size.base}, workers of one thread"
+    return [
+        Row("two_worker_training", ratio(steps[1], steps[2]), "times", f"a step of one worker; {about}"),
+        Row("two_worker_loss", apart, "1", f"largest difference from the loss of one worker; {about}"),
+    ]
+
+
+def take_part(member: Member, *, s: Setting, folder: Path) -> None:
+    """Train as one of some workers; the task of each."""
+    torch.set_num_threads(1)
+    loader = _loader(s, mix=2, visit=16)
+    with member.joined() as group:
+        loader.rank, loader.world = group.rank, group.world
+        fit(
+            make_model(s.spec, s.grid, base=s.size.base),
+            batches=loader.batches,
+            validation=[],
+            weights=torch.ones(s.legend.n),
+            schedule=Schedule(
+                steps=s.size.steps, validate_every=s.size.steps, checkpoint_every=s.size.steps, precision="float32"
+            ),
+            folder=folder,
+            fingerprint="benchmark",
+            group=group,
+            device=torch.device("cpu"),
+        )
+
+
 GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
     "loader": lambda s: [*loader_rows(s), first_patch_row(s)],
     "reconstruct": lambda s: [*reconstruct_rows(s), half_row(s)],
     "constraint": constraint_rows,
     "halo": lambda _: halo_rows(),
     "train": lambda s: [wait_row(s)],
+    "gang": gang_rows,
     "workers": lambda s: worker_rows(s.folder, CROWD if s.size is FULL else s.size),
 }
 
