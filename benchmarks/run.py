@@ -666,16 +666,19 @@ def wait_row(s: Setting) -> Row:
 
 
 def gang_rows(s: Setting) -> list[Row]:
-    """Time steps of the same training on one worker and on two, of one thread each; how far their losses are apart."""
-    steps: dict[int, list[float]] = {1: [], 2: []}
-    losses: dict[int, list[float]] = {}
+    """Time steps of the same training on one worker and on two, of one thread each; how far their losses are apart, and those of one with another rounding."""
+    arms = {"one": (1, 0.0), "two": (2, 0.0), "nudged": (1, 2e-7)}
+    steps: dict[str, list[float]] = {name: [] for name in arms}
+    losses: dict[str, list[float]] = {}
     for number in range(s.size.rounds):
-        for count in steps:
-            folder = s.folder / f"gang{count}_{number}"
+        for name, (count, nudge) in arms.items():
+            if nudge and number:
+                continue
+            folder = s.folder / f"{name}_{number}"
             with workers(count) as client:
                 gang(
                     client,
-                    partial(take_part, s=s, folder=folder),
+                    partial(take_part, s=s, folder=folder, nudge=nudge),
                     workers=count,
                     timeout=300,
                     patience=300,
@@ -683,24 +686,29 @@ def gang_rows(s: Setting) -> list[Row]:
                     tell=lambda _: None,
                 )
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()][1:]
-            steps[count].append(median(r["seconds"] for r in rows))
-            losses[count] = [r["loss"] for r in rows]
-    apart = max(abs(a - b) for a, b in zip(losses[1], losses[2], strict=True))
+            steps[name].append(median(r["seconds"] for r in rows))
+            losses[name] = [r["loss"] for r in rows]
+    apart = {name: max(abs(a - b) for a, b in zip(losses["one"], losses[name], strict=True)) for name in ("two", "nudged")}
     about = f"{s.size.steps} steps of {s.size.batch} patches of {s.size.patch}, base {s.size.base}, workers of one thread"
     return [
-        Row("two_worker_training", ratio(steps[1], steps[2]), "times", f"a step of one worker; {about}"),
-        Row("two_worker_loss", apart, "1", f"largest difference from the loss of one worker; {about}"),
+        Row("two_worker_training", ratio(steps["one"], steps["two"]), "times", f"a step of one worker; {about}"),
+        Row("two_worker_loss", apart["two"], "1", f"largest difference from the loss of one worker; {about}"),
+        Row(
+            "nudged_loss", apart["nudged"], "1", f"the same of one worker whose first kernel is 1 + 2e-7 times as large; {about}"
+        ),
     ]
 
 
-def take_part(member: Member, *, s: Setting, folder: Path) -> None:
+def take_part(member: Member, *, s: Setting, folder: Path, nudge: float) -> None:
     """Train as one of some workers; the task of each."""
     torch.set_num_threads(1)
-    loader = _loader(s, mix=2, visit=16)
+    loader, model = _loader(s, mix=2, visit=16), make_model(s.spec, s.grid, base=s.size.base)
+    with torch.no_grad():
+        model.down[0][0].weight.mul_(1 + nudge)  # type: ignore[index]
     with member.joined() as group:
         loader.rank, loader.world = group.rank, group.world
         fit(
-            make_model(s.spec, s.grid, base=s.size.base),
+            model,
             batches=loader.batches,
             validation=[],
             weights=torch.ones(s.legend.n),
