@@ -12,7 +12,8 @@ from functools import partial
 
 import dask
 import pytest
-from test_end_to_end import ai4land, planet, write_run  # noqa: F401 planet is a fixture
+from conftest import until
+from test_end_to_end import ai4land, command, planet  # noqa: F401 planet is a fixture
 from test_gang import CHECKPOINT, STEPS, client, lessons, losses, pids, steps, train, unbroken, weights  # noqa: F401 fixtures
 
 from ai4land import training
@@ -78,6 +79,22 @@ def test_the_command_trains_on_jobs(slurm_cluster, planet, lessons, unbroken, tm
     done = ai4land("train", file, "cluster=slurm", "train.workers=2")
     assert weights(load_run(file)) == weights(unbroken)
     assert "training on 2 of 2 workers" in done.stderr and f"train: {STEPS} of {STEPS}" in done.stderr
+
+
+def test_a_killed_client_is_run_again_to_the_same_weights(slurm_cluster, lessons, client, tmp_path):  # noqa: F811
+    made = {"steps": 80, "validate_every": 80}
+    whole, _ = train(lessons("client_whole", **made), client)
+    run, _ = lessons("client", **made)
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(run.model_dump(mode="json")))
+    call = ("train", file, "cluster=slurm", "train.workers=2")
+    process = subprocess.Popen(**command(*call), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: len(steps(run)) > CHECKPOINT + 3 or process.poll() is not None)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = ai4land(*call)
+    assert weights(run) == weights(whole) and losses(run) == losses(whole)
+    assert "cancelling 2 jobs of a client that is gone" in done.stderr
 
 
 def test_torchrun_under_srun_trains_on_two_nodes_and_leaves_in_time(slurm_cluster, lessons, tmp_path):  # noqa: F811
