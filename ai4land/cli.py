@@ -75,6 +75,19 @@ def _bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, note: progress.update(task, completed=done, total=total, note=note)
 
 
+@contextmanager
+def _workers(run: RunConfig) -> Iterator[None]:
+    """Inside an allocation each task of srun has its part: the block is done in one of them, and the others end here."""
+    if run.cluster != "allocation":
+        yield
+        return
+    from ai4land.allocation import allocation
+    from ai4land.cluster import SETTINGS
+
+    with allocation(folder=run.folder, threads=run.reconstruct.hands, settings=SETTINGS, tell=_tell):
+        yield
+
+
 def _train(run: RunConfig) -> None:
     from ai4land import training
 
@@ -165,7 +178,8 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
     Example: ai4land train pipelines/bavaria.yaml train.steps=500
     """
     config = load_run(run, overrides or [])
-    _train(config)
+    with _workers(config):
+        _train(config)
     _out.print(str(config.folder / "model.safetensors"), soft_wrap=True)
 
 
@@ -176,7 +190,8 @@ def reconstruct(run: RunFile, overrides: Overrides = None) -> None:
     Example: ai4land reconstruct pipelines/bavaria.yaml reconstruct.workers=2
     """
     config = load_run(run, overrides or [])
-    _reconstruct(config)
+    with _workers(config):
+        _reconstruct(config)
     _out.print(str(config.folder / "cube.zarr"), soft_wrap=True)
 
 
@@ -195,7 +210,9 @@ def run_all(run: RunFile, overrides: Overrides = None) -> None:
 
     Example: ai4land run pipelines/bavaria.yaml train.steps=500 name=bavaria_short
     """
-    _whole(load_run(run, overrides or []))
+    config = load_run(run, overrides or [])
+    with _workers(config):
+        _whole(config)
 
 
 def _whole(config: RunConfig) -> None:

@@ -1,7 +1,7 @@
 """Where blocks are computed: from one word of the run file to a Dask client with its workers.
 
-``local`` starts workers on this machine, ``slurm`` submits them as jobs (:mod:`ai4land.slurm`), and an address (``tcp://…``, ``tls://…``)
-joins a cluster that is there already.
+``local`` starts workers on this machine, ``slurm`` submits them as jobs (:mod:`ai4land.slurm`), ``allocation`` finds them among the tasks of
+the same srun (:mod:`ai4land.allocation`), and an address (``tcp://…``, ``tls://…``) joins a cluster that is there already.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def connect(
     Parameters
     ----------
     where
-        ``local``, ``slurm``, or the address of a scheduler.
+        ``local``, ``slurm``, ``allocation``, or the address of a scheduler.
     workers
-        How many; of no use for an address.
+        How many; of no use where they are there already.
     threads, cores, memory
         Of a worker: tasks in hand, and on SLURM the cores and bytes that it asks for.
     folder
@@ -79,14 +79,20 @@ def connect(
         with slurm(workers, folder=folder, settings=SETTINGS, tell=tell, **shape) as client:
             yield client
     else:
+        address = dask.config.get("scheduler-address", None) if where == "allocation" else where
+        if address is None:
+            raise ConfigError(
+                "cluster is allocation, but no scheduler is there; start the command with srun: srun -n 4 ai4land ..."
+            )
         try:
-            client = Client(where, timeout=30)
+            client = Client(address, timeout=30)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"cluster is {where!r}, expected local, slurm or the address of a Dask scheduler: {error}"
+                f"cluster is {where!r}, expected local, slurm, allocation or the address of a Dask scheduler: {error}"
             ) from error
         with client:
-            tell(f"Dask dashboard: {client.dashboard_link}")
+            if where != "allocation":  # there it has been told
+                tell(f"Dask dashboard: {client.dashboard_link}")
             yield client
 
 

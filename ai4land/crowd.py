@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 from distributed import Client, Future, KilledWorker, as_completed
@@ -38,7 +39,7 @@ def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]]
     Raises
     ------
     WorkerError
-        If workers die so that nothing succeeds at all; what is left is cancelled.
+        If workers die so that nothing succeeds at all (what is left is cancelled), or if the scheduler is gone.
     """
     place = {future.key: task for future, task in futures.items()}
     ended = as_completed(futures, loop=client.loop)
@@ -65,6 +66,8 @@ def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]]
                 aside.append(task)
             else:
                 submit(task)
+        except CancelledError as error:
+            raise WorkerError(f"the scheduler is gone ({' '.join(str(error).split())}); run again to go on") from error
         except Exception as error:
             outcome = error
         future.release()

@@ -128,8 +128,7 @@ def slurm(
         keeper = Keeper(cluster, jobs, folder=place, tell=tell, give_up=end, every=every)
         try:
             with Client(cluster) as client, keeper:
-                port = client.dashboard_link.split(":")[2].split("/")[0]
-                tell(f"Dask dashboard: {client.dashboard_link}; from elsewhere: {tunnel(port)}")
+                tell(dashboard(client, socket.getfqdn()))
                 yield client
         except SystemExit as error:
             if keeper.failed is None:
@@ -219,13 +218,19 @@ def seconds(walltime: str) -> int:
     return 86400 * int(days or 0) + sum(n * unit for n, unit in zip(parts, units, strict=False))
 
 
-def tunnel(port: str) -> str:
-    """Write the command that makes a dashboard on this machine's loopback visible on another one.
+def dashboard(client: Client, host: str) -> str:
+    """Say where the dashboard of a scheduler on a host is, which listens on the loopback of that host alone."""
+    port = client.scheduler_info()["services"].get("dashboard")
+    return f"Dask dashboard: http://127.0.0.1:{port}/status on {host}; from elsewhere: {tunnel(port, host)}"
 
-    >>> tunnel("8787").startswith("ssh -N -L 8787:127.0.0.1:8787 ")
+
+def tunnel(port: int, host: str) -> str:
+    """Write the command that makes a dashboard on a host's loopback visible on another machine.
+
+    >>> tunnel(8787, "login1").startswith("ssh -N -L 8787:127.0.0.1:8787 ")
     True
     """
-    return f"ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.getfqdn()}"
+    return f"ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{host}"
 
 
 def check(script: str, folder: Path) -> None:

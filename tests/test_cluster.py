@@ -6,6 +6,7 @@ import dask
 import psutil
 import pytest
 
+from ai4land.allocation import allocation
 from ai4land.cluster import connect, local
 from ai4land.errors import ConfigError
 
@@ -53,6 +54,20 @@ def test_a_scheduler_that_is_there_is_joined_and_left_running(tmp_path):
 
 
 def test_a_cluster_that_is_none_is_refused(tmp_path):
-    refused = pytest.raises(ConfigError, match=r"'marenostrum', expected local, slurm or the address")
+    refused = pytest.raises(ConfigError, match=r"'marenostrum', expected local, slurm, allocation or the address")
     with refused, connect("marenostrum", **SHAPE, folder=tmp_path, tell=print):
         pass
+
+
+def test_an_allocation_is_begun_by_srun(tmp_path, monkeypatch):
+    for name in ("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    refused = pytest.raises(ConfigError, match=r"no task of srun.*srun -n 4 ai4land run")
+    with refused, allocation(folder=tmp_path, threads=1, settings={}, tell=print):
+        pass
+    with (
+        pytest.raises(ConfigError, match=r"no scheduler is there.*srun"),
+        connect("allocation", **SHAPE, folder=tmp_path, tell=print),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
+from distributed import Client
 
 from ai4land import cube
 from ai4land.cube import Block
@@ -217,3 +222,69 @@ def test_a_block_that_kills_its_workers_is_named_and_the_rest_is_done(whole, tra
     monkeypatch.delenv("DASK_DISTRIBUTED__WORKER__PRELOAD")
     assert "2 blocks to do" in Running(trained).ends()
     assert chunks(trained) == chunks(whole)
+
+
+# -- one allocation -----------------------------------------------------------------------------------------------------
+
+
+def submit(folder: Path, *lines: str) -> Path:
+    """Submit a script of 4 tasks; its output, which ends with what the last line came to."""
+    script, out = folder / "allocation.sh", folder / "out"
+    script.write_text("\n".join(["#!/bin/bash", *lines, "echo status $?", ""]))
+    subprocess.run(["sbatch", "-n", "4", "-c", "1", "-t", "10", "-o", out, script], check=True, capture_output=True, timeout=60)
+    return out
+
+
+def of_command(file: Path, *overrides: str) -> str:
+    args = map(str, command("reconstruct", file, "cluster=allocation", *overrides)["args"])
+    return " ".join(args)
+
+
+def tasks() -> dict[str, int]:
+    """Process of each task of srun that runs here, by its number."""
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            env = process.environ()
+            ours = env.get("SLURM_CONF") == os.environ["SLURM_CONF"] and env.get("SLURM_STEP_ID") == "0"
+            if ours and process.name() != "srun" and process.parent().name() == "slurmstepd":
+                found[env["SLURM_PROCID"]] = process.pid
+        except (psutil.Error, AttributeError):
+            continue
+    return found
+
+
+@pytest.mark.slurm
+def test_an_allocation_does_the_whole_and_ends_with_its_command(whole, trained, tmp_path):
+    cut = submit(tmp_path, f"srun {of_command(trained)}")
+    path = folder_of(trained) / "cube.zarr"
+    until(lambda: len(cube.recorded(path)) > 20)
+    os.kill(tasks()["1"], signal.SIGKILL)  # the one that does the command
+    until(lambda: not squeue("%i"))
+    assert cut.read_text().endswith("status 137\n")
+    assert 20 < len(cube.recorded(path)) < len(cube.recorded(folder_of(whole) / "cube.zarr"))
+    assert not list((folder_of(trained) / "slurm").iterdir())
+
+    out = submit(tmp_path, f"srun {of_command(trained)}")
+    until(lambda: list((folder_of(trained) / "slurm").glob("step-*/scheduler.json")))
+    (step,) = (folder_of(trained) / "slurm").iterdir()
+    assert step.stat().st_mode & 0o077 == 0
+    until(lambda: "Dask dashboard: http://127.0.0.1" in out.read_text())
+    address = json.loads((step / "scheduler.json").read_text())["address"]
+    for tried in (address, address.replace("tls://", "tcp://")):
+        with pytest.raises((OSError, TypeError, ValueError, RuntimeError)):
+            Client(tried, timeout=2)
+    until(lambda: not squeue("%i"))
+    assert out.read_text().endswith("status 0\n") and "Traceback" not in out.read_text()
+    assert chunks(trained) == chunks(whole)
+    assert not step.exists()
+
+
+@pytest.mark.slurm
+def test_an_allocation_without_srun_or_with_too_few_tasks_says_what_to_do(trained, tmp_path):
+    out = submit(tmp_path, of_command(trained), f"srun -n 2 {of_command(trained)}")
+    until(lambda: not squeue("%i"))
+    told = " ".join(out.read_text().split())
+    assert told.count("error: cluster is allocation, but") == 2
+    assert "this process is no task of srun; inside a job (sbatch, salloc) start it with srun -n 4" in told
+    assert "srun has 2 tasks, expected 3 or more" in told and told.endswith("status 1")

@@ -1,0 +1,190 @@
+"""A run inside one SLURM allocation, ``srun -n 6 ai4land run RUN.yaml cluster=allocation``: every task of the step has a part in it.
+
+The first task is Dask's scheduler, the second does the command, and the others are its workers, by dask-jobqueue's ``SLURMRunner``. The
+connections are encrypted with certificates of this step, which the first task leaves to the others in a folder of the run that nobody
+else can read. The scheduler ends with the task that does the command, however that ends, and the workers with the scheduler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dask
+from distributed import Client, Security
+from distributed.core import rpc
+
+from ai4land.errors import ConfigError
+from ai4land.slurm import dashboard
+
+if TYPE_CHECKING:
+    from distributed import Scheduler
+
+_PATIENCE = 300.0
+"""Seconds that tasks wait for each other at the start."""
+_KEYS = ("ca_file", "client_cert", "client_key", "worker_cert", "worker_key", "scheduler_cert", "scheduler_key")
+
+
+@contextmanager
+def allocation(*, folder: Path, threads: int, settings: Mapping[str, object], tell: Callable[[str], None]) -> Iterator[None]:
+    """Take this task's part in the step; in the second task the block is done, the process of all others ends here.
+
+    In the block, ``ai4land.cluster.connect("allocation", ...)`` gives a client of the scheduler.
+
+    Parameters
+    ----------
+    folder
+        Of the run; all nodes see it.
+    threads
+        Of a worker: tasks that it has in hand.
+    settings
+        Of Dask, that scheduler and workers start with.
+    tell
+        Is told where the dashboard is.
+
+    Raises
+    ------
+    ConfigError
+        If this is not a task of srun, or of too few.
+    """
+    try:
+        from dask_jobqueue.slurm import SLURMRunner
+    except ImportError as error:
+        raise ConfigError(f"cluster is allocation, but {error.name} is not installed; pip install 'ai4land[hpc]'") from error
+    rank, step = _task()
+    place = folder.absolute() / "slurm" / f"step-{step}"
+    if rank == 0:
+        _write(place)
+    else:
+        _wait(place / "host")
+    files = {key: str(place / f"{key}.pem") for key in _KEYS}
+    security = Security(require_encryption=True, **{f"tls_{key}": file for key, file in files.items()})
+
+    class Runner(SLURMRunner):
+        """One whose scheduler ends with its client, and whose client can end an encrypted scheduler, or one that is gone."""
+
+        async def on_scheduler_start(self, scheduler: Scheduler) -> None:
+            self._watch = asyncio.create_task(_end_with_client(scheduler))
+
+        async def before_client_start(self) -> None:
+            self.scheduler_comm: Any = rpc(self.scheduler_address, connection_args=security.get_connection_args("client"))
+
+        async def _close(self) -> None:
+            with suppress(OSError):
+                await super()._close()
+
+    there = {"interface": dask.config.get("jobqueue.slurm.interface", None), "security": security, "protocol": "tls://"}
+    encrypted = {
+        "distributed.comm.require-encryption": True,
+        "distributed.comm.tls.ca-file": files["ca_file"],
+        "distributed.comm.tls.client.cert": files["client_cert"],
+        "distributed.comm.tls.client.key": files["client_key"],
+    }
+    with dask.config.set({**settings, **encrypted}):
+        if rank > 0:
+            _wait(place / "scheduler.json", holds=_is_json)
+        try:
+            runner = Runner(  # which ends the process of all tasks but the second
+                scheduler_file=str(place / "scheduler.json"),
+                scheduler_options={**there, "dashboard_address": "127.0.0.1:0"},
+                worker_class="distributed.Nanny",
+                worker_options={
+                    **there,
+                    "nthreads": threads,
+                    "memory_limit": None,  # SLURM limits the memory of a task
+                    "silence_logs": logging.WARNING,
+                },
+            )
+            address = runner.scheduler_address
+            with (
+                runner,
+                dask.config.set({"scheduler-address": address}),
+                Client(address, set_as_default=False) as client,  # by which the scheduler sees that this task lives
+            ):
+                tell(dashboard(client, (place / "host").read_text(encoding="utf-8").strip()))
+                yield
+                client.run(_leave, nanny=True)
+        finally:
+            if rank < 2:
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def _leave(dask_worker: Any) -> None:
+    """End a worker and the nanny that it runs under, in order, once this has been answered."""
+    dask_worker.loop.call_later(0.1, dask_worker.close)
+
+
+def _task() -> tuple[int, str]:
+    """Number of this task in its step, and a name of the step that no other has."""
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    rank, tasks, job, step = (os.environ.get(name) for name in names)
+    if None in (rank, tasks, job, step):
+        raise ConfigError(
+            "cluster is allocation, but this process is no task of srun; inside a job (sbatch, salloc) start it with "
+            "srun -n 4 ai4land run RUN.yaml cluster=allocation, or set cluster=slurm or cluster=local"
+        )
+    if int(tasks or 0) < 3:
+        if rank != "0":
+            sys.exit(1)  # one of them says it
+        raise ConfigError(
+            f"cluster is allocation, but srun has {tasks} tasks, expected 3 or more: the scheduler, the command, and a worker or more; "
+            "srun -n N with N two more than the workers"
+        )
+    return int(rank or 0), f"{job}.{step}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def _write(place: Path) -> None:
+    """Leave certificates to the other tasks, and then the name of this node, by which they know that all is there."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.mkdir(mode=0o700)
+    made = Security.temporary()
+    for key in _KEYS:
+        _put(place / f"{key}.pem", getattr(made, f"tls_{key}"))
+    _put(place / "host", socket.getfqdn())
+
+
+def _put(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    part.replace(path)
+
+
+def _wait(path: Path, *, holds: Callable[[Path], bool] = Path.is_file) -> None:
+    end = time.monotonic() + _PATIENCE
+    while not holds(path):
+        if time.monotonic() > end:
+            raise ConfigError(
+                f"{path} is not there after {_PATIENCE:.0f} s, expected it from the first task; is the folder of the run on a file system "
+                "that all nodes see, and did the first task start?"
+            )
+        time.sleep(0.1)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+async def _end_with_client(scheduler: Any) -> None:
+    """Close the scheduler once its client is gone, or if none comes."""
+    left = _PATIENCE
+    while left > 0:
+        await asyncio.sleep(0.5)
+        others = [key for key in scheduler.clients if key != "fire-and-forget"]
+        left = 5.0 if others else left - 0.5
+    await scheduler.close(reason="its client is gone")
