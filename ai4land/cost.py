@@ -311,15 +311,16 @@ class Cost:
     reconstruct: float
     network: float
     workers: int
+    trainers: int = 1
 
     @property
     def device_hours(self) -> float:
         """Hours of all devices."""
-        return (self.train + self.reconstruct * self.workers) / 3600
+        return (self.train * self.trainers + self.reconstruct * self.workers) / 3600
 
 
-def estimate(work: Work, rates: Rates, *, workers: int) -> Cost:
-    """Estimate how long the stages take.
+def estimate(work: Work, rates: Rates, *, workers: int, trainers: int = 1) -> Cost:
+    """Estimate how long the stages take, on so many workers each; training is divided by its own as if it scaled perfectly.
 
     A worker takes the time of the network and of the host work of its blocks, divided by the blocks that it works on at the same time; where
     they take turns in the network, that of the network or a share of the host work, whichever is longer. A run ends no sooner than its longest block.
@@ -330,10 +331,11 @@ def estimate(work: Work, rates: Rates, *, workers: int) -> Cost:
     longest = float((network + host).max(initial=0.0))
     total = max(float(each.sum()) / workers, longest)
     return Cost(
-        train=work.steps * rates.step + work.scored * rates.scored,
+        train=(work.steps * rates.step + work.scored * rates.scored) / trainers,
         reconstruct=START + total,
         network=float(network.sum()) / max(total * workers, 1e-9),
         workers=workers,
+        trainers=trainers,
     )
 
 
@@ -343,7 +345,7 @@ def _too_much(what: str, needs: float, has: float, who: str, remedy: str) -> lis
     return [f"{what} needs {needs / 1e9:.1f} GB of memory, {who} has {has / 1e9:.1f} GB; {remedy}"]
 
 
-def refusals(work: Work, *, workers: int, memory: float | Memory, who: str = "the machine") -> list[str]:
+def refusals(work: Work, *, workers: int, memory: float | Memory, who: str = "the machine", trainers: int = 1) -> list[str]:
     """List what does not fit into the memory, each with what would help.
 
     Parameters
@@ -356,11 +358,19 @@ def refusals(work: Work, *, workers: int, memory: float | Memory, who: str = "th
         Bytes of the machine, or of a device and its share of a node.
     who
         Has it.
+    trainers
+        Processes that train and share it: each has its own shards, and its part of the batch.
     """
     found: list[str] = []
+    training = Memory(work.training.host, work.training.device / max(1, trainers))
     for what, needs, count, remedy in (
         ("reconstruct", work.worker, workers, "lower reconstruct.workers, reconstruct.at_once or grid.shard"),
-        ("train", work.training, 1, "lower train.batch, train.patch, train.mix, model.base or grid.shard"),
+        (
+            "train",
+            training,
+            trainers,
+            "lower train.batch, train.patch, train.mix, model.base or grid.shard, or the number of workers",
+        ),
     ):
         name = f"{what} with {count} workers" if count > 1 else what
         if isinstance(memory, Memory):
@@ -397,8 +407,8 @@ def refuse(run: RunConfig, *, workers: int | None = None, land: float = 1.0, dev
     work = count(run, land=land, cuda=device is not None)
     if device is None:
         # Workers of another cluster do not share this machine's memory.
-        here = workers or run.reconstruct.workers if run.cluster == "local" else 0
-        found = refusals(work, workers=here, memory=MEMORY_LIMIT) + _lacking(run, work)
+        here, trainers = (workers or run.reconstruct.workers, run.train.workers) if run.cluster == "local" else (0, 0)
+        found = refusals(work, workers=here, memory=MEMORY_LIMIT, trainers=trainers) + _lacking(run, work)
     else:
         found = refusals(work, workers=1, memory=DEVICES[device].memory, who=device)
     if found:

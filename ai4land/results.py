@@ -248,9 +248,11 @@ def plan(
     each = work.worker.both / 1e9
     yield "memory", f"{each:.2f} GB a worker, {each * workers:.2f} GB for {workers}; {work.training.both / 1e9:.2f} GB to train"
     if rates is not None:
-        cost = estimate(work, rates, workers=workers)
+        # On this machine the workers share the cores that one was timed on.
+        trainers = run.train.workers if cuda or run.cluster != "local" else 1
+        cost = estimate(work, rates, workers=workers, trainers=trainers)
         yield "rates", rates.about
-        yield "time to train", f"{_clock(cost.train)} on one device"
+        yield "time to train", f"{_clock(cost.train)} on {trainers} device{'s' * (trainers > 1)}"
         yield (
             "time to reconstruct",
             f"{_clock(cost.reconstruct)} on {workers} workers, {cost.network:.0%} of it in the network",

@@ -74,6 +74,8 @@ def test_more_workers_take_less_but_never_less_than_the_longest_block(tmp_path):
     assert many.reconstruct == pytest.approx(cost.START + longest)
     assert one.train == pytest.approx(work.steps * 0.1 + work.scored * 0.05)
     assert 0 < one.network < 1
+    shared = estimate(work, RATES, workers=1, trainers=4)
+    assert shared.train == pytest.approx(one.train / 4) and shared.device_hours == pytest.approx(one.device_hours)
 
 
 def test_threads_beside_the_network_hide_what_is_shorter(tmp_path):
@@ -100,6 +102,8 @@ def test_what_cannot_fit_is_refused_with_every_reason(tmp_path):
     assert "reconstruct with 50 workers needs" in found[0] and "the machine has 8.0 GB; lower reconstruct.workers" in found[0]
     assert "train needs" in found[1] and "lower train.batch" in found[1]
     assert not refusals(count(run_of(tmp_path)), workers=1, memory=8e9)
+    many = refusals(count(run_of(tmp_path)), workers=1, trainers=50, memory=8e9)
+    assert len(many) == 1 and "train with 50 workers needs" in many[0]
 
 
 def test_on_a_cuda_device_one_block_at_a_time_is_in_the_network(tmp_path):
