@@ -35,11 +35,12 @@ _TICK = 0.5
 
 @dataclass(frozen=True)
 class Member:
-    """What a worker is told of its place in a generation: its number, how many there are, and where they meet."""
+    """What a worker is told of its place in a generation: its number, how many there are, how many of them on its machine, and where they meet."""
 
     generation: str
     rank: int
     world: int
+    beside: int
     host: str
     port: int
     timeout: float
@@ -171,7 +172,8 @@ def _generation(
     look: Callable[[], None],
 ) -> None:
     """Do the task once on workers with these addresses; add those that cannot be used any more to ``left``."""
-    name, world, host = f"train-{uuid.uuid4().hex[:12]}", len(addresses), _host(addresses[0])
+    name, world, hosts = f"train-{uuid.uuid4().hex[:12]}", len(addresses), [_host(a) for a in addresses]
+    host = hosts[0]
     fixed: dict[str, Any] = {"allow_other_workers": False, "pure": False, "retries": 0}
     futures: dict[str, Future[Any]] = {}
     try:
@@ -183,7 +185,7 @@ def _generation(
             except Exception as error:  # whatever a dying worker makes of it
                 raise WorkerError(f"worker {addresses[0]} cannot be met ({error!r})") from error
         for rank, address in enumerate(addresses):
-            member = Member(name, rank, world, host, port, timeout)
+            member = Member(name, rank, world, hosts.count(hosts[rank]), host, port, timeout)
             futures[address] = client.submit(task, member, workers=[address], key=f"{name}-{rank}", **fixed)
         errors = _first_failure(client, futures, look)
         if errors:

@@ -56,15 +56,25 @@ def queue(form: str = "%T|%r") -> dict[str, list[str]]:
     return {i: told for i, *told in (line.strip().split("|") for line in done.stdout.splitlines() if line)}
 
 
+def job_of_worker(name: Any) -> Any:
+    """Name of the job of a worker that is one of several in it; dask-jobqueue numbers them.
+
+    >>> job_of_worker("SLURMCluster-3-1")
+    'SLURMCluster-3'
+    """
+    return str(name).rpartition("-")[0]
+
+
 class Arrivals(SchedulerPlugin):
-    """Remembers the names of all workers that ever came, however short they stayed."""
+    """Remembers the names of all workers that ever came, and of their jobs, however short they stayed."""
 
     def __init__(self) -> None:
         self.names: set[Any] = set()
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
         """Note a worker's name."""
-        self.names |= {scheduler.workers[worker].name}
+        name = scheduler.workers[worker].name
+        self.names |= {name, job_of_worker(name)}
 
 
 class Keeper:
@@ -212,10 +222,12 @@ class Keeper:
             cluster.workers.pop(name).status = Status.closed
         less = len(cluster.worker_spec) - self._jobs
         if less > 0:
-            here = {w.name for w in cluster.scheduler.workers.values()}
-            leave = sorted(cluster.worker_spec, key=here.__contains__)[:less]  # those that wait are the first to leave
+            here = [w.name for w in cluster.scheduler.workers.values()]
+            working = {*here, *map(job_of_worker, here)}
+            leave = sorted(cluster.worker_spec, key=working.__contains__)[:less]  # those that wait are the first to leave
+            names = [name for name in here if name in leave or job_of_worker(name) in leave]
             # Workers that leave by themselves do not count as dead, so that nothing is held against what they had in hand.
-            await cluster.scheduler.retire_workers(names=[name for name in leave if name in here], close_workers=True)
+            await cluster.scheduler.retire_workers(names=names, close_workers=True)
             for name in leave:
                 cluster.worker_spec.pop(name, None)
             cluster.scale(jobs=self._jobs)

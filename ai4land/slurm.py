@@ -9,6 +9,7 @@ found and cancelled by the next one.
 from __future__ import annotations
 
 import getpass
+import importlib
 import shlex
 import shutil
 import signal
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +34,7 @@ _CLEARING = 120.0
 
 @contextmanager
 def slurm(
-    jobs: int,
+    workers: int,
     *,
     threads: int,
     cores: int,
@@ -44,18 +45,18 @@ def slurm(
     every: float = 5.0,
     lasting: bool = False,
 ) -> Iterator[Client]:
-    """Submit workers, one a job, keep their number, and cancel them at the end.
+    """Submit workers, one a job or ``jobqueue.slurm.processes``, keep their number, and cancel them at the end.
 
     Parameters
     ----------
-    jobs
+    workers
         How many.
     threads
         Of a worker: tasks that it has in hand.
     cores
-        Of a job, unless ``jobqueue.slurm.job-cpu`` says so.
+        Of a worker, unless ``jobqueue.slurm.job-cpu`` says those of a job.
     memory
-        Of a job, bytes, unless ``jobqueue.slurm.memory`` says so.
+        Of a worker, bytes, unless ``jobqueue.slurm.memory`` says that of a job.
     folder
         That all nodes see; logs and certificates go into it.
     settings
@@ -101,14 +102,16 @@ def slurm(
     extra = list(dask.config.get("jobqueue.slurm.worker-extra-args", None) or [])
     if not (lasting or dask.config.get("distributed.worker.lifetime.duration", None) or any("--lifetime" in a for a in extra)):
         extra += lifetime(dask.config.get("jobqueue.slurm.walltime", None))
+    processes = _processes()
+    jobs = -(-workers // processes)
     with dask.config.set(settings):
         inherited = dask.config.serialize({"distributed": dask.config.get("distributed")})
         cluster = SLURMCluster(
             job_cls=cast("Any", Job),
-            cores=threads,
-            processes=1,
-            job_cpu=dask.config.get("jobqueue.slurm.job-cpu", None) or cores,
-            memory=dask.config.get("jobqueue.slurm.memory", None) or f"{memory * 1.25:.0f}B",
+            cores=threads * processes,
+            processes=processes,
+            job_cpu=dask.config.get("jobqueue.slurm.job-cpu", None) or cores * processes,
+            memory=dask.config.get("jobqueue.slurm.memory", None) or f"{memory * 1.25 * processes:.0f}B",
             protocol="tls://",
             security=Security.temporary(),
             shared_temp_directory=str(place),
@@ -222,6 +225,18 @@ def dashboard(client: Client, host: str) -> str:
     """Say where the dashboard of a scheduler on a host is, which listens on the loopback of that host alone."""
     port = client.scheduler_info()["services"].get("dashboard")
     return f"Dask dashboard: http://127.0.0.1:{port}/status on {host}; from elsewhere: {tunnel(port, host)}"
+
+
+def cores_of_worker(cores: int) -> int:
+    """Cores that a worker has in its job: its share of ``jobqueue.slurm.job-cpu`` where that is set, else as many as are asked for."""
+    return max(1, int(dask.config.get("jobqueue.slurm.job-cpu", None) or cores * _processes()) // _processes())
+
+
+def _processes() -> int:
+    """Workers of a job: one, or those of ``jobqueue.slurm.processes``, as many as a node has GPUs."""
+    with suppress(ImportError):
+        importlib.import_module("dask_jobqueue")  # with which its configuration comes
+    return int(dask.config.get("jobqueue.slurm.processes", None) or 1)
 
 
 def tunnel(port: int, host: str) -> str:

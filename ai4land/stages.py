@@ -30,6 +30,7 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     """Make the cubes of a run; blocks that the ledger has are not done again."""
     from ai4land.cluster import connect
     from ai4land.cost import network_of, worker_memory
+    from ai4land.slurm import cores_of_worker
 
     _, card = load_model(run.folder)
     fits = partial(check_fits, card, legend=legend_of(run), feature_names=[s.name for s in run.static], factor=run.grid.factor)
@@ -38,6 +39,7 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     source = Source(store_path)
     fits(states=[str(s) for s in open_store(store_path)["state"].values])
     r = run.reconstruct
+    cores = cores_of_worker(r.cores) if run.cluster == "slurm" and r.threads is None else r.cores
     precision = precision_of(card) if r.precision == "auto" else r.precision
     work: list[tuple[Path, list[cube.Block], Job]] = []
     for name, (path, reference, years) in cubes_of(run).items():
@@ -62,9 +64,7 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
         blocks = plan_blocks(store_path, years=years, reference=reference, done=cube.recorded(path))
         origin = "without a reference map" if reference is None else f"from the map of {reference}"
         tell(f"{name}: {len(blocks)} blocks to do, years {years[0]}-{years[-1]} {origin}")
-        job = job_of(
-            run, source, cube_path=path, reference=reference, checksum=card.weights, threads=r.cores, precision=precision
-        )
+        job = job_of(run, source, cube_path=path, reference=reference, checksum=card.weights, threads=cores, precision=precision)
         work.append((path, blocks, job))
     total = sum(len(blocks) for _, blocks, _ in work)
     count = 0
@@ -78,7 +78,13 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     if total:
         memory = worker_memory(run, network_of(run)).both
         with connect(
-            run.cluster, workers=r.workers, threads=r.hands, cores=r.cores, memory=memory, folder=run.folder, tell=tell
+            run.cluster,
+            workers=r.workers,
+            threads=r.at_once or min(2, cores),
+            cores=cores,
+            memory=memory,
+            folder=run.folder,
+            tell=tell,
         ) as client:
             for _, blocks, job in work:
                 run_blocks(blocks, job, client=client, progress=step)

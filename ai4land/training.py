@@ -76,7 +76,8 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Progress | None =
             leads = group.rank == 0
             group.first(partial(_prepare, run, tell))
             if not _trained(run, fingerprint_of(run, split_of(run, grid_of(run)).hash)):
-                learn(run, _lesson(run, tell if leads else _log.info), group=group, progress=progress)
+                beside = int(os.environ["LOCAL_WORLD_SIZE"])
+                learn(run, _lesson(run, tell if leads else _log.info), group=group, beside=beside, progress=progress)
     elif not _prepare(run, tell):
         lesson = _lesson(run, tell)
         if run.cluster == "local" and run.train.workers == 1:
@@ -131,11 +132,16 @@ def _on_workers(run: RunConfig, lesson: Lesson, *, tell: Tell, progress: Progres
     """Train on the workers of a cluster."""
     from ai4land.cluster import connect
     from ai4land.cost import network_of, training_memory
+    from ai4land.slurm import cores_of_worker
 
     t = run.train
     memory = training_memory(run, network_of(run), len(lesson.split.training_years)).both
     cores = t.threads or max(1, CPU_COUNT // t.workers)
-    here = run.model_copy(update={"runs": str(Path(run.runs).absolute())})
+    where: dict[str, Any] = {"runs": str(Path(run.runs).absolute())}
+    if run.cluster == "slurm" and t.threads is None:
+        cores = cores_of_worker(cores)
+        where["train"] = t.model_copy(update={"threads": cores})
+    here = run.model_copy(update=where)
 
     def look() -> None:
         if progress is not None and (seen := _steps(run)) is not None:
@@ -158,7 +164,7 @@ def _on_workers(run: RunConfig, lesson: Lesson, *, tell: Tell, progress: Progres
 def _take_part(member: Member, *, run: RunConfig, lesson: Lesson) -> None:
     """Train as one of a generation; the task of a worker."""
     with member.joined() as group:
-        learn(run, lesson, group=group)
+        learn(run, lesson, group=group, beside=member.beside)
 
 
 def _states(folder: Path) -> list[tuple[str, int]]:
@@ -188,24 +194,14 @@ def _member_folder(run: RunConfig, number: int) -> Path:
     return run.folder / f"member_{number + 1}" if number else run.folder
 
 
-def _threads(run: RunConfig) -> int:
-    """Threads of a process of the training."""
-    booked = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if run.train.threads:
-        return run.train.threads
-    if run.cluster != "local" and booked.isdigit():
-        return int(booked)
-    return max(1, CPU_COUNT // int(os.environ.get("LOCAL_WORLD_SIZE", run.train.workers)))
-
-
-def learn(run: RunConfig, lesson: Lesson, *, group: Group = ALONE, progress: Progress | None = None) -> None:
-    """Train all members of the model, as one of the processes of a group; the first of them saves it."""
+def learn(run: RunConfig, lesson: Lesson, *, group: Group = ALONE, beside: int = 1, progress: Progress | None = None) -> None:
+    """Train all members of the model, as one of the processes of a group, ``beside`` of which are on this machine; the first saves it."""
     t, grid, legend, spec, split = run.train, lesson.grid, lesson.legend, lesson.spec, lesson.split
     if group.world > t.batch:
         raise ConfigError(
             f"{group.world} processes train, expected at most train.batch={t.batch}: each takes a part of every batch"
         )
-    torch.set_num_threads(_threads(run))
+    torch.set_num_threads(t.threads or max(1, CPU_COUNT // beside))
     ends = job_end()
     load = partial(
         PatchLoader,

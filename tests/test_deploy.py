@@ -125,12 +125,10 @@ def test_settings_beyond_the_job_are_the_same_for_all_jobs():
     assert dask.utils.parse_timedelta(first["distributed"]["deploy"]["lost-worker-timeout"]) >= 60
 
 
-def test_a_job_of_a_whole_node_has_a_worker_for_each_gpu():
-    options = {"dashboard_address": "127.0.0.1:0"}
-    with configuration(MN5 / "jobqueue-acc-node.yaml"), dask_jobqueue.SLURMCluster(scheduler_options=options) as cluster:
-        script = cluster.job_script()
+def test_a_job_of_a_whole_node_has_a_worker_for_each_gpu(submitted):
+    script = submitted(MN5 / "jobqueue-acc-node.yaml")
     assert "#SBATCH --gres=gpu:4\n" in script and "#SBATCH --cpus-per-task=80\n" in script
-    assert " --nthreads 1 --memory-limit 116.42GiB --nworkers 4 --nanny " in script
+    assert " --nthreads 6 --memory-limit 116.42GiB --nworkers 4 --nanny " in script
 
 
 def test_cores_and_memory_are_a_share_of_the_node():

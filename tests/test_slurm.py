@@ -15,7 +15,7 @@ from ai4land import keeper
 from ai4land.cluster import connect
 from ai4land.errors import ConfigError
 from ai4land.keeper import queue
-from ai4land.slurm import check
+from ai4land.slurm import check, cores_of_worker
 from tests.conftest import until, workers_of
 
 
@@ -153,3 +153,16 @@ def test_a_command_that_does_not_answer_is_an_error_not_a_wait(monkeypatch, tmp_
     monkeypatch.setattr(keeper, "_PATIENCE", 0.2)
     with pytest.raises(ConfigError, match="did not answer"):
         check("#!/bin/sh\n", tmp_path)
+
+
+@pytest.mark.slurm
+def test_a_job_of_a_whole_node_holds_several_workers_and_is_replaced_as_one(jobs):
+    with dask.config.set({"jobqueue.slurm.processes": 2, "jobqueue.slurm.job-cpu": 4}), jobs(3) as client:
+        client.wait_for_workers(4, timeout=60)  # of two jobs
+        found = client.run(lambda: (os.environ["SLURM_JOB_ID"], os.environ["SLURM_CPUS_PER_TASK"]))
+        before = {job for job, _ in found.values()}
+        assert sorted(found.values()) == sorted((job, "4") for job in before for _ in range(2)) and before == set(queue())
+        assert cores_of_worker(1) == 2
+        subprocess.run(["scancel", min(before)], check=True)
+        until(lambda: len(set(queue()) - before) == 1)
+        until(lambda: len(workers_of(client)) == 4)
