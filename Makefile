@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slurm lint bench clean
+.PHONY: install demo test test-slurm slurm-packages lint bench clean
 
 install: $(STAMP)
 
@@ -19,9 +19,11 @@ demo: install  ## the whole path on a synthetic planet: a model, a cube, a table
 test: install  ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm"
 
-test-slurm: install  ## real SLURM jobs on a private cluster on this machine; installs Debian's packages
+test-slurm: install slurm-packages  ## real SLURM jobs on a private cluster on this machine; installs Debian's packages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(ONLY) tests/test_slurm*.py tests/test_deploy.py
+
+slurm-packages:
 	which slurmctld slurmd sbatch munged slurmdbd mariadbd >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge slurmdbd mariadb-server)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/test_slurm*.py tests/test_deploy.py
 
 lint: install  ## style and types
 	$(BIN)/ruff check .
