@@ -117,7 +117,7 @@ def gang(
     AI4LandError
         What a task raised, but for ``Unfinished``: it would be raised again.
     WorkerError
-        If workers failed too often.
+        If workers failed too often, or the scheduler is gone.
     """
     left: set[str] = set()
     failures, before = 0, state()
@@ -132,7 +132,7 @@ def gang(
             left.update(addresses)
             client.retire_workers(addresses, close_workers=True)
         except AI4LandError as error:
-            if not isinstance(error, WorkerError):
+            if not isinstance(error, WorkerError) or client.status == "closed":
                 raise
             now = state()
             failures = failures + 1 if now == before else 1
@@ -145,11 +145,23 @@ def gang(
             tell(f"{error}; training goes on from its last state")
 
 
+def _workers(client: Client) -> dict[str, Any]:
+    """Ask for the workers that are there, by address."""
+    try:
+        found: dict[str, Any] = client.scheduler_info(n_workers=-1)
+    except OSError as error:
+        raise WorkerError(f"the scheduler does not answer ({error})") from error
+    if client.status == "closed" or "workers" not in found:  # a client without a scheduler tells what was, or nothing
+        raise WorkerError("the scheduler is gone; run again to go on")
+    workers: dict[str, Any] = found["workers"]
+    return workers
+
+
 def _gathered(client: Client, workers: int, *, patience: float, left: set[str], tell: Callable[[str], None]) -> list[str]:
     """Wait for workers; their addresses, those of a machine side by side."""
     first, told = None, False
     while True:
-        there = {a: w["name"] for a, w in client.scheduler_info(n_workers=-1)["workers"].items() if a not in left}
+        there = {a: w["name"] for a, w in _workers(client).items() if a not in left}
         found = sorted(there, key=lambda a: (_host(a), str(there[a])))
         if len(found) >= workers:
             return found[:workers]
@@ -210,7 +222,7 @@ def _first_failure(client: Client, futures: dict[str, Future[Any]], look: Callab
 
 
 def _failed(client: Client, futures: dict[str, Future[Any]]) -> dict[str, BaseException]:
-    there = client.scheduler_info(n_workers=-1)["workers"]
+    there = _workers(client)
     errors: dict[str, BaseException] = {}
     for address, future in futures.items():
         if future.status in ("error", "cancelled", "lost"):

@@ -9,6 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import dask
 import pytest
 from test_end_to_end import planet, write_run  # noqa: F401 a fixture
 
@@ -148,6 +149,13 @@ def test_an_error_of_the_data_is_raised_at_once(lessons, client):
     run, lesson = lessons("spoiled", learning_rate=1e30, clip=1e30)
     with pytest.raises(DataError, match=r"training loss is (nan|inf) at step"):
         train((run, lesson), client)
+
+
+def test_a_scheduler_that_is_gone_ends_the_training(lessons):
+    with dask.config.set({"distributed.comm.timeouts.connect": "3s"}), local(1, dashboard=False) as client:
+        event = (2, lambda: client.cluster.sync(client.cluster.scheduler.close))
+        with pytest.raises(WorkerError, match="the scheduler is gone"):
+            train(lessons("without", steps=1000), client, events=[event], workers=1)
 
 
 def dies(member: Member) -> None:
