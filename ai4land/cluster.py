@@ -16,7 +16,7 @@ import dask
 from distributed import Client, LocalCluster
 
 from ai4land.errors import ConfigError
-from ai4land.slurm import slurm
+from ai4land.slurm import PATIENT, slurm
 
 _SPAWN = "distributed.nanny.pre-spawn-environ"
 SETTINGS = {
@@ -27,13 +27,11 @@ SETTINGS = {
     "distributed.admin.system-monitor.interval": "2s",
     "distributed.scheduler.worker-saturation": 1.0,
     "distributed.scheduler.allowed-failures": 0,
-    "distributed.deploy.lost-worker-timeout": "5 minutes",
 }
 """Dask's own settings are for tasks of milliseconds; a block takes seconds to minutes. Workers leave it to the C library when to give
 memory back, as a year asks for the sizes of the year before (in one arena, so that what is kept stays small), and are looked at twice a
 second in place of a hundred times. What both gain is ``worker_settings`` of the benchmarks. A worker gets no block before it has a thread for it, so that one that dies takes
-along what it had in hand and no more; whether that is tried again is up to who submitted it, not to the scheduler. A worker whose process died
-has some minutes to start anew before its job is ended."""
+along what it had in hand and no more; whether that is tried again is up to who submitted it, not to the scheduler."""
 
 
 @contextmanager
@@ -122,5 +120,5 @@ def local(
             host="127.0.0.1",
             config=deepcopy(dask.config.config),  # a worker that is started again needs them, too
         )
-    with cluster, Client(cluster) as client:
+    with dask.config.set(PATIENT), cluster, Client(cluster) as client:
         yield client

@@ -28,6 +28,9 @@ from distributed import Client, Security, Status
 from ai4land.errors import ConfigError
 from ai4land.keeper import Keeper, ask, queue
 
+PATIENT = {"distributed.deploy.lost-worker-timeout": "5 minutes"}
+"""Of Dask, as long as a cluster is there: a worker that died has minutes to start anew. Dask's 15 s would end one for good that is just starting,
+from slow storage, or because it died once more."""
 _CLEARING = 120.0
 """Seconds that jobs may take to end once they are cancelled; SLURM kills after 30 as it comes."""
 
@@ -126,7 +129,7 @@ def slurm(
                 f"export DASK_INTERNAL_INHERIT_CONFIG={inherited}",
             ],
         )
-    with _ended_by_sigterm() as end, cluster:
+    with _ended_by_sigterm() as end, dask.config.set(PATIENT), cluster:
         check(cluster.job_script(), place)
         keeper = Keeper(cluster, jobs, folder=place, tell=tell, give_up=end, every=every)
         try:

@@ -33,12 +33,15 @@ def test_settings_can_be_those_of_dask():
 
 
 def test_workers_listen_on_the_loopback_and_end_with_the_block():
+    before = dask.config.get("distributed.deploy.lost-worker-timeout")
     with local(2, threads=3) as client:
+        assert dask.config.get("distributed.deploy.lost-worker-timeout") == "5 minutes"  # as long as it is there
         info = client.scheduler_info(n_workers=-1)["workers"]
         assert len(info) == 2
         assert all(address.startswith("tcp://127.0.0.1:") and w["nthreads"] == 3 for address, w in info.items())
         assert "127.0.0.1" in client.dashboard_link
         pids = list(client.run(os.getpid).values())
+    assert dask.config.get("distributed.deploy.lost-worker-timeout") == before
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
 
 
