@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SLURM_TESTS ?= $(wildcard tests/test_slurm*.py) tests/test_deploy.py
 
 .PHONY: install demo test test-slurm slurm-packages lint bench clean
 
@@ -20,7 +21,7 @@ test: install  ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm"
 
 test-slurm: install slurm-packages  ## real SLURM jobs on a private cluster on this machine; installs Debian's packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(ONLY) tests/test_slurm*.py tests/test_deploy.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(ONLY) $(SLURM_TESTS)
 
 slurm-packages:
 	which slurmctld slurmd sbatch munged slurmdbd mariadbd >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge slurmdbd mariadb-server)

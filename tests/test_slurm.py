@@ -58,9 +58,8 @@ def test_what_is_granted_works_and_why_the_rest_waits_is_said(jobs):
 def test_number_of_jobs_follows_the_file(jobs, tmp_path):
     file = tmp_path / "slurm" / "jobs"
     with jobs(1) as client:
-        futures = client.map(
-            lambda value: time.sleep(0.3) or value, range(36)
-        )  # a worker that dies, in place of leaving, would fail what it has in hand
+        # A worker that died, in place of leaving, would fail what it has in hand.
+        futures = client.map(lambda value: time.sleep(0.3) or value, range(36))
         client.wait_for_workers(1, timeout=60)
         assert file.read_text() == "1\n"
         file.write_text("3")
@@ -70,11 +69,13 @@ def test_number_of_jobs_follows_the_file(jobs, tmp_path):
         file.write_text("1")
         until(lambda: len(workers_of(client)) == 1 and len(queue()) == 1)
         assert client.gather(futures) == list(range(36))
-        assert len(queue()) == 1
-    assert [line for line in jobs.told if "wanted" in line] == [
-        "3 jobs are wanted in place of 1",
-        "1 jobs are wanted in place of 3",
-    ]
+        file.write_text("0")
+        until(lambda: not workers_of(client) and not queue())
+        later = client.submit(sum, [1, 2])
+        file.write_text("1")
+        assert later.result(timeout=60) == 3 and len(queue()) == 1
+    wanted = [line.partition(" jobs are wanted in place of ") for line in jobs.told if "wanted" in line]
+    assert [(int(new), int(old)) for new, _, old in wanted] == [(3, 1), (1, 3), (0, 1), (1, 0)]
     assert any("jobs says 'three', expected a number of jobs; there stay 3" in line for line in jobs.told)
     assert not file.exists()
 
