@@ -106,7 +106,7 @@ def test_sigterm_cancels_the_jobs(jobs):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
     assert end.value.code == 143
-    until(lambda: not queue(), seconds=5)
+    until(lambda: not queue())
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
