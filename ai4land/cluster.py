@@ -83,7 +83,8 @@ def connect(
                 "cluster is allocation, but no scheduler is there; start the command with srun: srun -n 4 ai4land ..."
             )
         try:
-            client = Client(address, timeout=30)
+            # Not the default: one that cannot connect would leave Dask's settings with a scheduler that is not there.
+            client = Client(address, timeout=30, set_as_default=False)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"cluster is {where!r}, expected local, slurm, allocation or the address of a Dask scheduler: {error}"

@@ -319,7 +319,7 @@ class RunConfig(_Model):
     runs: str = "runs"
     data: str = "."
     cluster: str = Field(
-        default="local", description="where blocks are computed: local, slurm, or the address of a Dask scheduler (tcp://…)"
+        default="local", description="what trains and maps: local, slurm, allocation (the tasks of this srun), or the address of a Dask scheduler (tcp://…)"
     )
     seed: int = 0
     grid: GridConfig

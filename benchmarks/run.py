@@ -44,6 +44,7 @@ from ai4land.cluster import SETTINGS, local
 from ai4land.config import ModelConfig, ReconstructConfig
 from ai4land.constrain import project
 from ai4land.cube import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, Block
+from ai4land.ddp import Group
 from ai4land.ensemble import Ensemble
 from ai4land.features import FeatureSpec, features, fit_spec
 from ai4land.forward import Forward, Precision
@@ -670,6 +671,7 @@ def gang_rows(s: Setting) -> list[Row]:
     arms = {"one": (1, 0.0), "two": (2, 0.0), "nudged": (1, 2e-7)}
     steps: dict[str, list[float]] = {name: [] for name in arms}
     losses: dict[str, list[float]] = {}
+    alike: list[float] = []
     for number in range(s.size.rounds):
         for name, (count, nudge) in arms.items():
             if nudge and number:
@@ -685,13 +687,24 @@ def gang_rows(s: Setting) -> list[Row]:
                     state=lambda: None,
                     tell=lambda _: None,
                 )
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()][1:]
+            rows = _metrics(folder)
             steps[name].append(median(r["seconds"] for r in rows))
             losses[name] = [r["loss"] for r in rows]
+        folders = [s.folder / f"alone_{number}_{k}" for k in range(2)]
+        with workers(2) as client:
+            alone = partial(take_part_alone, s=replace(s, size=replace(s.size, batch=s.size.batch // 2)))
+            client.gather(client.map(alone, folders, pure=False))
+        alike.append(max(median(r["seconds"] for r in _metrics(folder)) for folder in folders))
     apart = {name: max(abs(a - b) for a, b in zip(losses["one"], losses[name], strict=True)) for name in ("two", "nudged")}
     about = f"{s.size.steps} steps of {s.size.batch} patches of {s.size.patch}, base {s.size.base}, workers of one thread"
     return [
         Row("two_worker_training", ratio(steps["one"], steps["two"]), "times", f"a step of one worker; {about}"),
+        Row(
+            "two_worker_limit",
+            ratio(steps["one"], alike),
+            "times",
+            f"a step of one worker, of two that share nothing and have half a batch each; {about}",
+        ),
         Row("two_worker_loss", apart["two"], "1", f"largest difference from the loss of one worker; {about}"),
         Row(
             "nudged_loss", apart["nudged"], "1", f"the same of one worker whose first kernel is 1 + 2e-7 times as large; {about}"
@@ -699,27 +712,39 @@ def gang_rows(s: Setting) -> list[Row]:
     ]
 
 
+def _metrics(folder: Path) -> list[dict[str, float]]:
+    """Read what each step of a training noted, but the first."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()][1:]
+
+
 def take_part(member: Member, *, s: Setting, folder: Path, nudge: float) -> None:
     """Train as one of some workers; the task of each."""
+    with member.joined() as group:
+        _learn(s, folder, group, nudge=nudge)
+
+
+def take_part_alone(folder: Path, *, s: Setting) -> None:
+    """Train beside another worker that has nothing to do with this one; the task of each."""
+    _learn(s, folder, Group(), nudge=0.0)
+
+
+def _learn(s: Setting, folder: Path, group: Group, *, nudge: float) -> None:
     torch.set_num_threads(1)
     loader, model = _loader(s, mix=2, visit=16), make_model(s.spec, s.grid, base=s.size.base)
+    loader.rank, loader.world = group.rank, group.world
     with torch.no_grad():
         model.down[0][0].weight.mul_(1 + nudge)  # type: ignore[index]
-    with member.joined() as group:
-        loader.rank, loader.world = group.rank, group.world
-        fit(
-            model,
-            batches=loader.batches,
-            validation=[],
-            weights=torch.ones(s.legend.n),
-            schedule=Schedule(
-                steps=s.size.steps, validate_every=s.size.steps, checkpoint_every=s.size.steps, precision="float32"
-            ),
-            folder=folder,
-            fingerprint="benchmark",
-            group=group,
-            device=torch.device("cpu"),
-        )
+    fit(
+        model,
+        batches=loader.batches,
+        validation=[],
+        weights=torch.ones(s.legend.n),
+        schedule=Schedule(steps=s.size.steps, validate_every=s.size.steps, checkpoint_every=s.size.steps, precision="float32"),
+        folder=folder,
+        fingerprint="benchmark",
+        group=group,
+        device=torch.device("cpu"),
+    )
 
 
 GROUPS: dict[str, Callable[[Setting], list[Row]]] = {

@@ -135,7 +135,7 @@ def test_a_stranger_without_the_certificate_is_refused(jobs):
         address = client.scheduler.address
         for tried in (address, address.replace("tls://", "tcp://")):
             with pytest.raises((OSError, TypeError, ValueError, RuntimeError)):
-                Client(tried, timeout=3)
+                Client(tried, timeout=3, set_as_default=False)
         assert client.submit(sum, [1, 2]).result() == 3
 
 

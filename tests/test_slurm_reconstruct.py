@@ -161,8 +161,26 @@ def test_client_is_killed_and_the_run_is_run_again(whole, trained, monkeypatch):
     assert_same(again, whole, done=done, lost=2)
 
 
+SLOW = """
+import time
+from ai4land import reconstruct
+
+whole = reconstruct.reconstruct_block
+
+def block(block, job):
+    time.sleep(0.5)
+    return whole(block, job)
+
+def dask_setup(worker):
+    reconstruct.reconstruct_block = block
+"""
+
+
 @pytest.mark.slurm
 def test_workers_leave_before_their_walltime_and_others_go_on(whole, trained, tmp_path, monkeypatch):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    monkeypatch.setenv("DASK_DISTRIBUTED__WORKER__PRELOAD", str([str(script)]))
     # The job's shell says how long: the first two workers leave before all can be done.
     first, second = (f"mkdir {tmp_path / time} 2> /dev/null && echo {time}" for time in ("5s", "7s"))
     short = f"$({{ {first}; }} || {{ {second}; }} || echo 600s)"
@@ -264,7 +282,7 @@ def test_an_allocation_does_the_whole_and_ends_with_its_command(whole, trained, 
     address = json.loads((step / "scheduler.json").read_text())["address"]
     for tried in (address, address.replace("tls://", "tcp://")):
         with pytest.raises((OSError, TypeError, ValueError, RuntimeError)):
-            Client(tried, timeout=2)
+            Client(tried, timeout=2, set_as_default=False)
     until(lambda: not squeue("%i"))
     assert out.read_text().endswith("status 0\n") and "Traceback" not in out.read_text()
     assert chunks(trained) == chunks(whole)
