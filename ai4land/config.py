@@ -319,9 +319,14 @@ class RunConfig(_Model):
     runs: str = "runs"
     data: str = "."
     cluster: str = Field(
-        default="local", description="what trains and maps: local, slurm, allocation (the tasks of this srun), or the address of a Dask scheduler (tcp://…)"
+        default="local",
+        description="what trains and maps: local, slurm, allocation (the tasks of this srun), or the address of a Dask scheduler (tcp://…)",
     )
     seed: int = 0
+    sources: list[str] = Field(
+        default=[],
+        description="input catalogue ids of what this run is made from; their licences and citations go into its results",
+    )
     grid: GridConfig
     landcover: LandCoverConfig
     scenario: Annotated[Luh2Config | SharesConfig | FractionsConfig | ChangeConfig, Field(discriminator="kind")]
