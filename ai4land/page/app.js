@@ -320,6 +320,7 @@ function strip() {
 
 function scale() {
   const metres = (40_075_017 * Math.cos((toLat(map.y) * Math.PI) / 180)) / map.size;
+  $("scale").hidden = metres > 15_000; // of a map of the world it would be true along one line
   const most = metres * 110;
   const power = 10 ** Math.floor(Math.log10(most));
   const length = [5, 2, 1].find((f) => f * power <= most) * power;

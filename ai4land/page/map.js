@@ -344,12 +344,15 @@ export class TileMap {
     ink.strokeStyle = colour;
     ink.fillStyle = text;
     ink.font = `${Math.round(10.5 * ratio)}px system-ui, sans-serif`;
+    ink.lineJoin = "round";
+    const halo = getComputedStyle(this.canvas).getPropertyValue("--paper");
+    const labels = [];
     const name = (v, signs) => (Math.abs(v) < 1e-9 ? "0°" : `${Math.abs(v).toFixed(places)}°${signs[v > 0 ? 1 : 0]}`);
     const half = this.width / 2 / this.size;
     const tall = this.height / 2 / this.size;
     const [west, east] = [(this.x - half) * 360 - 180, (this.x + half) * 360 - 180];
     ink.beginPath();
-    ink.textBaseline = "top";
+    ink.textBaseline = "alphabetic";
     ink.textAlign = "left";
     for (let lon = Math.ceil(west / degrees) * degrees; lon <= east; lon += degrees) {
       if (!this.global && Math.abs(lon) > 180 + 1e-9) continue;
@@ -357,17 +360,20 @@ export class TileMap {
       ink.moveTo(px + 0.5, 0);
       ink.lineTo(px + 0.5, this.canvas.height);
       const turned = ((((lon + 180) % 360) + 360) % 360) - 180;
-      ink.fillText(name(turned, "WE"), px + 4 * ratio, 5 * ratio);
+      labels.push([name(turned, "WE"), px + 4 * ratio, 15 * ratio]);
     }
-    ink.textBaseline = "bottom";
     const [south, north] = [toLat(Math.min(1, this.y + tall)), toLat(Math.max(0, this.y - tall))];
     for (let lat = Math.ceil(south / degrees) * degrees; lat <= north; lat += degrees) {
       const [, py] = this.pixel(0, toY(lat));
       ink.moveTo(0, py + 0.5);
       ink.lineTo(this.canvas.width, py + 0.5);
-      if (py > 30 * ratio) ink.fillText(name(lat, "SN"), 6 * ratio, py - 2 * ratio);
+      if (py > 30 * ratio) labels.push([name(lat, "SN"), 6 * ratio, py - 4 * ratio]);
     }
     ink.stroke();
+    ink.lineWidth = 2.5 * ratio;
+    ink.strokeStyle = halo;
+    for (const label of labels) ink.strokeText(...label);
+    for (const label of labels) ink.fillText(...label);
   }
 
   paintPin(style) {
