@@ -8,32 +8,34 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import rasterio.warp
-import rioxarray  # noqa: F401  gives arrays their reference system: .rio
-import xarray as xr
 import zarr
 from affine import Affine
-from rasterio.crs import CRS
+from numpy.typing import NDArray
+from pyproj import CRS, Transformer
+from pyproj.exceptions import CRSError
 
 from ai4land.cube import open_cube
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import FINE_DIMS
 
 WORLD = CRS.from_epsg(4326)
+"""Longitude and latitude in degrees."""
 EQUATOR = 360 / 256
 """Degrees along a pixel at the equator at zoom 0."""
 MAX_ZOOM = 22
 MOST_CELLS = 40_000_000
 """Cells that a tile may read: where a cube has no overviews, the zoom begins where tiles read no more."""
+SHARES = ("confidence", "change_probability")
+"""Variables of a cube that say how sure a class is."""
 METRES = 111_320.0
 """Along a degree of the equator."""
+_OVERVIEW = re.compile(r"[A-Za-z0-9_]+(?:/[A-Za-z0-9_]+)*/land_cover")
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
 
 
@@ -48,9 +50,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Level:
-    """Class codes ``(time, y, x)`` at one resolution: the cube's own or an overview."""
+    """Class codes ``(time, latitude, longitude)`` at one resolution, the cube's own or an overview; ``index`` finds a year's map."""
 
-    codes: xr.DataArray
+    codes: zarr.Array[Any]
     index: dict[int, int]
     transform: Affine
 
@@ -85,7 +87,7 @@ class Part:
     zooms
         First and last zoom of tiles; beyond the last one a tile only enlarges cells.
     shares
-        Variables of 0..1 by year, such as the confidence.
+        Variables of 0..1 by year, such as the confidence: stored numbers, scale and the number that stands for none.
     """
 
     name: str
@@ -97,7 +99,7 @@ class Part:
     crs: CRS
     bounds: tuple[float, float, float, float]
     zooms: tuple[int, int]
-    shares: dict[str, xr.DataArray]
+    shares: dict[str, tuple[zarr.Array[Any], float, int | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,63 +187,88 @@ def _remote_store(path: str) -> Any:
 def _open_part(path: str, store: Any, name: str, root: zarr.Group) -> Part:
     group: zarr.Group = root[name] if name else root  # type: ignore[assignment]
     label = f"{path}/{name}" if name else path
-    if isinstance(store, Path):
-        data = open_cube(store / name)
-    else:
-        data = xr.open_zarr(store, group=name or None, chunks=None, decode_times=False, decode_coords="all")
-    years = tuple(sorted(int(year) for year in data["year"].values.ravel()))
+    visible = open_cube(store / name)["year"].values if isinstance(store, Path) else _array(group, "year", label)[...]
+    years = tuple(sorted(int(year) for year in np.ravel(visible)))
     if not years:
         raise DataError(f"cube {label} has 0 finished years, expected at least one; serve it when a year is whole")
-    if not set(FINE_DIMS) <= set(data["land_cover"].dims):
-        raise DataError(f"land_cover of {label} has the dimensions {data['land_cover'].dims}, expected time and {FINE_DIMS}")
-    main = _level(store, name)
-    crs = main.codes.rio.crs or WORLD
-    levels = [main]
-    layout = dict(group.attrs).get("multiscales", {})
+    levels = [_level(group, label)]
+    shape = levels[0].codes.shape
+    layout = group.attrs.get("multiscales", {})
     for entry in layout.get("layout", []) if isinstance(layout, dict) else []:
-        asset = str(entry.get("asset", ""))
-        if asset.endswith("/land_cover") and asset in group:
-            levels.append(_level(store, f"{name}/{asset}".strip("/").removesuffix("/land_cover"), crs))
+        asset = str(entry.get("asset", "")) if isinstance(entry, dict) else ""
+        if _OVERVIEW.fullmatch(asset) and asset in group:
+            inner: Any = group[asset.removesuffix("/land_cover")]
+            levels.append(_level(inner, f"{label}/{inner.basename}"))
     levels.sort(key=lambda level: level.cell)
-    fill, legend = _legend(main.codes, label)
-    shares = {key: data[key] for key in ("confidence", "change_probability") if key in data}
-    for key, share in shares.items():
-        if share.dims != ("time", *FINE_DIMS) or share.shape != main.codes.shape:
-            raise DataError(f"{key} of {label} is {share.dims} {share.shape}, expected that of land_cover {main.codes.shape}")
-    rows, cols = main.codes.shape[1:]
-    box = (
-        main.transform.c,
-        main.transform.f + rows * main.transform.e,
-        main.transform.c + cols * main.transform.a,
-        main.transform.f,
-    )
-    west, south, east, north = rasterio.warp.transform_bounds(crs, WORLD, *box) if crs != WORLD else box
-    bounds = (max(west, -180.0), max(south, -90.0), min(east, 180.0), min(north, 90.0))
-    shown = tuple(year for year in years if year in main.index)
+    fill, legend = _legend(levels[0].codes, label)
+    shares = {key: _share(_array(group, key, label), shape, f"{key} of {label}") for key in SHARES if key in group}
+    crs = _crs(group, label)
+    bounds = _bounds(levels[0], crs)
+    shown = tuple(year for year in years if year in levels[0].index)
     return Part(name, dict(group.attrs), shown, legend, fill, tuple(levels), crs, bounds, _zooms(levels, crs, bounds), shares)
 
 
-def _level(store: Any, group: str, crs: CRS | None = None) -> Level:
-    """Open the codes of one group as they are stored, with the dimensions that rio-tiler knows."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Variable.s. referenced in")  # an overview need not have bounds of its years
-        ds: xr.Dataset = xr.open_zarr(
-            store, group=group or None, chunks=None, decode_times=False, decode_coords="all", mask_and_scale=False
-        )
-    codes = ds["land_cover"]
-    index = {int(year): i for i, year in enumerate(ds["year"].values)}
-    codes = codes.rename(dict(zip(FINE_DIMS, ("y", "x"), strict=True))).transpose("time", "y", "x")
-    codes = codes.drop_vars([str(c) for c in codes.coords if c not in ("y", "x", "spatial_ref")])
-    if crs is not None or codes.rio.crs is None:
-        codes = codes.rio.write_crs(crs or WORLD)
-    return Level(codes, index, codes.rio.transform(recalc=True))
+def _array(group: zarr.Group, name: str, label: str) -> zarr.Array[Any]:
+    array = group.get(name)
+    if not isinstance(array, zarr.Array):
+        raise DataError(f"{label} has no variable {name}, expected land_cover, year, latitude and longitude; write it as a cube")
+    return array
 
 
-def _legend(codes: xr.DataArray, label: str) -> tuple[Entry, tuple[Entry, ...]]:
+def _level(group: zarr.Group, label: str) -> Level:
+    """Take the codes of one group as they are stored, and where they lie."""
+    codes = _array(group, "land_cover", label)
+    names = codes.metadata.dimension_names if codes.metadata.zarr_format == 3 else None
+    if names != ("time", *FINE_DIMS):
+        raise DataError(f"land_cover of {label} has the dimensions {names}, expected {('time', *FINE_DIMS)}; write it as Zarr v3")
+    index = {int(year): i for i, year in enumerate(np.ravel(_array(group, "year", label)[...]))}
+    (north, down), (west, right) = (_axis(np.asarray(_array(group, d, label)[...]), f"{d} of {label}") for d in FINE_DIMS)
+    return Level(codes, index, Affine(right, 0, west, 0, down, north))
+
+
+def _share(array: zarr.Array[Any], shape: tuple[int, ...], label: str) -> tuple[zarr.Array[Any], float, int | None]:
+    if array.shape != shape:
+        raise DataError(f"{label} has the shape {array.shape}, expected that of land_cover {shape}")
+    scale, empty = array.attrs.get("scale_factor", 1.0), array.attrs.get("_FillValue")
+    return array, float(scale) if isinstance(scale, int | float) else 1.0, empty if isinstance(empty, int) else None
+
+
+def _axis(centres: NDArray[np.float64], label: str) -> tuple[float, float]:
+    """Start and step of the cells along an axis, from their centres."""
+    if centres.size < 2:
+        raise DataError(f"{label} has {centres.size} cells, expected at least 2")
+    step = float(centres[-1] - centres[0]) / (centres.size - 1)
+    if step == 0 or not np.allclose(np.diff(centres), step, rtol=0.01, atol=0):
+        raise DataError(f"{label} is not evenly spaced, expected cells of one size; bring the maps onto a regular grid")
+    return float(centres[0]) - step / 2, step
+
+
+def _crs(group: zarr.Group, label: str) -> CRS:
+    """Reference system of a cube; degrees where it does not say."""
+    attrs = group["spatial_ref"].attrs if "spatial_ref" in group else {}
+    text = attrs.get("crs_wkt") or attrs.get("spatial_ref")
+    try:
+        return CRS.from_user_input(text) if text else WORLD
+    except CRSError as error:
+        raise DataError(f"spatial_ref of {label} is not readable, expected a reference system as WKT: {error}") from error
+
+
+def _bounds(level: Level, crs: CRS) -> tuple[float, float, float, float]:
+    """West, south, east, north in degrees."""
+    (_, rows, cols), t = level.codes.shape, level.transform
+    (west, east), (south, north) = sorted((t.c, t.c + cols * t.a)), sorted((t.f, t.f + rows * t.e))
+    if not crs.is_geographic:
+        into = Transformer.from_crs(crs, WORLD, always_xy=True)
+        west, south, east, north = into.transform_bounds(west, south, east, north)
+    return max(west, -180.0), max(south, -90.0), min(east, 180.0), min(north, 90.0)
+
+
+def _legend(codes: zarr.Array[Any], label: str) -> tuple[Entry, tuple[Entry, ...]]:
     """Read the CF flags; what does not fit together is refused, as a wrong colour would not be seen."""
     if codes.dtype != np.uint8:
         raise DataError(f"land_cover of {label} is {codes.dtype}, expected class codes as uint8")
-    values = [int(v) for v in np.atleast_1d(codes.attrs.get("flag_values", []))]
+    flags: Any = codes.attrs.get("flag_values", [])
+    values = [int(v) for v in np.atleast_1d(flags)]
     names = str(codes.attrs.get("flag_meanings", "")).split()
     colours = str(codes.attrs.get("flag_colors", "")).split()
     if not values or not len(values) == len(names) == len(colours):
@@ -253,8 +280,7 @@ def _legend(codes: xr.DataArray, label: str) -> tuple[Entry, tuple[Entry, ...]]:
     if bad:
         raise DataError(f"flag_colors of {label} has {bad[0][:40]!r}, expected colours as #rrggbb; write them so")
     entries = [Entry(v, n.replace("_", " "), c.lower()) for v, n, c in zip(values, names, colours, strict=True)]
-    stored = codes.attrs.get("_FillValue", codes.encoding.get("_FillValue", codes.encoding.get("fill_value")))
-    code = int(stored) if stored is not None else 0
+    code = int(codes.fill_value)
     fill = next((e for e in entries if e.code == code), Entry(code, "not mapped", "#000000"))
     return Entry(code, fill.name, fill.colour), tuple(e for e in entries if e.code != code)
 
