@@ -17,6 +17,8 @@ from ai4land import cli
 from ai4land.runfile import load_run
 
 VERBS = ["plan", "align", "train", "reconstruct", "evaluate", "run", "demo"]
+CUBE_VERBS = ["serve"]
+"""Verbs that take a cube instead of a run file."""
 ROOT = Path(__file__).parents[1]
 
 
@@ -49,7 +51,11 @@ def shown(table, width: int = 160) -> str:
 def test_every_verb_is_listed_in_order():
     code, text = call("--help")
     assert code == 0
-    assert [line.split()[0] for line in text.partition("Commands:")[2].splitlines() if line.strip()] == VERBS
+    assert [line.split()[0] for line in text.partition("Commands:")[2].splitlines() if line.strip()] == [
+        *VERBS[:-1],
+        *CUBE_VERBS,
+        "demo",
+    ]
 
 
 @pytest.mark.parametrize("verb", VERBS)
