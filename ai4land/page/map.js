@@ -254,7 +254,7 @@ export class TileMap {
 
   paint() {
     this.due = 0;
-    const { ink, ratio } = this;
+    const { ink } = this;
     const style = getComputedStyle(this.canvas);
     ink.setTransform(1, 0, 0, 1, 0, 0);
     ink.fillStyle = style.getPropertyValue("--beyond");
@@ -272,13 +272,13 @@ export class TileMap {
     this.paintGrid(style.getPropertyValue("--grid"), style.getPropertyValue("--ink"));
     if (this.pin) this.paintPin(style);
     this.ask(this.year, list);
-    if (list.every((t) => this.tiles.has(this.key(this.year, t.z, t.x, t.y)))) {
+    const whole = list.every((t) => this.tiles.has(this.key(this.year, t.z, t.x, t.y)));
+    if (whole) {
       this.before = this.year;
       if (this.next !== undefined) this.ask(this.next, list);
       this.on.settled();
     }
-    this.canvas.dataset.year = this.before === this.year ? this.year : "";
-    this.canvas.dataset.ratio = ratio;
+    this.canvas.dataset.year = whole ? this.year : ""; // what is on the screen, for those who wait for it
   }
 
   prefetch(year) {
