@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,8 +177,9 @@ def _remote_store(path: str) -> Any:
         raise ConfigError(f"cube is at {scheme}://, expected a folder or http(s), s3, gs or az; copy it to one of them")
     again: Any = {"max_retries": 2}
     options: Any = {"timeout": "30s", "connect_timeout": "5s"}
-    if scheme == "http":
-        options["allow_http"] = True
+    own = [os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")]
+    if scheme == "http" or (scheme == "s3" and any(endpoint.startswith("http://") for endpoint in own)):
+        options["allow_http"] = True  # asked for by the address or by the user's own endpoint
     try:
         return ObjectStore(from_url(path.rstrip("/"), client_options=options, retry_config=again), read_only=True)
     except Exception as error:  # obstore raises classes that are private to it

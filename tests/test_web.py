@@ -414,3 +414,37 @@ def test_an_address_with_a_secret_is_not_passed_on(served):
 def test_a_remote_address_without_a_cube_is_refused(url):
     with pytest.raises(DataError, match=f"no cube at {url}/none"):
         make_app(f"{url}/none")
+
+
+def test_a_cube_in_a_bucket_is_shown_and_not_passed_on(folder, monkeypatch):
+    server_of = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    from obstore.store import S3Store
+
+    bucket = server_of.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    bucket.start()
+    try:
+        _, port = bucket.get_host_and_port()
+        endpoint = f"http://127.0.0.1:{port}"
+        for name, value in {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "hidden",
+            "AWS_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        assert ask(f"{endpoint}/maps", "PUT")[0] == 200
+        store = S3Store("maps", client_options={"allow_http": True}, virtual_hosted_style_request=False)
+        cube = folder / "cube.zarr"
+        for file in (f for part in ("", "land_cover", "overviews", *_SMALL) for f in (cube / part).glob("**/*" if part else "*")):
+            if file.is_file() and not file.is_symlink():
+                store.put(f"cubes/{file.relative_to(cube)}", file.read_bytes())
+        with running(make_app("s3://maps/cubes")) as (url, _):
+            part = open_atlas(str(cube)).parts[""]
+            assert ask(f"{url}/tiles/2001/1/0/1.png")[2] == tile(part, year=2001, z=1, x=0, y=1)
+            assert ask(f"{url}/cube/zarr.json")[0] == 404
+            assert json.loads(ask(f"{url}/info.json")[2])["cube"] == "s3://maps/cubes"
+    finally:
+        bucket.stop()
+
+
+_SMALL = ("latitude", "longitude", "time", "year", "spatial_ref", "confidence")

@@ -153,7 +153,8 @@ function credit() {
   $("credit").replaceChildren(...pieces);
   const links = [];
   if (info.catalogue) links.push(linked("STAC catalogue", info.catalogue));
-  if (info.cube) links.push(linked("Data (Zarr)", `${info.cube}/zarr.json`));
+  if (info.cube === "cube" || webAddress(info.cube)) links.push(linked("Data (Zarr)", `${info.cube}/zarr.json`));
+  else if (info.cube) links.push(element("span", `Data (Zarr): ${info.cube}`));
   $("links").replaceChildren(...links);
 }
 
