@@ -5,8 +5,8 @@ pixel has the colour of the cell at its middle, from the coarsest overview whose
 mixed, and the world of a cube of any size reads little.
 
 titiler-xarray was measured and left. Its application opens whatever address a visitor names, knows no overviews, and draws
-pictures of any size. Its reader (rio-tiler, by GDAL's warper) takes 14-20 ms for what takes 4 ms here, is off by up to an eighth of
-a pixel, and divides by zero in tiles at 85° that are smaller than a cell.
+pictures of any size. Its reader (rio-tiler, by GDAL's warper) gives the same pixels in 31 ms that take 6 ms here, and divides by
+zero in tiles at 85° that are smaller than a cell.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def tile(part: Part, *, year: int, z: int, x: int, y: int) -> bytes:
     Returns
     -------
     bytes
-        A PNG image of 256 x 256 pixels, red, green, blue, alpha.
+        A PNG image of 256 x 256 pixels with a palette, the class codes as its numbers.
 
     Raises
     ------
@@ -52,11 +52,17 @@ def tile(part: Part, *, year: int, z: int, x: int, y: int) -> bytes:
     rows, cols, inside = _cells(part, level, *_middles(z, x, y))
     codes = np.full((SIDE, SIDE), part.fill.code, np.uint8)
     if inside.any():
-        rows, cols = (np.clip(at, 0, count - 1) for at, count in zip((rows, cols), level.codes.shape[1:], strict=True))
-        top, left = rows.min(), cols.min()
-        window: Any = level.codes[level.index[year], top : rows.max() + 1, left : cols.max() + 1]
-        codes = np.where(inside, window[rows - top, cols - left], codes)
+        (top, bottom), (left, right) = (_span(at, inside) for at in (rows, cols))
+        window: Any = level.codes[level.index[year], top : bottom + 1, left : right + 1]
+        found = window[np.clip(rows, top, bottom) - top, np.clip(cols, left, right) - left]
+        codes = np.where(inside, found, codes)
     return picture(part, codes)
+
+
+def _span(at: NDArray[np.int64], inside: NDArray[np.bool_]) -> tuple[int, int]:
+    """First and last row, or column, of the places that are inside."""
+    those = np.broadcast_to(at, inside.shape)[inside]
+    return int(those.min()), int(those.max())
 
 
 def picture(part: Part, codes: NDArray[np.uint8]) -> bytes:

@@ -1,8 +1,5 @@
 """A cube on the web: its files, its catalogue, map tiles, and a page to look at it.
 
-Tiles come from rio-tiler's reader through :mod:`ai4land.tiles` and not from the application of titiler-xarray: that one opens
-whatever address a visitor names, knows one group of a store and no overviews, keeps no tile, and draws pictures of any size.
-
 ======================================  =========================================================================
 ``/``                                   the page (``ai4land/page``): works without internet, loads nothing from elsewhere
 ``/info.json``                          title, parts, years, classes with colours, bounds, zooms
@@ -80,7 +77,7 @@ def make_app(path: str, *, catalogue: Path | None = None) -> Starlette:
     path
         Folder or address of the cube.
     catalogue
-        As in :func:`serve`.
+        As in :func:`ai4land.serve.serve`.
     """
     far = remote(path)
     catalogue = _catalogue(path, catalogue, far=far)
@@ -206,7 +203,6 @@ class _Maps:
     """The open cube, and the endpoints that read it, a few at a time in threads."""
 
     def __init__(self, atlas: Atlas, catalogue: Path | None) -> None:
-
         self.atlas, self.catalogue = atlas, catalogue
         self.turns = asyncio.Semaphore(THREADS)
         self.renewal = threading.Lock()
@@ -267,7 +263,6 @@ class _Maps:
         return self._json(await self._run(request, lambda: tiles.series(part, lon=lon, lat=lat)))
 
     def _place(self, request: Request) -> tuple[Part, float, float]:
-
         part = self.atlas.parts.get(request.query_params.get("part", ""))
         if part is None:
             raise HTTPException(404, "no such part")
@@ -299,7 +294,6 @@ async def _aside(work: Callable[[], Any]) -> Any:
 
 
 def _number(request: Request, name: str) -> float:
-
     text = request.query_params.get(name, "")
     try:
         value = float(text)
@@ -314,7 +308,7 @@ def describe(atlas: Atlas, *, catalogue: Path | None = None) -> dict[str, Any]:
     """Describe a cube for the page, in plain values; every text in it may come from a stranger."""
     address = urlsplit(atlas.path)
     hidden = address.username or address.password or address.query
-    far = "://" in atlas.path
+    far = remote(atlas.path)
 
     def text(attrs: dict[str, Any], name: str) -> str:
         value = attrs.get(name, atlas.attrs.get(name, ""))

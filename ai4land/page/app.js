@@ -97,7 +97,9 @@ function choose(part, year) {
   $("part").value = part.name;
   const title = part.title || "Land cover";
   $("title").textContent = document.title = title;
-  $("about").textContent = `${part.years.length === 1 ? "1 year" : `${part.years.length} years`} · ${part.classes.length} classes · cells of ${part.cell}`;
+  const facts = [part.years.length === 1 ? "1 year" : `${part.years.length} years`, `${part.classes.length} classes`, `cells of ${part.cell}`];
+  if (part.zooms[0] > 1) facts.push("no overviews, so seen from near only");
+  $("about").textContent = facts.join(" · ");
   $("year").max = part.years.length - 1;
   $("first").textContent = yearAt(0);
   $("last").textContent = yearAt(part.years.length - 1);
