@@ -8,9 +8,9 @@ import torch
 
 from ai4land import cost
 from ai4land.cost import DEVICES, Memory, Rates, count, estimate, operations, rates_of, refusals, refuse
-from ai4land.cube import VARIABLES
 from ai4land.errors import ConfigError
 from ai4land.runfile import load_run
+from ai4land.template import VARIABLES
 
 RATES = Rates(step=0.1, scored=0.05, forward=1e-6, host=2e-6, shard=0.01, read=1e-7, hands=1, turns=False, about="of the tests")
 

@@ -20,7 +20,7 @@ import rasterio
 import yaml
 from affine import Affine
 
-from ai4land import cli, cube
+from ai4land import cli, cube, ledger
 from ai4land.align import open_store
 from ai4land.checkpoint import load_card, load_model, save_model
 from ai4land.forward import precision_of
@@ -307,7 +307,7 @@ def test_killed_run_ends_with_the_same_bytes(finished, planet, tmp_path):
     assert "training" not in again.stderr and 0 < left < len(every)
     assert lines(folder, "cube.ledger/*.jsonl") == blocks
     assert cube_bytes(folder) == cube_bytes(whole) and len(cube_bytes(whole)) > 3 * 5
-    assert cube.recorded(folder / "cube.zarr") == cube.recorded(whole / "cube.zarr")
+    assert ledger.recorded(folder / "cube.zarr") == ledger.recorded(whole / "cube.zarr")
     assert (folder / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
 
 
