@@ -63,7 +63,10 @@ def claim(place: Place, *, tell: Callable[[str], None] = lambda _: None) -> Iter
             file.truncate()
             file.write(json.dumps(who))
             file.flush()
-            yield token
+            try:
+                yield token
+            finally:
+                file.truncate(0)  # tasks that outlive this run write no more
         return
     _take(beside, place, who, tell)
     over = threading.Event()

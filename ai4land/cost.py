@@ -26,7 +26,7 @@ from ai4land.inputs import cubes_of, grid_of, legend_of, needed_years
 from ai4land.overviews import level_factors
 from ai4land.practice import CODES
 from ai4land.predict import Source
-from ai4land.reconstruct import mapped_part, plan_blocks, years_between
+from ai4land.reconstruct import mapped_part, plan_blocks, sides, sides_of, years_between
 from ai4land.template import VARIABLES, depths
 from ai4land.unet import UNet
 
@@ -212,16 +212,17 @@ def count(run: RunConfig, *, land: float = 1.0, cuda: bool = False) -> Work:
         every: list[tuple[float, float, tuple[int, ...]]] = []
         if source is None:
             shards = max(1, round(land * len(grid.shards())))
-            every = [(float(grid.shard**2), 1.0, tuple(side)) for side in _sides(years, reference) if side] * shards
+            parts = sides_of(years, reference=reference, years_a_shard=run.reconstruct.years_a_shard)
+            every = [(float(grid.shard**2), 1.0, tuple(y for g in part for y in g)) for part in parts] * shards
         else:
             blocks = plan_blocks(store, years=years, reference=reference, years_a_shard=run.reconstruct.years_a_shard)
             every = [(*_extent(source, b.window, net.stride), b.years) for b in blocks]
         for cells, share, kept in every:
             steps = len(kept)
             if reference is not None and run.constrain.method != "none":
-                last = max(kept, key=lambda y: abs(y - reference))
-                held = range(min(last, reference), max(last, reference) + 1) if source is None else source.years
-                steps = len(years_between(held, reference, last))
+                ends = [side[-1] for side in sides(kept, reference)]
+                held = range(min(reference, *ends), max(reference, *ends) + 1) if source is None else source.years
+                steps = sum(len(years_between(held, reference, last)) for last in ends)
             seen = (math.sqrt(cells) + 2 * net.halo) ** 2
             passes.append(run.train.members * steps * seen)
             walked.append(steps * share * grid.shard**2)
@@ -252,10 +253,6 @@ def objects_of(shard: int, kept: Iterable[int], years: list[int], years_a_shard:
     """Count the objects of a shard of a cube over some of its years, overviews included."""
     (deep, flat), times = depths(len(years), years_a_shard), [years.index(y) for y in kept]
     return (len(VARIABLES) - 1 + len(level_factors(shard))) * len({t // deep for t in times}) + len({t // flat for t in times})
-
-
-def _sides(years: list[int], reference: int | None) -> list[list[int]]:
-    return [years] if reference is None else [[y for y in years if y >= reference], [y for y in years if y < reference]]
 
 
 def _extent(source: Source, window: Window, stride: int) -> tuple[float, float]:

@@ -269,20 +269,25 @@ def plan_blocks(
     years_a_shard
         Years in a shard of the cube.
     """
-    source = Source(path)
-    finished, groups = set(done), time_shards(years, years_a_shard=years_a_shard)
-
-    def ahead(group: tuple[int, ...]) -> bool:
-        """Whether more of the years are from the reference year on than before it."""
-        return reference is None or sum(1 if y >= reference else -1 for y in group) > 0
-
+    source, finished = Source(path), set(done)
     blocks = []
-    for side in ([g for g in groups if ahead(g)], [g for g in groups if not ahead(g)]):
+    for groups in sides_of(years, reference=reference, years_a_shard=years_a_shard):
         for w in land_of(source):
-            left = tuple(y for g in side if any((w.row, w.col, y) not in finished for y in g) for y in g)
+            left = tuple(y for g in groups if any((w.row, w.col, y) not in finished for y in g) for y in g)
             if left:
                 blocks.append(Block(w, left))
     return sorted(blocks, key=lambda b: -len(b.years))
+
+
+def sides_of(years: Iterable[int], *, reference: int | None, years_a_shard: int) -> list[list[tuple[int, ...]]]:
+    """Part the shards of years by the side of the reference year that most of their years are on: what is one block of a shard each.
+
+    >>> sides_of(range(2000, 2006), reference=2003, years_a_shard=2)
+    [[(2004, 2005)], [(2000, 2001), (2002, 2003)]]
+    """
+    groups = time_shards(years, years_a_shard=years_a_shard)
+    ahead = [g for g in groups if reference is None or sum(1 if y >= reference else -1 for y in g) > 0]
+    return [side for side in (ahead, [g for g in groups if g not in ahead]) if side]
 
 
 def land_of(source: Source) -> list[Window]:

@@ -30,7 +30,7 @@ TINY = {
     "grid": {**RUN["grid"], "shard": 24},
     "split": {"train": "2000-2003", "max_lead": 3, "space": {"block": 2, "validation": 0.2}},
     "train": {**RUN["train"], "members": 1, "patch": 24, "steps": 10, "validate_every": 5, "checkpoint_every": 5},
-    "reconstruct": {"reference": 2004, "years": "2000-2007", "workers": 2, "threads": 1, "at_once": 1},
+    "reconstruct": {"reference": 2004, "years": "2000-2007", "years_a_shard": 2, "workers": 2, "threads": 1, "at_once": 1},
     "evaluate": {"boosting": 0},
 }
 HERE = ("cluster=slurm",)
@@ -93,7 +93,7 @@ class Running:
 
 
 def blocks_of(file: Path) -> list[Block]:
-    return plan_blocks(folder_of(file) / "store.zarr", years=YEARS, reference=2004)
+    return plan_blocks(folder_of(file) / "store.zarr", years=YEARS, reference=2004, years_a_shard=2)
 
 
 def block_at(file: Path, row: int, col: int, year: int) -> Block:
