@@ -24,7 +24,7 @@ import psutil
 from zarr.core.buffer import cpu
 from zarr.core.sync import sync
 
-from ai4land.errors import DataError, MismatchError
+from ai4land.errors import MismatchError, StoreError
 from ai4land.ledger import CLAIM, ledger_path
 from ai4land.stores import Place, delete, folder_of, open_place, read, write, writing
 
@@ -77,7 +77,7 @@ def claim(place: Place, *, tell: Callable[[str], None] = lambda _: None) -> Iter
     finally:
         over.set()
         beating.join()
-        with suppress(DataError):
+        with suppress(StoreError):
             if _held(beside).get("token") == token:
                 delete(beside, CLAIM)
 

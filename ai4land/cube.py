@@ -204,7 +204,7 @@ class Writer:
         self._waiting: dict[tuple[str, int], dict[int, NDArray[Any]]] = {}
         self._files: dict[int, dict[str, str | None]] = {}
         self._notes: dict[int, list[dict[str, Any]]] = {}
-        self._book = ledger.Book(place)
+        self._book = ledger.Book(place, row=w.row, col=w.col)
 
     def add(self, year: int, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any] | None = None) -> None:
         """Add a year; what is whole with it is written and recorded.
@@ -253,7 +253,7 @@ class Writer:
         if len(self._notes[group]) == min(self._deep, len(self._years) - group * self._deep):
             years = self._years[group * self._deep : (group + 1) * self._deep]
             said = sorted(self._notes.pop(group), key=lambda note: note["year"])
-            self._book.enter(row=w.row, col=w.col, years=years, files=self._files.pop(group), notes={"notes": said})
+            self._book.enter(years=years, files=self._files.pop(group), notes={"notes": said})
 
     def _write(self, name: str, first: int, data: NDArray[Any], files: dict[str, str | None]) -> None:
         """Encode a shard of one variable in memory, and put it in its place whole."""

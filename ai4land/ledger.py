@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 import time
 import uuid
 import zlib
@@ -46,22 +45,26 @@ def checksum(data: bytes) -> str:
 
 
 class Book:
-    """The ledger's file of one task, which adds to it."""
+    """The ledger's file of one task, which adds to it what it did of one shard.
 
-    def __init__(self, place: Place) -> None:
-        self._place = ledger_path(place)
-        self._name = f"{uuid.uuid4().hex[:16]}-{os.getpid()}-{threading.get_ident() % 10**6}{_SUFFIX}"
+    Parameters
+    ----------
+    place
+        Of the cube.
+    row, col
+        Of the shard's first cell.
+    """
+
+    def __init__(self, place: Place, *, row: int, col: int) -> None:
+        self._place, self._row, self._col = ledger_path(place), row, col
+        self._name = f"{_prefix(row, col)}{uuid.uuid4().hex[:16]}{_SUFFIX}"
         self._lines: list[str] = []
 
-    def enter(
-        self, *, row: int, col: int, years: Iterable[int], files: Mapping[str, str | None], notes: Mapping[str, Any] | None = None
-    ) -> None:
-        """Enter a shard over some years, durably.
+    def enter(self, *, years: Iterable[int], files: Mapping[str, str | None], notes: Mapping[str, Any] | None = None) -> None:
+        """Enter the shard over some years, durably.
 
         Parameters
         ----------
-        row, col
-            Of its first cell.
         years
             That it holds.
         files
@@ -69,7 +72,8 @@ class Book:
         notes
             Plain values on how it came out.
         """
-        entry = {"at": time.time(), "row": row, "col": col, "years": list(years), "files": dict(files), **(notes or {})}
+        shard = {"row": self._row, "col": self._col, "years": list(years)}
+        entry = {"at": time.time(), **shard, "files": dict(files), **(notes or {})}
         body = json.dumps(entry, sort_keys=True)
         line = json.dumps({"crc": zlib.crc32(body.encode()), "entry": entry}, sort_keys=True) + "\n"
         folder = folder_of(self._place)
@@ -85,10 +89,14 @@ class Book:
                 os.fsync(file.fileno())
 
 
-def _files(place: Place) -> Iterator[tuple[str, list[str]]]:
+def _prefix(row: int, col: int) -> str:
+    return f"{row}-{col}-"
+
+
+def _files(place: Place, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
     """Lines of each file of a ledger; of its own files, not of those of parts below it."""
     beside = ledger_path(place)
-    for name in names(beside):
+    for name in names(beside, prefix):
         if name.endswith(_SUFFIX) and "/" not in name:
             yield name, (read(beside, name) or b"").decode(errors="replace").split("\n")
 
@@ -103,9 +111,9 @@ def _entry(line: str) -> dict[str, Any] | None:
     return entry if good else None
 
 
-def entries(place: Place) -> list[dict[str, Any]]:
+def entries(place: Place, *, prefix: str = "") -> list[dict[str, Any]]:
     """Read the ledger, oldest first; a line that is torn or damaged counts for nothing."""
-    every = (_entry(line) for _, lines in _files(place) for line in lines if line)
+    every = (_entry(line) for _, lines in _files(place, prefix) for line in lines if line)
     return sorted((entry for entry in every if entry is not None), key=lambda entry: entry["at"])
 
 
@@ -116,6 +124,11 @@ def recorded(place: Place) -> dict[Key, str]:
         digest = hashlib.blake2b(json.dumps(e["files"], sort_keys=True).encode(), digest_size=16).hexdigest()
         found.update({(e["row"], e["col"], year): digest for year in e["years"]})
     return found
+
+
+def years_of(place: Place, *, row: int, col: int) -> set[int]:
+    """List the finished years of one shard, from its own files alone."""
+    return {year for entry in entries(place, prefix=_prefix(row, col)) for year in entry["years"]}
 
 
 def strike(place: Place, keys: Iterable[Key]) -> None:

@@ -20,10 +20,10 @@ import torch
 from distributed import Client, Future
 from numpy.typing import NDArray
 
-from ai4land import cube
+from ai4land import cube, ledger
 from ai4land.crowd import TRIES, outcomes
 from ai4land.cube import Block, time_shards
-from ai4land.errors import DataError
+from ai4land.errors import DataError, MismatchError, StoreError
 from ai4land.forward import Precision, ready
 from ai4land.grid import Window
 from ai4land.legend import Crosswalk, Legend
@@ -108,13 +108,19 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
     source = Source(job.store)
     w = block.window
     mask = np.asarray(source.mask[w.slices], dtype=bool)
+    receipt = {"row": w.row, "col": w.col, "years": list(block.years), "cells": int(mask.sum())}
+    # What another task has done of this block, before it or its worker failed.
+    done = ledger.years_of(job.cube, row=w.row, col=w.col)
+    left = [year for year in block.years if year not in done]
+    if not left:
+        return receipt
     known = None if job.reference is None else source.map_of(job.reference, w)
-    lacking = sorted(set(block.years) - set(source.years))
+    lacking = sorted(set(left) - set(source.years))
     if lacking:
         raise DataError(f"store {job.store} lacks the scenario of {lacking}; align anew with these years")
     inner = mapped_part(mask, w, forward.stride)
     writer = cube.Writer(job.cube, w, token=job.token)
-    for side in sides(block.years, job.reference):
+    for side in sides(left, job.reference):
         totals = totals_of(source, w, job) if job.method != "none" else None
         walked = side
         if job.reference is not None and totals is not None:
@@ -134,7 +140,7 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
         for year, made in steps:
             if year in side:
                 writer.add(year, _stored(made, mask, source.legend), notes_on(made, w, source.grid.factor))
-    return {"row": w.row, "col": w.col, "years": list(block.years), "cells": int(mask.sum())}
+    return receipt
 
 
 def sides(years: Iterable[int], reference: int | None) -> list[list[int]]:
@@ -298,7 +304,10 @@ def land_of(source: Source) -> list[Window]:
 def _task(part: NDArray[np.object_], job: Job) -> NDArray[np.object_]:
     """Do the one block of a chunk of the plan; its receipt takes its place."""
     receipt = np.empty(1, dtype=object)
-    receipt[0] = reconstruct_block(part[0], job)
+    try:
+        receipt[0] = reconstruct_block(part[0], job)
+    except (StoreError, MismatchError) as error:  # which no other try would mend: not raised, so that Dask makes none
+        receipt[0] = error
     return receipt
 
 
@@ -314,6 +323,8 @@ def run_blocks(
     ------
     DataError
         If blocks failed; the others are finished first, and a further run does only what is missing.
+    StoreError, MismatchError
+        If the cube cannot be written, or is another run's by now; the others are not begun.
     WorkerError
         If workers die so that no block is ever done.
     """
@@ -336,6 +347,9 @@ def run_blocks(
         if isinstance(outcome, BaseException):
             failed.append(f"{block}: {outcome!r}")
             continue
+        if isinstance(outcome[0], Exception):
+            client.cancel(futures)
+            raise outcome[0]
         done.append(outcome[0])
         if progress is not None:
             progress(outcome[0])

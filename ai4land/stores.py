@@ -22,7 +22,7 @@ from zarr.core.buffer import Buffer, cpu, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore
 
-from ai4land.errors import ConfigError, DataError
+from ai4land.errors import ConfigError, StoreError
 
 Place = str | Path
 """A folder, by path or ``file://`` URL, or the URL of one in an object store."""
@@ -121,7 +121,7 @@ def write(place: Place, name: str, data: bytes) -> None:
 
     Raises
     ------
-    DataError
+    StoreError
         If it cannot be written; what was there before is still there.
     """
     folder = folder_of(place)
@@ -184,12 +184,12 @@ def writing(place: Place) -> Iterator[None]:
 
     Raises
     ------
-    DataError
+    StoreError
         For an error of the file system or of the object store.
     """
     try:
         yield
-    except DataError:
+    except StoreError:
         raise
     except Exception as error:
         if not (
@@ -197,7 +197,7 @@ def writing(place: Place) -> Iterator[None]:
         ):
             raise
         said = " ".join(str(error).split())
-        raise DataError(
+        raise StoreError(
             f"{place} cannot be written: {said[:300] or type(error).__name__}; mend it (free space, permissions, the store's address and keys) and run "
             "again: what is done stays done"
         ) from error
