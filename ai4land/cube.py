@@ -130,6 +130,7 @@ def create(
     template["legend"] = legend.model_dump(mode="json")
     if found is None:
         ledger.wipe(place)
+        kept = None
     if kept != template:
         ledger.save_template(place, template)
     for name, data in objects.items():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from conftest import write_tiny_store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -154,8 +154,8 @@ def test_cube_of_another_configuration_is_refused_and_kept(path):
 def test_new_cube_does_not_inherit_an_old_ledger(path):
     fill(path, PAIRS)
     shutil.rmtree(path)
-    cube.create(path, identity={"model": "b"}, **ABOUT)
-    assert ledger.recorded(path) == {}
+    cube.create(path, identity={"model": "a"}, **ABOUT)
+    assert ledger.recorded(path) == {} and cube.show(path) == []
 
 
 @pytest.mark.parametrize("damage", ["template", "metadata", "both torn"])
