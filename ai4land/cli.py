@@ -204,6 +204,23 @@ def evaluate(run: RunFile, overrides: Overrides = None) -> None:
     _evaluate(load_run(run, overrides or []))
 
 
+@app.command()
+def publish(
+    run: RunFile,
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of the catalogue (default: stac in that of the run).")] = None,
+    base_url: Annotated[str, typer.Option(help="Address that the folder will have.")] = "",
+    cog: Annotated[list[int] | None, typer.Option(metavar="YEAR", help="Year to export as GeoTIFF; may be repeated.")] = None,
+) -> None:
+    """Describe the cube and the model as a STAC catalogue that can be served as it is.
+
+    Example: ai4land publish pipelines/bavaria.yaml --cog 2015
+    """
+    from ai4land.publish import publish as write
+
+    _out.print(str(write(load_run(run, overrides or []), to=to, base_url=base_url, cog=cog or [], tell=_tell)), soft_wrap=True)
+
+
 @app.command(name="run")
 def run_all(run: RunFile, overrides: Overrides = None) -> None:
     """Do every stage that is not done yet: align, train, reconstruct, evaluate.

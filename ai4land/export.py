@@ -52,7 +52,7 @@ def thumbnail(group: zarr.Group, *, year: int, box: GeoBox, flags: Sequence[Flag
     for flag in flags:
         table[flag.code] = [int(flag.colour[i : i + 2], 16) for i in (1, 3, 5)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, table[codes[np.ix_(rows, cols)]], metadata={"Software": None})
+    imsave(path, table[codes[np.ix_(rows, cols)]], metadata={"Software": "ai4land"})
     return path
 
 
@@ -121,7 +121,9 @@ def _moment(south: float, north: float) -> float:
     return upto(north) - upto(south)
 
 
-def write_cog(array: Any, *, time: int, box: GeoBox, flags: Sequence[Flag], fill: int, path: Path, name: str = "land_cover") -> Path:
+def write_cog(
+    array: Any, *, time: int, box: GeoBox, flags: Sequence[Flag], fill: int, path: Path, name: str = "land_cover"
+) -> Path:
     """Write one year of class codes as a cloud-optimised GeoTIFF with a colour table and overviews by majority.
 
     The map is copied block by block into a tiled file beside its place, from which GDAL makes the COG.

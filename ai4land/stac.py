@@ -25,7 +25,11 @@ from ai4land.errors import DataError
 
 STAC_VERSION = "1.1.0"
 _AT = "https://stac-extensions.github.io/{}/schema.json"
-DATACUBE, CLASSIFICATION, PROJECTION = _AT.format("datacube/v2.3.0"), _AT.format("classification/v1.1.0"), _AT.format("projection/v2.0.0")
+DATACUBE, CLASSIFICATION, PROJECTION = (
+    _AT.format("datacube/v2.3.0"),
+    _AT.format("classification/v1.1.0"),
+    _AT.format("projection/v2.0.0"),
+)
 RASTER, PROCESSING, SCIENTIFIC = _AT.format("raster/v2.0.0"), _AT.format("processing/v1.2.0"), _AT.format("scientific/v1.0.0")
 VERSION, ZARR = _AT.format("version/v1.2.0"), _AT.format("zarr/v1.1.0")
 ZARR_TYPE = "application/vnd.zarr; version=3"
@@ -149,12 +153,12 @@ def read_map(path: Path, *, id: str, title: str, part: str = "") -> Map:
         box=box,
         bbox=(float(outline.left), float(outline.bottom), float(outline.right), float(outline.top)),
         flags=_flags(dict(cover.attrs), path),
-        fill=int(cover.fill_value),  # type: ignore[arg-type]
+        fill=int(cover.fill_value),
         variables={
             name: {
                 "data_type": array.dtype.name,
-                "dims": list(array.metadata.dimension_names or ()),  # type: ignore[union-attr]
-                "fill": float(array.fill_value),  # type: ignore[arg-type]
+                "dims": list(array.metadata.dimension_names or ()),
+                "fill": float(array.fill_value),
                 **dict(array.attrs),
             }
             for name, array in sorted(arrays.items())
@@ -170,7 +174,9 @@ def _box(reference: dict[str, Any], latitude: Any, longitude: Any) -> GeoBox:
         crs = CRS(str(reference.get("crs_wkt") or reference["spatial_ref"]))
         c, a, b, f, d, e = (float(v) for v in str(reference["GeoTransform"]).split())
     except (KeyError, ValueError) as error:
-        raise DataError(f"spatial_ref of the cube has no crs_wkt and GeoTransform ({error}), expected both; make it again") from error
+        raise DataError(
+            f"spatial_ref of the cube has no crs_wkt and GeoTransform ({error}), expected both; make it again"
+        ) from error
     return GeoBox((latitude.shape[0], longitude.shape[0]), Affine(a, b, c, d, e, f), crs)
 
 
@@ -192,7 +198,7 @@ def _flags(attrs: dict[str, Any], path: Path) -> tuple[Flag, ...]:
 
 
 def plain(text: str) -> str:
-    """Make text mean itself in CommonMark: no HTML, no links, no emphasis.
+    r"""Make text mean itself in CommonMark: no HTML, no links, no emphasis.
 
     >>> plain("<b>a*</b> [x](y)")
     '&lt;b&gt;a\\\\*&lt;/b&gt; \\\\[x\\\\](y)'
@@ -294,7 +300,9 @@ def credit_fields(credits: Sequence[Credit], *, licence: str) -> tuple[dict[str,
     return fields, [item for i, item in enumerate(links) if item not in links[:i]]
 
 
-def collection(m: Map, *, credits: Sequence[Credit], licence: str, cube: str, root: str, assets: dict[str, Any]) -> dict[str, Any]:
+def collection(
+    m: Map, *, credits: Sequence[Credit], licence: str, cube: str, root: str, assets: dict[str, Any]
+) -> dict[str, Any]:
     """Make the collection of a cube.
 
     Parameters
@@ -382,7 +390,11 @@ def _dimensions(m: Map) -> dict[str, Any]:
         "longitude": {"type": "spatial", "axis": "x", "extent": [left, right], "step": x, "reference_system": reference},
     }
     if any("class" in v["dims"] for v in m.variables.values()):
-        dimensions["class"] = {"type": "class", "description": "class code", "values": [f.code for f in m.flags if f.code != m.fill]}
+        dimensions["class"] = {
+            "type": "class",
+            "description": "class code",
+            "values": [f.code for f in m.flags if f.code != m.fill],
+        }
     return dimensions
 
 
@@ -398,7 +410,9 @@ def _variable(v: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | int | str:
-    return str(value) if value != value or value in (float("inf"), float("-inf")) else int(value) if value == int(value) else value
+    return (
+        str(value) if value != value or value in (float("inf"), float("-inf")) else int(value) if value == int(value) else value
+    )
 
 
 def _band(m: Map, name: str) -> dict[str, Any]:
@@ -407,7 +421,11 @@ def _band(m: Map, name: str) -> dict[str, Any]:
     if v.get("long_name"):
         band["description"] = plain(str(v["long_name"]))
     if "scale_factor" in v:
-        band |= {"unit": str(v.get("units", "1")), "raster:scale": float(v["scale_factor"]), "raster:offset": float(v.get("add_offset", 0))}
+        band |= {
+            "unit": str(v.get("units", "1")),
+            "raster:scale": float(v["scale_factor"]),
+            "raster:offset": float(v.get("add_offset", 0)),
+        }
     if "flag_values" in v:
         band["classification:classes"] = classes(m.flags, fill=m.fill)
     return band
@@ -419,7 +437,9 @@ def cube_asset(m: Map, href: str, *, year: int | None = None) -> dict[str, Any]:
         "href": href,
         "type": ZARR_TYPE,
         "roles": ["data"],
-        "title": "The cube: Zarr group of all years" if year is None else f"The cube; {year} is number {m.years.index(year)} along time",
+        "title": "The cube: Zarr group of all years"
+        if year is None
+        else f"The cube; {year} is number {m.years.index(year)} along time",
         "zarr:zarr_format": 3,
         "zarr:node_type": "group",
         "zarr:consolidated": m.consolidated,

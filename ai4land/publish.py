@@ -1,0 +1,362 @@
+"""Publish a run: a static STAC catalogue of its cube and its model beside them, with maps in other formats.
+
+A cube is one collection with an item a year; each part of a cube with parts is a collection of its own, so that a search in
+one never mixes scenarios. The catalogue is made beside its place and moved there when it is whole; one that is there is
+replaced if it is of the same run. Links and hrefs are relative: the folder of a run can be moved or served as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urljoin, urlparse
+
+import zarr
+
+from ai4land import export, mlm, sources, stac
+from ai4land.checkpoint import CARD, load_card
+from ai4land.config import RunConfig, StaticLayer
+from ai4land.errors import AI4LandError, ConfigError, DataError
+from ai4land.inputs import Tell, cubes_of, grid_of
+from ai4land.stac import Credit, Map
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+
+
+def publish(
+    run: RunConfig,
+    *,
+    to: Path | None = None,
+    base_url: str = "",
+    cog: Iterable[int] = (),
+    tell: Tell = _log.info,
+) -> Path:
+    """Publish the cube and the model of a run as a static STAC catalogue.
+
+    Parameters
+    ----------
+    run
+        The run; its cube must be there.
+    to
+        Folder of the catalogue; default: ``stac`` in the folder of the run.
+    base_url
+        Address that the folder will have. With it objects say where they are (``self``), and the index has addresses
+        instead of hrefs relative to itself.
+    cog
+        Years to export as cloud-optimised GeoTIFF.
+    tell
+        Called with lines of progress.
+
+    Returns
+    -------
+    pathlib.Path
+        Of the ``catalog.json``.
+
+    Raises
+    ------
+    DataError
+        If there is no cube, or it has no finished year.
+    ConfigError
+        If a year to export is not in the cube, or the folder holds something else.
+    """
+    if base_url and not urlparse(base_url).netloc:
+        raise ConfigError(f"base URL is {base_url!r}, expected an address such as https://example.org/maps/stac/")
+    base = f"{base_url.rstrip('/')}/" if base_url else ""
+    target = (to or run.folder / "stac").resolve()
+    title = run.title or run.name
+    cube = cubes_of(run)["cube"][0].resolve()
+    maps = maps_of(cube, id=identifier(run.name), title=title)
+    years = sorted(set(cog))
+    lacking = [y for y in years if not any(y in m.years for m in maps)]
+    if lacking:
+        raise ConfigError(f"years to export are {lacking}, expected some of {stac.span(maps[0].years)}; choose years of the cube")
+    _check_target(target, run.name)
+    if target in (cube, *cube.parents):
+        raise ConfigError(
+            f"folder of the catalogue is {target}, which holds the cube, expected one of its own; choose another --to"
+        )
+    credits = credits_of(run, tell=tell)
+    licence = licence_of(run, maps[0])
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        _write(run, maps, part, target, cube=cube, base=base, cog=years, credits=credits, licence=licence, tell=tell)
+        _move(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target / "catalog.json"
+
+
+def identifier(text: str) -> str:
+    """Make an id of letters, digits, ``-`` and ``_``.
+
+    >>> identifier("global 1km.v2")
+    'global-1km-v2'
+    """
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "map"
+
+
+def maps_of(cube: Path, *, id: str, title: str) -> list[Map]:
+    """List what a cube holds: one map, or one for each of its parts.
+
+    Raises
+    ------
+    DataError
+        If there is no cube, or no year of it is finished.
+    """
+    try:
+        group = zarr.open_group(cube, mode="r")
+    except (FileNotFoundError, zarr.errors.GroupNotFoundError) as error:
+        raise DataError(f"no cube at {cube}; make one with: ai4land reconstruct RUN.yaml") from error
+    if "land_cover" in group:
+        maps = [stac.read_map(cube, id=id, title=title)]
+    else:
+        parts = sorted(str(name) for name, child in group.groups() if "land_cover" in child)
+        if not parts:
+            raise DataError(
+                f"cube {cube} has no land_cover and no part with one, expected a cube of ai4land; reconstruct it again"
+            )
+        odd = [p for p in parts if not _NAME.match(p)]
+        if odd:
+            raise DataError(f"part of cube {cube} is named {odd[0]!r}, expected letters, digits, '.', '-' and '_'; rename it")
+        ids = {p: f"{id}-{identifier(p)}" for p in parts}
+        if len(set(ids.values())) < len(parts):
+            raise DataError(f"parts of cube {cube} are {parts}, expected names that differ in letters and digits; rename them")
+        maps = [stac.read_map(cube / p, id=ids[p], title=f"{title}, {p}", part=p) for p in parts]
+    empty = [m for m in maps if not m.years]
+    whole = group.metadata.consolidated_metadata is not None
+    if len(empty) == len(maps) or not whole:
+        raise DataError(f"cube {cube} has no finished year, expected one at least; finish it with: ai4land reconstruct RUN.yaml")
+    return [m for m in maps if m.years]
+
+
+# -- whom it is owed to ----------------------------------------------------------------------------------------------------
+
+
+def credits_of(run: RunConfig, *, tell: Tell = _log.info) -> list[Credit]:
+    """Collect licences and citations of the inputs: of ``sources``, and of the STAC collections of the static maps."""
+    found = [
+        Credit(
+            title=source.title,
+            licence=source.licence,
+            licence_url=source.licence_url,
+            citation=source.citation,
+            doi=source.doi,
+            providers=tuple({"name": name, "roles": ["producer"]} for name in source.providers),
+            url=source.page or (f"https://doi.org/{source.doi}" if source.doi else ""),
+        )
+        for source in sources.credits_of(run.sources)
+    ]
+    named = sorted({(str(s.catalog), str(s.collection)) for s in run.static if isinstance(s, StaticLayer) and s.catalog})
+    for catalog, collection in named:
+        if collection in run.sources:
+            continue
+        try:
+            found.append(_credit_of(run, catalog, collection))
+        except (AI4LandError, OSError) as error:
+            tell(f"licence of collection {collection} of {catalog} can not be read and is left out: {error}")
+    return found
+
+
+def _credit_of(run: RunConfig, catalog: str, collection: str) -> Credit:
+    """Ask the catalogue that a static map comes from."""
+    from ai4land.catalog import find_items
+
+    grid = grid_of(run)
+    items = find_items(run.path(catalog), collection=collection, bbox=grid.bounds if grid.geographic else None)
+    owner = items[0].get_collection()
+    if owner is None:
+        return Credit(title=collection)
+    said = owner.to_dict(include_self_link=False, transform_hrefs=False)
+    links = [entry for entry in said.get("links", []) if entry.get("rel") in ("license", "self")]
+    public = {str(e["rel"]): str(e["href"]) for e in links if str(e.get("href", "")).startswith(("https://", "http://"))}
+    own = owner.get_self_href() or ""
+    return Credit(
+        title=str(said.get("title") or collection),
+        licence=str(said.get("license") or ""),
+        licence_url=public.get("license", ""),
+        citation=str(said.get("sci:citation") or ""),
+        doi=str(said.get("sci:doi") or ""),
+        providers=tuple(
+            {"name": str(p["name"]), "roles": ["producer"], **({"url": p["url"]} if _web(p.get("url")) else {})}
+            for p in said.get("providers", [])
+            if p.get("name")
+        ),
+        url=own if _web(own) else public.get("self", ""),
+    )
+
+
+def _web(address: Any) -> bool:
+    return isinstance(address, str) and address.startswith(("https://", "http://"))
+
+
+def licence_of(run: RunConfig, m: Map) -> str:
+    """Say the licence of what is published: that of the sources, else what the cube says, else ``other``."""
+    if run.sources:
+        return sources.licence_of(run.sources)
+    said = str(m.attrs.get("license", ""))
+    return said if stac.LICENCE.match(said) else "other"
+
+
+# -- writing --------------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    run: RunConfig,
+    maps: Sequence[Map],
+    folder: Path,
+    target: Path,
+    *,
+    cube: Path,
+    base: str,
+    cog: Sequence[int],
+    credits: list[Credit],
+    licence: str,
+    tell: Tell,
+) -> None:
+    """Write the whole catalogue into ``folder``, as it will be at ``target``."""
+    children, items, single = [], [], len(maps) == 1
+    for m in maps:
+        group = zarr.open_group(m.path, mode="r")
+        here = folder / m.id
+        export.thumbnail(group, year=m.years[-1], box=m.box, flags=m.flags, path=here / "thumbnail.png")
+        made = [_item(m, year, group, here, target=target, export_it=year in cog, tell=tell) for year in m.years]
+        assets = {"thumbnail": stac.image_asset("./thumbnail.png", f"Land cover of {m.years[-1]}")}
+        assets["items"] = {
+            "href": "../items.parquet",
+            "type": stac.PARQUET_TYPE,
+            "roles": ["collection-mirror" if single else "index"],
+            "title": "Items of the catalogue as stac-geoparquet",
+        }
+        root, store = _relative(m.path, target / m.id), _relative(cube, target / m.id)
+        about = stac.collection(m, credits=credits, licence=licence, cube=root, root=store, assets=assets)
+        about["links"] += [stac.link("item", f"./{i['id']}/{i['id']}.json", "application/geo+json") for i in made]
+        children.append((m, about))
+        items += made
+    models = _model(run, maps[0], folder, target, base=base, credits=credits, licence=licence, tell=tell)
+    for m, about in children:
+        for id, item_id in models:
+            about["links"].append(
+                stac.link("derived_from", f"../{id}/{item_id}/{item_id}.json", "application/geo+json", title="Model")
+            )
+        _save(about, folder, f"{m.id}/collection.json", base)
+    for made_item in items:
+        _save(made_item, folder, _place(made_item), base)
+    _index([_from_root(i, base) for i in items], folder / "items.parquet")
+    named = [(m.id, m.title) for m in maps] + [(id, f"{maps[0].title}: model") for id, _ in models]
+    title = run.title or run.name
+    root_object = stac.catalog(id=f"{identifier(run.name)}-catalog", title=title, run=run.name, children=named, index=True)
+    _save(root_object, folder, "catalog.json", base)
+
+
+def _item(m: Map, year: int, group: zarr.Group, folder: Path, *, target: Path, export_it: bool, tell: Tell) -> dict[str, Any]:
+    id = f"{m.id}-{year}"
+    cube = _relative(m.path, target / m.id / id)
+    if not export_it:
+        return stac.item(m, year, cube=cube)
+    tell(f"GeoTIFF of {year}")
+    time = m.years.index(year)
+    export.write_cog(group["land_cover"], time=time, box=m.box, flags=m.flags, fill=m.fill, path=folder / id / f"{id}.tif")
+    export.thumbnail(group, year=year, box=m.box, flags=m.flags, path=folder / id / "thumbnail.png")
+    return stac.item(m, year, cube=cube, cog=f"./{id}.tif", thumbnail="./thumbnail.png")
+
+
+def _model(
+    run: RunConfig, m: Map, folder: Path, target: Path, *, base: str, credits: list[Credit], licence: str, tell: Tell
+) -> list[tuple[str, str]]:
+    """Write the collection and the item of the model; give their ids, or nothing where the folder has no model."""
+    if not (run.folder / CARD).is_file():
+        tell(f"no model in {run.folder}: the catalogue describes the cube alone")
+        return []
+    id = f"{identifier(run.name)}-model"
+    card = load_card(run.folder)
+    item_id = f"{id}-{card.weights[:12]}"
+    item = mlm.model_item(run.folder, card, m, collection=id, to_folder=_relative(run.folder.resolve(), target / id / item_id))
+    about = mlm.model_collection(m, id=id, credits=credits, licence=licence, item=item)
+    about["links"].append(stac.link("item", f"./{item_id}/{item_id}.json", "application/geo+json"))
+    _save(about, folder, f"{id}/collection.json", base)
+    _save(item, folder, _place(item), base)
+    return [(id, item_id)]
+
+
+def _relative(path: Path, start: Path) -> str:
+    return Path(os.path.relpath(path, start)).as_posix()
+
+
+def _place(item: dict[str, Any]) -> str:
+    return f"{item['collection']}/{item['id']}/{item['id']}.json"
+
+
+def _save(value: dict[str, Any], folder: Path, place: str, base: str) -> None:
+    """Write an object; collections get the links to their root, and with a base URL every object says where it is."""
+    links = list(value["links"])
+    if value["type"] == "Collection":
+        links = [stac.link("root", "../catalog.json"), stac.link("parent", "../catalog.json"), *links]
+    if base:
+        kind = "application/geo+json" if value["type"] == "Feature" else "application/json"
+        links.insert(0, stac.link("self", base + quote(place), kind))
+    path = folder / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**value, "links": links}, indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _from_root(item: dict[str, Any], base: str) -> dict[str, Any]:
+    """Give the item for the index: hrefs from the folder of the catalogue, or addresses."""
+    above = Path(_place(item)).parent
+
+    def moved(href: str) -> str:
+        place = Path(os.path.normpath(above / href)).as_posix()
+        return urljoin(base, quote(place)) if base else place
+
+    assets = {key: {**asset, "href": moved(asset["href"])} for key, asset in item["assets"].items()}
+    return {**item, "assets": assets, "links": [{**entry, "href": moved(entry["href"])} for entry in item["links"]]}
+
+
+def _index(items: list[dict[str, Any]], path: Path) -> None:
+    """Write the items as stac-geoparquet."""
+    try:
+        import rustac
+    except ImportError as error:
+        raise ConfigError(
+            "rustac is not installed, which writes the index of the items; pip install 'ai4land[publish]'"
+        ) from error
+    rustac.write_sync(str(path), items)
+
+
+def _check_target(target: Path, name: str) -> None:
+    """Refuse to replace what is not the catalogue of this run."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    try:
+        owner = json.loads((target / "catalog.json").read_text(encoding="utf-8"))["ai4land:run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"folder {target} holds files that are not a catalogue of ai4land, expected none; choose another one with --to"
+        ) from None
+    if owner != name:
+        raise ConfigError(
+            f"folder {target} holds the catalogue of run {owner!r}, expected {name!r}; choose another one with --to"
+        )
+
+
+def _move(part: Path, target: Path) -> None:
+    """Put the new catalogue in the place of the old one."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.replace(old)
+    try:
+        part.replace(target)
+    except OSError:
+        if old.exists():
+            old.replace(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
