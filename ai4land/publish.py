@@ -24,9 +24,11 @@ from ai4land.checkpoint import CARD, load_card
 from ai4land.config import RunConfig, StaticLayer
 from ai4land.errors import AI4LandError, ConfigError, DataError
 from ai4land.inputs import Tell, cubes_of, grid_of
-from ai4land.stac import Credit, Map
+from ai4land.stac import Credit, Map, Place
 
 _log = logging.getLogger(__name__)
+_FREE = ("CC0-1.0", "CC-PDM-1.0")
+"""Licences that ask for nothing."""
 _NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 
 
@@ -71,19 +73,19 @@ def publish(
     base = f"{base_url.rstrip('/')}/" if base_url else ""
     target = (to or run.folder / "stac").resolve()
     title = run.title or run.name
-    cube = cubes_of(run)["cube"][0].resolve()
+    cube = root_of(cubes_of(run)["cube"][0])
     maps = maps_of(cube, id=identifier(run.name), title=title)
     years = sorted(set(cog))
     lacking = [y for y in years if not any(y in m.years for m in maps)]
     if lacking:
         raise ConfigError(f"years to export are {lacking}, expected some of {stac.span(maps[0].years)}; choose years of the cube")
     _check_target(target, run.name)
-    if target in (cube, *cube.parents):
+    if isinstance(cube, Path) and (target in (cube, *cube.parents) or cube in target.parents):
         raise ConfigError(
-            f"folder of the catalogue is {target}, which holds the cube, expected one of its own; choose another --to"
+            f"folder of the catalogue is {target}, expected one apart from the cube {cube}; choose another one with --to"
         )
     credits = credits_of(run, tell=tell)
-    licence = licence_of(run, maps[0])
+    licence = licence_of(run, maps[0], credits)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -92,6 +94,17 @@ def publish(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target / "catalog.json"
+
+
+def root_of(place: Place) -> Place:
+    """Name the store of a cube, given that or the place of one of its parts.
+
+    >>> root_of("s3://bucket/globe.zarr/ssp126"), root_of("s3://bucket/globe.zarr")
+    ('s3://bucket/globe.zarr', 's3://bucket/globe.zarr')
+    """
+    above = re.fullmatch(r"(.+\.zarr)/[^/]+", str(place).rstrip("/"))
+    root = above[1] if above else str(place).rstrip("/")
+    return root if "://" in root else Path(root).resolve()
 
 
 def identifier(text: str) -> str:
@@ -103,7 +116,7 @@ def identifier(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "map"
 
 
-def maps_of(cube: Path, *, id: str, title: str) -> list[Map]:
+def maps_of(cube: Place, *, id: str, title: str) -> list[Map]:
     """List what a cube holds: one map, or one for each of its parts.
 
     Raises
@@ -112,7 +125,7 @@ def maps_of(cube: Path, *, id: str, title: str) -> list[Map]:
         If there is no cube, or no year of it is finished.
     """
     try:
-        group = zarr.open_group(cube, mode="r")
+        group = stac.open_group(cube)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError) as error:
         raise DataError(f"no cube at {cube}; make one with: ai4land reconstruct RUN.yaml") from error
     if "land_cover" in group:
@@ -129,7 +142,7 @@ def maps_of(cube: Path, *, id: str, title: str) -> list[Map]:
         ids = {p: f"{id}-{identifier(p)}" for p in parts}
         if len(set(ids.values())) < len(parts):
             raise DataError(f"parts of cube {cube} are {parts}, expected names that differ in letters and digits; rename them")
-        maps = [stac.read_map(cube / p, id=ids[p], title=f"{title}, {p}", part=p) for p in parts]
+        maps = [stac.read_map(stac.inside(cube, p), id=ids[p], title=f"{title}, {p}", part=p) for p in parts]
     empty = [m for m in maps if not m.years]
     whole = group.metadata.consolidated_metadata is not None
     if len(empty) == len(maps) or not whole:
@@ -161,7 +174,8 @@ def credits_of(run: RunConfig, *, tell: Tell = _log.info) -> list[Credit]:
         try:
             found.append(_credit_of(run, catalog, collection))
         except (AI4LandError, OSError) as error:
-            tell(f"licence of collection {collection} of {catalog} can not be read and is left out: {error}")
+            tell(f"licence of collection {collection} of {catalog} can not be read: {error}")
+            found.append(Credit(title=collection))
     return found
 
 
@@ -197,12 +211,16 @@ def _web(address: Any) -> bool:
     return isinstance(address, str) and address.startswith(("https://", "http://"))
 
 
-def licence_of(run: RunConfig, m: Map) -> str:
-    """Say the licence of what is published: that of the sources, else what the cube says, else ``other``."""
-    if run.sources:
-        return sources.licence_of(run.sources)
-    said = str(m.attrs.get("license", ""))
-    return said if stac.LICENCE.match(said) else "other"
+def licence_of(run: RunConfig, m: Map, credits: Sequence[Credit]) -> str:
+    """Say the licence of what is published: that of the sources, else what the cube says, else ``other``.
+
+    That of the sources holds if no other input asks for more.
+    """
+    if not run.sources:
+        said = str(m.attrs.get("license", ""))
+        return said if stac.LICENCE.match(said) else "other"
+    given = sources.licence_of(run.sources)
+    return given if {c.licence for c in credits[len(set(run.sources)) :]} <= {given, *_FREE} else "other"
 
 
 # -- writing --------------------------------------------------------------------------------------------------------------
@@ -214,7 +232,7 @@ def _write(
     folder: Path,
     target: Path,
     *,
-    cube: Path,
+    cube: Place,
     base: str,
     cog: Sequence[int],
     credits: list[Credit],
@@ -224,7 +242,7 @@ def _write(
     """Write the whole catalogue into ``folder``, as it will be at ``target``."""
     children, items, single = [], [], len(maps) == 1
     for m in maps:
-        group = zarr.open_group(m.path, mode="r")
+        group = stac.open_group(m.path)
         here = folder / m.id
         export.thumbnail(group, year=m.years[-1], box=m.box, flags=m.flags, path=here / "thumbnail.png")
         made = [_item(m, year, group, here, target=target, export_it=year in cog, tell=tell) for year in m.years]
@@ -286,8 +304,8 @@ def _model(
     return [(id, item_id)]
 
 
-def _relative(path: Path, start: Path) -> str:
-    return Path(os.path.relpath(path, start)).as_posix()
+def _relative(path: Place, start: Path) -> str:
+    return path if isinstance(path, str) else Path(os.path.relpath(path, start)).as_posix()
 
 
 def _place(item: dict[str, Any]) -> str:

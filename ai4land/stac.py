@@ -37,8 +37,23 @@ COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
 PARQUET_TYPE = "application/vnd.apache.parquet"
 LICENCE = re.compile(r"^[\w\-.+]+$")
 """What STAC takes as a licence: an SPDX identifier or ``other``."""
+_NO_SPDX = ("other", "various", "proprietary")
 _DOI = re.compile(r"^10\.[0-9a-zA-Z]{4,}/\S+$")
 _STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+
+
+Place = str | Path
+"""A folder, or the URL of one."""
+
+
+def open_group(place: Place) -> zarr.Group:
+    """Open a Zarr group for reading."""
+    return zarr.open_group(place, mode="r")
+
+
+def inside(place: Place, name: str) -> Place:
+    """Name a group within a group."""
+    return place / name if isinstance(place, Path) else f"{place}/{name}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,7 @@ class Map:
 
     id: str
     part: str
-    path: Path
+    path: Place
     title: str
     years: tuple[int, ...]
     box: GeoBox
@@ -127,7 +142,7 @@ class Map:
         return digest(self.attrs.get("ai4land_identity", {}))
 
 
-def read_map(path: Path, *, id: str, title: str, part: str = "") -> Map:
+def read_map(path: Place, *, id: str, title: str, part: str = "") -> Map:
     """Read from its metadata what a catalogue says about a cube.
 
     Raises
@@ -135,7 +150,7 @@ def read_map(path: Path, *, id: str, title: str, part: str = "") -> Map:
     DataError
         If the group is no cube, or its classes or its grid can not be read.
     """
-    group = zarr.open_group(path, mode="r")
+    group = open_group(path)
     arrays = {str(name): array for name, array in group.arrays()}
     lacking = [n for n in ("land_cover", "year", "latitude", "longitude", "spatial_ref") if n not in arrays]
     if lacking:
@@ -156,10 +171,10 @@ def read_map(path: Path, *, id: str, title: str, part: str = "") -> Map:
         fill=int(cover.fill_value),
         variables={
             name: {
-                "data_type": array.dtype.name,
-                "dims": list(array.metadata.dimension_names or ()),
-                "fill": float(array.fill_value),
                 **dict(array.attrs),
+                "data_type": array.dtype.name,
+                "dims": list(getattr(array.metadata, "dimension_names", None) or ()),
+                "fill": float(array.fill_value),
             }
             for name, array in sorted(arrays.items())
             if array.ndim > 2
@@ -180,7 +195,7 @@ def _box(reference: dict[str, Any], latitude: Any, longitude: Any) -> GeoBox:
     return GeoBox((latitude.shape[0], longitude.shape[0]), Affine(a, b, c, d, e, f), crs)
 
 
-def _flags(attrs: dict[str, Any], path: Path) -> tuple[Flag, ...]:
+def _flags(attrs: dict[str, Any], path: Place) -> tuple[Flag, ...]:
     codes, names = attrs.get("flag_values", []), str(attrs.get("flag_meanings", "")).split()
     colours = str(attrs.get("flag_colors", "")).split() or ["#808080"] * len(codes)
     if not codes or not len(codes) == len(names) == len(colours):
@@ -201,7 +216,7 @@ def plain(text: str) -> str:
     r"""Make text mean itself in CommonMark: no HTML, no links, no emphasis.
 
     >>> plain("<b>a*</b> [x](y)")
-    '&lt;b&gt;a\\\\*&lt;/b&gt; \\\\[x\\\\](y)'
+    '&lt;b&gt;a\\*&lt;/b&gt; \\[x\\](y)'
     """
     return re.sub(r"([\\`*_\[\]#|~!])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
@@ -287,8 +302,9 @@ def credit_fields(credits: Sequence[Credit], *, licence: str) -> tuple[dict[str,
             providers.append(dict(provider))
     links = []
     for c in credits:
-        if c.licence_url:
-            links.append(link("license", c.licence_url, "", title=f"{c.title}: {c.licence}"))
+        spdx = f"https://spdx.org/licenses/{c.licence}.html" if LICENCE.match(c.licence) and c.licence not in _NO_SPDX else ""
+        if c.licence_url or spdx:
+            links.append(link("license", c.licence_url or spdx, "", title=f"{c.title}: {c.licence}"))
         if c.url:
             links.append(link("via", c.url, "", title=c.title))
     publications = [
@@ -403,7 +419,7 @@ def _variable(v: dict[str, Any]) -> dict[str, Any]:
     return {
         "dimensions": v["dims"],
         "variable_type": "data",
-        **{k: str(text) for k, text in said.items() if text},
+        **{k: plain(str(text)) for k, text in said.items() if text},
         "data_type": v["data_type"],
         "nodata": _number(v["fill"]),
     }
