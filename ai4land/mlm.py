@@ -45,7 +45,7 @@ def model_item(folder: Path, card: Card, m: stac.Map, *, collection: str, to_fol
     """
     weights, header = _weights(folder / WEIGHTS, card.weights)
     years, stamps = sorted(int(y) for y in card.training.get("years", m.years)), m.stamps
-    id = f"{collection}-{card.weights[:12]}"
+    id, bands = f"{collection}-{card.weights[:12]}", _bands(card)
     return {
         "type": "Feature",
         "stac_version": stac.STAC_VERSION,
@@ -79,7 +79,7 @@ def model_item(folder: Path, card: Card, m: stac.Map, *, collection: str, to_fol
                 "sharpness": card.sharpness,
                 **{k: v for k, v in card.training.items() if k in ("steps", "best_step", "validation_loss", "class_weights")},
             },
-            "bands": _bands(card),
+            "bands": bands,
         },
         "assets": {
             "weights": {
@@ -88,6 +88,8 @@ def model_item(folder: Path, card: Card, m: stac.Map, *, collection: str, to_fol
                 "roles": ["mlm:model", "mlm:weights"],
                 "title": "Weights (safetensors)",
                 "mlm:artifact_type": "safetensors.torch.save_file",
+                # STAC takes bands of an item only where an asset has some, and MLM only in the item.
+                "bands": [{"name": band["name"]} for band in bands],
                 **weights,
             },
             "card": {
@@ -113,7 +115,7 @@ def model_collection(m: stac.Map, *, id: str, credits: list[stac.Credit], licenc
     return {
         "type": "Collection",
         "stac_version": stac.STAC_VERSION,
-        "stac_extensions": [MLM, stac.VERSION, *([stac.SCIENTIFIC] if "sci:publications" in fields else [])],
+        "stac_extensions": [stac.VERSION, *([stac.SCIENTIFIC] if "sci:publications" in fields else [])],
         "id": id,
         "title": f"{m.title}: model",
         "description": f"The model that made {stac.plain(m.title)}.",
@@ -123,7 +125,6 @@ def model_collection(m: stac.Map, *, id: str, credits: list[stac.Credit], licenc
             "spatial": {"bbox": [list(m.bbox)]},
             "temporal": {"interval": [[properties["start_datetime"], properties["end_datetime"]]]},
         },
-        "summaries": {"mlm:name": properties["mlm:name"], "mlm:architecture": "U-Net", "mlm:tasks": TASKS},
         "links": links,
     }
 

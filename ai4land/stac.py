@@ -282,7 +282,7 @@ def catalog(*, id: str, title: str, run: str, children: Iterable[tuple[str, str]
     links = [link("root", "./catalog.json")]
     links += [link("child", f"./{child}/collection.json", title=words) for child, words in children]
     if index:
-        links.append(link("items", "./items.parquet", PARQUET_TYPE, title="All items as stac-geoparquet"))
+        links.append(link("alternate", "./items.parquet", PARQUET_TYPE, title="All items as stac-geoparquet"))
     return {
         "type": "Catalog",
         "stac_version": STAC_VERSION,
