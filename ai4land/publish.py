@@ -27,8 +27,8 @@ from ai4land.inputs import Tell, cubes_of, grid_of
 from ai4land.stac import Credit, Map, Place
 
 _log = logging.getLogger(__name__)
-_FREE = ("CC0-1.0", "CC-PDM-1.0")
-"""Licences that ask for nothing."""
+_ASKS = {"CC0-1.0": 0, "CC-PDM-1.0": 0, "CC-BY-4.0": 1, "CC-BY-SA-4.0": 2}
+"""Licences of which each holds for a mix with those that ask for less."""
 _NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 
 
@@ -214,13 +214,15 @@ def _web(address: Any) -> bool:
 def licence_of(run: RunConfig, m: Map, credits: Sequence[Credit]) -> str:
     """Say the licence of what is published: that of the sources, else what the cube says, else ``other``.
 
-    That of the sources holds if no other input asks for more.
+    Licences of other inputs count too: one that does not mix with that of the sources makes ``other`` of it.
     """
     if not run.sources:
         said = str(m.attrs.get("license", ""))
         return said if stac.LICENCE.match(said) else "other"
-    given = sources.licence_of(run.sources)
-    return given if {c.licence for c in credits[len(set(run.sources)) :]} <= {given, *_FREE} else "other"
+    every = {sources.licence_of(run.sources), *(c.licence for c in credits[len(set(run.sources)) :])}
+    if len(every) == 1:
+        return every.pop()
+    return max(sorted(every), key=_ASKS.__getitem__) if every <= _ASKS.keys() else "other"
 
 
 # -- writing --------------------------------------------------------------------------------------------------------------
