@@ -210,7 +210,10 @@ def publish(
     overrides: Overrides = None,
     to: Annotated[Path | None, typer.Option(help="Folder of the catalogue (default: stac in that of the run).")] = None,
     base_url: Annotated[str, typer.Option(help="Address that the folder will have.")] = "",
-    cog: Annotated[list[int] | None, typer.Option(metavar="YEAR", help="Year to export as GeoTIFF; may be repeated.")] = None,
+    cog: Annotated[
+        list[str] | None,
+        typer.Option(metavar="YEARS", help="Year, or years such as 2000-2009, to export as GeoTIFF; may be repeated."),
+    ] = None,
 ) -> None:
     """Describe the cube and the model as a STAC catalogue that can be served as it is.
 

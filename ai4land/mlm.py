@@ -12,6 +12,8 @@ from typing import Any
 
 from ai4land import stac
 from ai4land.checkpoint import CARD, WEIGHTS, Card
+from ai4land.credits import Credit
+from ai4land.describe import Flag, Map
 from ai4land.errors import DataError, MismatchError
 from ai4land.features import Feature
 
@@ -20,7 +22,7 @@ TASKS = ["semantic-segmentation", "downscaling"]
 _NOT_LEARNT = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def model_item(folder: Path, card: Card, m: stac.Map, *, collection: str, to_folder: str) -> dict[str, Any]:
+def model_item(folder: Path, card: Card, m: Map, *, collection: str, to_folder: str) -> dict[str, Any]:
     """Make the item of a model.
 
     Parameters
@@ -108,7 +110,7 @@ def model_item(folder: Path, card: Card, m: stac.Map, *, collection: str, to_fol
     }
 
 
-def model_collection(m: stac.Map, *, id: str, credits: list[stac.Credit], licence: str, item: dict[str, Any]) -> dict[str, Any]:
+def model_collection(m: Map, *, id: str, credits: list[Credit], licence: str, item: dict[str, Any]) -> dict[str, Any]:
     """Make the collection that holds the model of a run; licences and citations of the inputs stay with the weights too."""
     fields, links = stac.credit_fields(credits, licence=licence)
     properties = item["properties"]
@@ -229,7 +231,7 @@ def _inputs(card: Card) -> list[dict[str, Any]]:
 
 
 def _output(card: Card) -> dict[str, Any]:
-    flags = [stac.Flag(c.code, c.name, c.colour) for c in card.legend.classes]
+    flags = [Flag(c.code, c.name, c.colour) for c in card.legend.classes]
     return {
         "name": "class_logits",
         "description": "Log probability of each class, in the order of classification:classes; their values are the codes of the map.",

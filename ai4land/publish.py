@@ -19,16 +19,17 @@ from urllib.parse import quote, urljoin, urlparse
 
 import zarr
 
-from ai4land import export, mlm, sources, stac
+from ai4land import export, mlm, stac
 from ai4land.checkpoint import CARD, load_card
-from ai4land.config import RunConfig, StaticLayer
-from ai4land.errors import AI4LandError, ConfigError, DataError
-from ai4land.inputs import Tell, cubes_of, grid_of
-from ai4land.stac import Credit, Map, Place
+from ai4land.config import RunConfig, expand_years
+from ai4land.credits import Credit, credits_of, licence_of
+from ai4land.describe import Map, Place, inside, open_group, read_map
+from ai4land.errors import ConfigError, DataError
+from ai4land.inputs import Tell, cubes_of
 
 _log = logging.getLogger(__name__)
-_ASKS = {"CC0-1.0": 0, "CC-PDM-1.0": 0, "CC-BY-4.0": 1, "CC-BY-SA-4.0": 2}
-"""Licences of which each holds for a mix with those that ask for less."""
+_OURS = re.compile(r"^(.+/(catalog\.json|collection\.json|items\.parquet|thumbnail\.png)|(.+)/\3\.(json|tif))$")
+"""Folder and name of the files that a catalogue is made of."""
 _NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 
 
@@ -37,7 +38,7 @@ def publish(
     *,
     to: Path | None = None,
     base_url: str = "",
-    cog: Iterable[int] = (),
+    cog: Iterable[int | str] = (),
     tell: Tell = _log.info,
 ) -> Path:
     """Publish the cube and the model of a run as a static STAC catalogue.
@@ -52,7 +53,7 @@ def publish(
         Address that the folder will have. With it objects say where they are (``self``), and the index has addresses
         instead of hrefs relative to itself.
     cog
-        Years to export as cloud-optimised GeoTIFF.
+        Years to export as cloud-optimised GeoTIFF: numbers, or ranges such as ``2000-2009``.
     tell
         Called with lines of progress.
 
@@ -75,7 +76,12 @@ def publish(
     title = run.title or run.name
     cube = root_of(cubes_of(run)["cube"][0])
     maps = maps_of(cube, id=identifier(run.name), title=title)
-    years = sorted(set(cog))
+    try:
+        years = expand_years(list(cog))
+    except ValueError as error:
+        raise ConfigError(
+            f"years to export can not be read: {error}; give numbers such as 2004, or ranges such as 2000-2009"
+        ) from error
     lacking = [y for y in years if not any(y in m.years for m in maps)]
     if lacking:
         raise ConfigError(f"years to export are {lacking}, expected some of {stac.span(maps[0].years)}; choose years of the cube")
@@ -125,11 +131,11 @@ def maps_of(cube: Place, *, id: str, title: str) -> list[Map]:
         If there is no cube, or no year of it is finished.
     """
     try:
-        group = stac.open_group(cube)
+        group = open_group(cube)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError) as error:
         raise DataError(f"no cube at {cube}; make one with: ai4land reconstruct RUN.yaml") from error
     if "land_cover" in group:
-        maps = [stac.read_map(cube, id=id, title=title)]
+        maps = [read_map(cube, id=id, title=title)]
     else:
         parts = sorted(str(name) for name, child in group.groups() if "land_cover" in child)
         if not parts:
@@ -140,89 +146,16 @@ def maps_of(cube: Place, *, id: str, title: str) -> list[Map]:
         if odd:
             raise DataError(f"part of cube {cube} is named {odd[0]!r}, expected letters, digits, '.', '-' and '_'; rename it")
         ids = {p: f"{id}-{identifier(p)}" for p in parts}
-        if len(set(ids.values())) < len(parts):
-            raise DataError(f"parts of cube {cube} are {parts}, expected names that differ in letters and digits; rename them")
-        maps = [stac.read_map(stac.inside(cube, p), id=ids[p], title=f"{title}, {p}", part=p) for p in parts]
+        if len({*ids.values(), f"{id}-model"}) <= len(parts):
+            raise DataError(
+                f"parts of cube {cube} are {parts}, expected names that differ in letters and digits, and none 'model'"
+            )
+        maps = [read_map(inside(cube, p), id=ids[p], title=f"{title}, {p}", part=p) for p in parts]
     empty = [m for m in maps if not m.years]
     whole = group.metadata.consolidated_metadata is not None
     if len(empty) == len(maps) or not whole:
         raise DataError(f"cube {cube} has no finished year, expected one at least; finish it with: ai4land reconstruct RUN.yaml")
     return [m for m in maps if m.years]
-
-
-# -- whom it is owed to ----------------------------------------------------------------------------------------------------
-
-
-def credits_of(run: RunConfig, *, tell: Tell = _log.info) -> list[Credit]:
-    """Collect licences and citations of the inputs: of ``sources``, and of the STAC collections of the static maps."""
-    found = [
-        Credit(
-            title=source.title,
-            licence=source.licence,
-            licence_url=source.licence_url,
-            citation=source.citation,
-            doi=source.doi,
-            providers=tuple({"name": name, "roles": ["producer"]} for name in source.providers),
-            url=source.page or (f"https://doi.org/{source.doi}" if source.doi else ""),
-        )
-        for source in sources.credits_of(run.sources)
-    ]
-    named = sorted({(str(s.catalog), str(s.collection)) for s in run.static if isinstance(s, StaticLayer) and s.catalog})
-    for catalog, collection in named:
-        if collection in run.sources:
-            continue
-        try:
-            found.append(_credit_of(run, catalog, collection))
-        except (AI4LandError, OSError) as error:
-            tell(f"licence of collection {collection} of {catalog} can not be read: {error}")
-            found.append(Credit(title=collection))
-    return found
-
-
-def _credit_of(run: RunConfig, catalog: str, collection: str) -> Credit:
-    """Ask the catalogue that a static map comes from."""
-    from ai4land.catalog import find_items
-
-    grid = grid_of(run)
-    items = find_items(run.path(catalog), collection=collection, bbox=grid.bounds if grid.geographic else None)
-    owner = items[0].get_collection()
-    if owner is None:
-        return Credit(title=collection)
-    said = owner.to_dict(include_self_link=False, transform_hrefs=False)
-    links = [entry for entry in said.get("links", []) if entry.get("rel") in ("license", "self")]
-    public = {str(e["rel"]): str(e["href"]) for e in links if str(e.get("href", "")).startswith(("https://", "http://"))}
-    own = owner.get_self_href() or ""
-    return Credit(
-        title=str(said.get("title") or collection),
-        licence=str(said.get("license") or ""),
-        licence_url=public.get("license", ""),
-        citation=str(said.get("sci:citation") or ""),
-        doi=str(said.get("sci:doi") or ""),
-        providers=tuple(
-            {"name": str(p["name"]), "roles": ["producer"], **({"url": p["url"]} if _web(p.get("url")) else {})}
-            for p in said.get("providers", [])
-            if p.get("name")
-        ),
-        url=own if _web(own) else public.get("self", ""),
-    )
-
-
-def _web(address: Any) -> bool:
-    return isinstance(address, str) and address.startswith(("https://", "http://"))
-
-
-def licence_of(run: RunConfig, m: Map, credits: Sequence[Credit]) -> str:
-    """Say the licence of what is published: that of the sources, else what the cube says, else ``other``.
-
-    Licences of other inputs count too: one that does not mix with that of the sources makes ``other`` of it.
-    """
-    if not run.sources:
-        said = str(m.attrs.get("license", ""))
-        return said if stac.LICENCE.match(said) else "other"
-    every = {sources.licence_of(run.sources), *(c.licence for c in credits[len(set(run.sources)) :])}
-    if len(every) == 1:
-        return every.pop()
-    return max(sorted(every), key=_ASKS.__getitem__) if every <= _ASKS.keys() else "other"
 
 
 # -- writing --------------------------------------------------------------------------------------------------------------
@@ -244,7 +177,7 @@ def _write(
     """Write the whole catalogue into ``folder``, as it will be at ``target``."""
     children, items, single = [], [], len(maps) == 1
     for m in maps:
-        group = stac.open_group(m.path)
+        group = open_group(m.path)
         here = folder / m.id
         export.thumbnail(group, year=m.years[-1], box=m.box, flags=m.flags, path=here / "thumbnail.png")
         made = [_item(m, year, group, here, target=target, export_it=year in cog, tell=tell) for year in m.years]
@@ -361,6 +294,11 @@ def _check_target(target: Path, name: str) -> None:
         raise ConfigError(
             f"folder {target} holds files that are not a catalogue of ai4land, expected none; choose another one with --to"
         ) from None
+    strange = [p for p in target.rglob("*") if p.is_file() and not _OURS.match(f"{p.parent.name}/{p.name}")]
+    if strange:
+        raise ConfigError(
+            f"folder {target} of the catalogue holds {strange[0].relative_to(target)}, which would be lost; move it elsewhere"
+        )
     if owner != name:
         raise ConfigError(
             f"folder {target} holds the catalogue of run {owner!r}, expected {name!r}; choose another one with --to"

@@ -5,11 +5,12 @@ import hashlib
 import pytest
 
 from ai4land.checkpoint import save_model
+from ai4land.credits import Credit
+from ai4land.describe import read_map
 from ai4land.errors import DataError, MismatchError
 from ai4land.mlm import checksum, model_collection, model_item
-from ai4land.stac import Credit, read_map
 from tests.test_checkpoint import LEGEND, SPEC, card, network
-from tests.test_stac import make
+from tests.test_describe import make
 
 
 @pytest.fixture

@@ -447,6 +447,11 @@ def test_what_is_not_ours_is_not_replaced(tmp_path):
         with pytest.raises(ConfigError, match="files that are not a catalogue of ai4land"):
             publish(run, to=folder)
         assert contents(folder) == before
+    path = publish(run, to=tmp_path / "out")
+    (path.parent / "tiny-map" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds tiny-map/notes.txt, which would be lost"):
+        publish(run, to=tmp_path / "out")
+    (path.parent / "tiny-map" / "notes.txt").unlink()
     publish(run, to=tmp_path / "out")
     other = run.model_copy(update={"name": "second"})
     other.folder.mkdir()
@@ -480,6 +485,8 @@ def test_what_can_not_be_published_is_refused(tmp_path):
     make_cube(run.folder / "cube.zarr", years=YEARS)
     with pytest.raises(ConfigError, match=r"years to export are \[1999\]"):
         publish(run, cog=[2004, 1999])
+    with pytest.raises(ConfigError, match="years to export can not be read"):
+        publish(run, cog=["next"])
     with pytest.raises(ConfigError, match="base URL is 'stac'"):
         publish(run, base_url="stac")
     assert not (run.folder / "stac").exists()
@@ -496,7 +503,7 @@ def test_command_publishes(tmp_path):
         tmp_path / "run.yaml",
         "title=Else",
         "--cog",
-        "2004",
+        "2004-2005",
         "--cog",
         "850",
     ]
@@ -504,7 +511,7 @@ def test_command_publishes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str((run.folder / "stac" / "catalog.json").resolve())
     assert objects(run.folder / "stac")["catalog.json"]["title"] == "Else"
-    assert sorted(p.name for p in run.folder.rglob("*.tif")) == ["tiny-map-2004.tif", "tiny-map-850.tif"]
+    assert sorted(p.name for p in run.folder.rglob("*.tif")) == [f"tiny-map-{y}.tif" for y in (2004, 2005, 850)]
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------------
