@@ -26,6 +26,8 @@ from ai4land.describe import Flag
 
 SIDE = 1024
 """Longest side of a picture in pixels."""
+_CACHE = 128
+"""Megabytes of blocks that GDAL keeps."""
 
 
 def thumbnail(group: zarr.Group, *, year: int, box: GeoBox, flags: Sequence[Flag], path: Path) -> Path:
@@ -151,25 +153,27 @@ def write_cog(
     profile = {"driver": "GTiff", "dtype": "uint8", "count": 1, "height": rows, "width": cols, "nodata": fill}
     place = {"crs": str(box.crs), "transform": Affine(*box.affine[:6])}
     layout = {"tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "zstd", "bigtiff": "if_safer", "sparse_ok": True}
-    try:
-        with rasterio.open(scratch, "w", **profile, **place, **layout) as file:
-            file.write_colormap(1, {f.code: (*(int(f.colour[i : i + 2], 16) for i in (1, 3, 5)), 255) for f in flags})
-            file.set_band_description(1, name)
-            for row in range(0, rows, side):
-                for col in range(0, cols, side):
-                    block = np.asarray(array[time, row : row + side, col : col + side])
-                    if (block != fill).any():
-                        file.write(block, 1, window=Window(col, row, block.shape[1], block.shape[0]))
-        rasterio.shutil.copy(
-            scratch,
-            path,
-            driver="COG",
-            compress="deflate",
-            blocksize=512,
-            overview_resampling=Resampling.mode.name,
-            bigtiff="if_safer",
-            num_threads=1,
-        )
-    finally:
-        scratch.unlink(missing_ok=True)
+    # By itself GDAL keeps blocks of up to a twentieth of the memory of the machine.
+    with rasterio.Env(GDAL_CACHEMAX=_CACHE):
+        try:
+            with rasterio.open(scratch, "w", **profile, **place, **layout) as file:
+                file.write_colormap(1, {f.code: (*(int(f.colour[i : i + 2], 16) for i in (1, 3, 5)), 255) for f in flags})
+                file.set_band_description(1, name)
+                for row in range(0, rows, side):
+                    for col in range(0, cols, side):
+                        block = np.asarray(array[time, row : row + side, col : col + side])
+                        if (block != fill).any():
+                            file.write(block, 1, window=Window(col, row, block.shape[1], block.shape[0]))
+            rasterio.shutil.copy(
+                scratch,
+                path,
+                driver="COG",
+                compress="deflate",
+                blocksize=512,
+                overview_resampling=Resampling.mode.name,
+                bigtiff="if_safer",
+                num_threads=1,
+            )
+        finally:
+            scratch.unlink(missing_ok=True)
     return path
