@@ -21,11 +21,11 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
-from ai4land.cube import chunk_side
 from ai4land.errors import DataError, MismatchError
 from ai4land.gaps import check_finite, fill_gaps
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid
 from ai4land.legend import Legend
+from ai4land.template import chunk_side
 
 _log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ import ai4land
 from ai4land.config import RunConfig
 from ai4land.errors import AI4LandError, ConfigError, Unfinished
 from ai4land.runfile import load_run
+from ai4land.stores import Place
 
 app = typer.Typer(
     help="Annual high-resolution land cover from coarse land-use scenarios.\n\n"
@@ -99,11 +100,11 @@ def _train(run: RunConfig) -> None:
         training.train(run, tell=_tell, progress=step)
 
 
-def _reconstruct(run: RunConfig) -> None:
+def _reconstruct(run: RunConfig) -> Place:
     from ai4land import stages
 
     with _bar("reconstruct") as bar:
-        stages.reconstruct(run, tell=_tell, progress=lambda done, total: bar(done, total, "blocks"))
+        return stages.reconstruct(run, tell=_tell, progress=lambda done, total: bar(done, total, "blocks"))
 
 
 def _evaluate(run: RunConfig) -> dict[str, Any]:
@@ -191,8 +192,8 @@ def reconstruct(run: RunFile, overrides: Overrides = None) -> None:
     """
     config = load_run(run, overrides or [])
     with _workers(config):
-        _reconstruct(config)
-    _out.print(str(config.folder / "cube.zarr"), soft_wrap=True)
+        place = _reconstruct(config)
+    _out.print(str(place), soft_wrap=True)
 
 
 @app.command()
@@ -240,9 +241,9 @@ def _whole(config: RunConfig) -> None:
 
     refuse(config)
     _train(config)
-    _reconstruct(config)
+    place = _reconstruct(config)
     _evaluate(config)
-    _out.print(f"Results are in {config.folder}: cube.zarr, evaluation.json, figures/", soft_wrap=True)
+    _out.print(f"Results are in {config.folder}: evaluation.json, figures/; the cube is {place}", soft_wrap=True)
 
 
 @app.command()

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ai4land.align import Layer, check_identity, open_store, write_store
-from ai4land.cube import chunk_side
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, make_grid
 from ai4land.legend import load_legend
+from ai4land.template import chunk_side
 
 YEARS = [2001, 2003]
 LEGEND = load_legend("hildaplus")
