@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,18 @@ from ai4land.raster import Bounds, Resampling, check_cells, check_lattice, check
 from ai4land.rasterfile import reading
 
 _log = logging.getLogger(__name__)
+
+_UNREADABLE = (
+    OSError,
+    pystac.STACError,
+    pystac.STACTypeError,
+    APIError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 
 Modifier = Callable[[pystac.Item], pystac.Item | None]
 
@@ -87,25 +100,8 @@ def find_items(
     boxes = [] if bbox is None else split_bbox(bbox)
     wanted = None if years is None else sorted({int(y) for y in years})
     reach = Reach.of(catalog, beyond=beyond)
-    io = CatalogIO(reach, headers=headers, timeout=timeout)
-    try:
-        found = _search(str(catalog), collection, boxes, wanted, io)
-    except DataError:
-        raise
-    except (
-        OSError,
-        pystac.STACError,
-        pystac.STACTypeError,
-        APIError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
-        raise DataError(
-            f"STAC catalogue {catalog} can not be read ({error}), expected a STAC JSON or API; check its address"
-        ) from error
+    with _reading(catalog):
+        found = _search(str(catalog), collection, boxes, wanted, CatalogIO(reach, headers=headers, timeout=timeout))
     kept = {i.id: i for i in found if _meets(i, boxes) and _within(i, wanted)}
     if not kept:
         raise DataError(
@@ -118,6 +114,33 @@ def find_items(
         items.append((modifier(item) if modifier else None) or item)
     _log.info("%s: %d items of %s", catalog, len(items), collection)
     return items
+
+
+def find_collection(
+    catalog: str | Path,
+    *,
+    collection: str,
+    headers: Mapping[str, str] | None = None,
+    timeout: float | None = 60.0,
+    beyond: Beyond = "none",
+) -> dict[str, Any]:
+    """Read what a catalogue or an API says about a collection, with its links as they are.
+
+    Parameters
+    ----------
+    catalog, collection, headers, timeout, beyond
+        As in :func:`find_items`.
+
+    Raises
+    ------
+    DataError
+        If the catalogue can not be read or has no such collection.
+    """
+    io = CatalogIO(Reach.of(catalog, beyond=beyond), headers=headers, timeout=timeout)
+    with _reading(catalog), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackToPystac)
+        found = _collection(_open(str(catalog), io)[0], str(catalog), collection)
+        return found.to_dict(include_self_link=False, transform_hrefs=False)
 
 
 def load_asset(
@@ -233,34 +256,53 @@ def split_bbox(bbox: Bounds) -> list[Bounds]:
 # -- finding ------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _reading(catalog: str | Path) -> Iterator[None]:
+    """Turn the errors of reading a catalogue into a DataError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise DataError(
+            f"STAC catalogue {catalog} can not be read ({error}), expected a STAC JSON or API; check its address"
+        ) from error
+
+
 def _search(catalog: str, collection: str, boxes: list[Bounds], years: list[int] | None, io: CatalogIO) -> list[pystac.Item]:
+    root, api = _open(catalog, io)
+    with warnings.catch_warnings():
+        # A static catalogue is walked: that is what pystac-client warns about.
+        warnings.simplefilter("ignore", FallbackToPystac)
+        found = _collection(root, catalog, collection)
+        if not api:
+            return list(found.get_items(recursive=True))
+    when = None if years is None else f"{years[0]:04d}-01-01T00:00:00Z/{years[-1]:04d}-12-31T23:59:59Z"
+    areas: list[Bounds | None] = [*boxes] or [None]
+    client: Any = root
+    return [i for box in areas for i in client.search(collections=[collection], bbox=box, datetime=when).items()]
+
+
+def _open(catalog: str, io: CatalogIO) -> tuple[pystac.Catalog, bool]:
+    """Open a catalogue, and tell whether it is an API."""
     local = local_path(catalog)
     href = catalog if local is None else str(local.resolve())
     landing = io.read_json(href)
     rels = {link.get("rel") for link in landing.get("links", [])}
     if "conformsTo" in landing or "search" in rels:
-        client = Client.open(href, stac_io=io)
-        known = [c.id for c in client.get_collections()]
-        if collection not in known:
-            raise _no_collection(catalog, collection, known)
-        when = None if years is None else f"{years[0]:04d}-01-01T00:00:00Z/{years[-1]:04d}-12-31T23:59:59Z"
-        areas: list[Bounds | None] = [*boxes] or [None]
-        return [i for box in areas for i in client.search(collections=[collection], bbox=box, datetime=when).items()]
+        return Client.open(href, stac_io=io), True
     root = pystac.read_dict(landing, href=href, stac_io=io)
     if not isinstance(root, pystac.Catalog):
         raise DataError(f"{catalog} is a STAC {type(root).__name__}, expected a catalogue or a collection; give its catalog.json")
-    with warnings.catch_warnings():
-        # A static catalogue is walked: that is what pystac-client warns about.
-        warnings.simplefilter("ignore", FallbackToPystac)
-        below = [root] if isinstance(root, pystac.Collection) else []
-        every = {c.id: c for c in (*below, *root.get_all_collections())}
-        if collection not in every:
-            raise _no_collection(catalog, collection, list(every))
-        return list(every[collection].get_items(recursive=True))
+    return root, False
 
 
-def _no_collection(catalog: str, collection: str, known: list[str]) -> DataError:
-    return DataError(f"collection is {collection!r}, expected one of {sorted(known)} of {catalog}; choose one")
+def _collection(root: pystac.Catalog, catalog: str, collection: str) -> pystac.Collection:
+    below = [root] if isinstance(root, pystac.Collection) else []
+    every = {c.id: c for c in (*below, *root.get_all_collections())}
+    if collection not in every:
+        raise DataError(f"collection is {collection!r}, expected one of {sorted(every)} of {catalog}; choose one")
+    return every[collection]
 
 
 def _meets(item: pystac.Item, boxes: list[Bounds]) -> bool:

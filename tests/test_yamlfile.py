@@ -32,7 +32,7 @@ def test_tags_construct_nothing(tmp_path, monkeypatch, tag):
         load_run(path)
     with pytest.raises(ConfigError, match=r"legend file .*a\.yaml is not plain YAML"):
         load_legend(path)
-    with pytest.raises(ConfigError, match="override 'name=!.* is not plain YAML"):
+    with pytest.raises(ConfigError, match=r"(?s)override .name=!.* is not plain YAML"):
         load_run("demo.yaml", [f"name={tag}"])
     assert not (tmp_path / "PWNED").exists()
 
