@@ -3,19 +3,18 @@
 :func:`find_items` is the same for a static catalogue (a JSON file, by path or URL, that is walked) and for an API (that is
 searched). :func:`load_asset` merges the items of one collection into one lazy layer with odc-stac, without overviews: those
 of a COG are nearest-neighbour and would shift an average. What odc-stac takes without a word is refused: a layer half a cell
-off, longitudes of 0..360, a nodata value that only the catalogue knows.
+off, longitudes of 0..360, a nodata value that only the catalogue knows, a file that is none of a raster. What a catalogue may
+point to is decided by :mod:`ai4land.hrefs`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 import numpy as np
 import odc.stac
@@ -27,15 +26,28 @@ from numpy.typing import DTypeLike
 from odc.geo.crs import CRS
 from pystac_client import Client
 from pystac_client.exceptions import APIError
-from pystac_client.stac_api_io import StacApiIO
 from pystac_client.warnings import FallbackToPystac
 
 from ai4land.errors import ConfigError, DataError
+from ai4land.filecheck import check_blocks, check_file
 from ai4land.grid import FINE_DIMS, Grid
-from ai4land.raster import Bounds, Resampling, check_lattice, check_longitudes, same_crs
+from ai4land.hrefs import Beyond, CatalogIO, Reach, local_path
+from ai4land.raster import Bounds, Resampling, check_cells, check_lattice, check_longitudes, same_crs
 from ai4land.rasterfile import reading
 
 _log = logging.getLogger(__name__)
+
+_UNREADABLE = (
+    OSError,
+    pystac.STACError,
+    pystac.STACTypeError,
+    APIError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 
 Modifier = Callable[[pystac.Item], pystac.Item | None]
 
@@ -49,6 +61,7 @@ def find_items(
     modifier: Modifier | None = None,
     headers: Mapping[str, str] | None = None,
     timeout: float | None = 60.0,
+    beyond: Beyond = "none",
 ) -> list[pystac.Item]:
     """Find the items of a collection in a static catalogue or an API.
 
@@ -66,9 +79,12 @@ def find_items(
     modifier
         Called with each item, for signing; changes it in place or gives another.
     headers
-        HTTP headers, such as a bearer token.
+        HTTP headers, such as a bearer token, for the host of the catalogue.
     timeout
         Of one request, in seconds.
+    beyond
+        How far links and assets of a catalogue may reach that you trust: those of a local one stay below the folder above
+        its own, if not ``hosts`` (the web as well) or ``all`` (any file as well); those of a remote one name no local file, if not ``all``.
 
     Returns
     -------
@@ -78,17 +94,14 @@ def find_items(
     Raises
     ------
     DataError
-        If the catalogue can not be read, has no such collection, or no item meets the box and the years.
+        If the catalogue can not be read, has no such collection, no item meets the box and the years, or a link or an
+        asset leads where the catalogue may not reach.
     """
     boxes = [] if bbox is None else split_bbox(bbox)
     wanted = None if years is None else sorted({int(y) for y in years})
-    io = StacApiIO(headers=dict(headers or {}), timeout=timeout)
-    try:
-        found = _search(str(catalog), collection, boxes, wanted, io)
-    except (OSError, pystac.STACError, pystac.STACTypeError, APIError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(
-            f"STAC catalogue {catalog} can not be read ({error}), expected a STAC JSON or API; check its address"
-        ) from error
+    reach = Reach.of(catalog, beyond=beyond)
+    with _reading(catalog):
+        found = _search(str(catalog), collection, boxes, wanted, CatalogIO(reach, headers=headers, timeout=timeout))
     kept = {i.id: i for i in found if _meets(i, boxes) and _within(i, wanted)}
     if not kept:
         raise DataError(
@@ -97,10 +110,37 @@ def find_items(
         )
     items = []
     for _, item in sorted(kept.items()):
-        _absolute(item)
+        _absolute(item, reach)
         items.append((modifier(item) if modifier else None) or item)
     _log.info("%s: %d items of %s", catalog, len(items), collection)
     return items
+
+
+def find_collection(
+    catalog: str | Path,
+    *,
+    collection: str,
+    headers: Mapping[str, str] | None = None,
+    timeout: float | None = 60.0,
+    beyond: Beyond = "none",
+) -> dict[str, Any]:
+    """Read what a catalogue or an API says about a collection, with its links as they are.
+
+    Parameters
+    ----------
+    catalog, collection, headers, timeout, beyond
+        As in :func:`find_items`.
+
+    Raises
+    ------
+    DataError
+        If the catalogue can not be read or has no such collection.
+    """
+    io = CatalogIO(Reach.of(catalog, beyond=beyond), headers=headers, timeout=timeout)
+    with _reading(catalog), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackToPystac)
+        found = _collection(_open(str(catalog), io)[0], str(catalog), collection)
+        return found.to_dict(include_self_link=False, transform_hrefs=False)
 
 
 def load_asset(
@@ -216,38 +256,53 @@ def split_bbox(bbox: Bounds) -> list[Bounds]:
 # -- finding ------------------------------------------------------------------------------------------------------------
 
 
-def _search(catalog: str, collection: str, boxes: list[Bounds], years: list[int] | None, io: StacApiIO) -> list[pystac.Item]:
-    href = catalog if "://" in catalog else str(Path(catalog).resolve())
-    landing = io.read_json(_local(href) or href)
-    rels = {link.get("rel") for link in landing.get("links", [])}
-    if "conformsTo" in landing or "search" in rels:
-        client = Client.open(href, stac_io=io)
-        known = [c.id for c in client.get_collections()]
-        if collection not in known:
-            raise _no_collection(catalog, collection, known)
-        when = None if years is None else f"{years[0]:04d}-01-01T00:00:00Z/{years[-1]:04d}-12-31T23:59:59Z"
-        areas: list[Bounds | None] = [*boxes] or [None]
-        return [i for box in areas for i in client.search(collections=[collection], bbox=box, datetime=when).items()]
-    root = pystac.read_dict(landing, href=_local(href) or href, stac_io=io)
-    if not isinstance(root, pystac.Catalog):
-        raise DataError(f"{catalog} is a STAC {type(root).__name__}, expected a catalogue or a collection; give its catalog.json")
+@contextmanager
+def _reading(catalog: str | Path) -> Iterator[None]:
+    """Turn the errors of reading a catalogue into a DataError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise DataError(
+            f"STAC catalogue {catalog} can not be read ({error}), expected a STAC JSON or API; check its address"
+        ) from error
+
+
+def _search(catalog: str, collection: str, boxes: list[Bounds], years: list[int] | None, io: CatalogIO) -> list[pystac.Item]:
+    root, api = _open(catalog, io)
     with warnings.catch_warnings():
         # A static catalogue is walked: that is what pystac-client warns about.
         warnings.simplefilter("ignore", FallbackToPystac)
-        below = [root] if isinstance(root, pystac.Collection) else []
-        every = {c.id: c for c in (*below, *root.get_all_collections())}
-        if collection not in every:
-            raise _no_collection(catalog, collection, list(every))
-        return list(every[collection].get_items(recursive=True))
+        found = _collection(root, catalog, collection)
+        if not api:
+            return list(found.get_items(recursive=True))
+    when = None if years is None else f"{years[0]:04d}-01-01T00:00:00Z/{years[-1]:04d}-12-31T23:59:59Z"
+    areas: list[Bounds | None] = [*boxes] or [None]
+    client: Any = root
+    return [i for box in areas for i in client.search(collections=[collection], bbox=box, datetime=when).items()]
 
 
-def _no_collection(catalog: str, collection: str, known: list[str]) -> DataError:
-    return DataError(f"collection is {collection!r}, expected one of {sorted(known)} of {catalog}; choose one")
+def _open(catalog: str, io: CatalogIO) -> tuple[pystac.Catalog, bool]:
+    """Open a catalogue, and tell whether it is an API."""
+    local = local_path(catalog)
+    href = catalog if local is None else str(local.resolve())
+    landing = io.read_json(href)
+    rels = {link.get("rel") for link in landing.get("links", [])}
+    if "conformsTo" in landing or "search" in rels:
+        return Client.open(href, stac_io=io), True
+    root = pystac.read_dict(landing, href=href, stac_io=io)
+    if not isinstance(root, pystac.Catalog):
+        raise DataError(f"{catalog} is a STAC {type(root).__name__}, expected a catalogue or a collection; give its catalog.json")
+    return root, False
 
 
-def _local(href: str) -> str | None:
-    """Path of a ``file://`` URL."""
-    return url2pathname(urlparse(href).path) if href.startswith("file://") else None
+def _collection(root: pystac.Catalog, catalog: str, collection: str) -> pystac.Collection:
+    below = [root] if isinstance(root, pystac.Collection) else []
+    every = {c.id: c for c in (*below, *root.get_all_collections())}
+    if collection not in every:
+        raise DataError(f"collection is {collection!r}, expected one of {sorted(every)} of {catalog}; choose one")
+    return every[collection]
 
 
 def _meets(item: pystac.Item, boxes: list[Bounds]) -> bool:
@@ -270,15 +325,19 @@ def _span(years: list[int] | None) -> str:
     return "any" if years is None else ", ".join(map(str, years[:20]))
 
 
-def _absolute(item: pystac.Item) -> None:
-    """Make asset hrefs absolute URLs; odc-stac would resolve a bare path against the URL of an API."""
-    for entry in item.assets.values():
-        if "://" in entry.href or entry.href.startswith("/vsi"):
-            continue
-        href = entry.href if Path(entry.href).is_absolute() else entry.get_absolute_href()
-        if href is None:
-            raise DataError(f"asset {entry.href} of item {item.id} is relative and the item has no address; write absolute hrefs")
-        entry.href = href if "://" in href else f"file://{Path(href).as_posix()}"
+def _absolute(item: pystac.Item, reach: Reach) -> None:
+    """Make asset hrefs absolute URLs that the catalogue may point to; odc-stac would resolve a bare path against the URL of an API."""
+    for key, entry in item.assets.items():
+        href: str | None = entry.href
+        if "://" not in entry.href and not Path(entry.href).is_absolute():
+            href = entry.get_absolute_href()
+            if href is None:
+                raise DataError(
+                    f"asset {entry.href} of item {item.id} is relative and the item has no address; write absolute hrefs"
+                )
+        reach.check(str(href), what=f"asset {key} of item {item.id}")
+        path = None if href is None or "://" in href else Path(href).as_posix()
+        entry.href = str(href) if path is None else f"file://{path}"
 
 
 # -- loading ------------------------------------------------------------------------------------------------------------
@@ -312,6 +371,9 @@ def _lattice(item: pystac.Item, asset: str) -> tuple[CRS, Affine, tuple[int, int
 
 def _check_item(item: pystac.Item, asset: str, grid: Grid, resampling: str, patch_url: Callable[[str], str] | None) -> None:
     name = f"{asset} of item {item.id}"
+    path = local_path(item.assets[asset].href)
+    if path is not None:
+        check_file(path)
     box = item.bbox
     if box is not None and grid.geographic:
         east = box[2] if len(box) == 4 else box[3]
@@ -323,6 +385,8 @@ def _check_item(item: pystac.Item, asset: str, grid: Grid, resampling: str, patc
     if lattice is None:
         return
     crs, transform, shape = lattice
+    if shape is not None:
+        check_cells(transform, shape, crs, grid, source=name)
     if crs.geographic and grid.geographic and shape is not None:
         west, east = transform.c, transform.c + shape[1] * transform.a
         check_longitudes((west, -90.0, east, 90.0), grid, cell=transform.a, source=name)
@@ -337,7 +401,9 @@ def _check_item(item: pystac.Item, asset: str, grid: Grid, resampling: str, patc
 def _opened(item: pystac.Item, asset: str, patch_url: Callable[[str], str] | None) -> Any:
     href = item.assets[asset].href
     with reading(href):
-        return rasterio.open(patch_url(href) if patch_url else href)
+        file = rasterio.open(patch_url(href) if patch_url else href)
+    check_blocks(file, href)
+    return file
 
 
 def _check_marked(item: pystac.Item, asset: str, mark: float, patch_url: Callable[[str], str] | None) -> None:

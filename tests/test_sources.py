@@ -104,7 +104,7 @@ def test_the_catalogue_holds_what_the_project_uses():
     for source in sources.values():
         assert source.title and source.citation and source.providers and source.licence_url
         assert source.years[0] <= source.years[1] and source.bbox[0] < source.bbox[2]
-        assert -180 <= source.bbox[0] and source.bbox[2] <= 180 and len(set(source.providers)) == len(source.providers)
+        assert source.bbox[0] >= -180 and source.bbox[2] <= 180 and len(set(source.providers)) == len(source.providers)
 
 
 def test_legends_and_crosswalks_are_those_of_the_package():
