@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ai4land import sources
+from ai4land.catalog import find_collection
 from ai4land.config import RunConfig, StaticLayer
 from ai4land.describe import Map
 from ai4land.errors import AI4LandError
-from ai4land.inputs import Tell, grid_of
+from ai4land.inputs import Tell
 
 _log = logging.getLogger(__name__)
 LICENCE = re.compile(r"^[\w\-.+]+$")
@@ -76,17 +77,8 @@ def credits_of(run: RunConfig, *, tell: Tell = _log.info) -> list[Credit]:
 
 def _credit_of(run: RunConfig, catalog: str, collection: str) -> Credit:
     """Ask the catalogue that a static map comes from."""
-    from ai4land.catalog import find_items
-
-    grid = grid_of(run)
-    items = find_items(run.path(catalog), collection=collection, bbox=grid.bounds if grid.geographic else None)
-    owner = items[0].get_collection()
-    if owner is None:
-        return Credit(title=collection)
-    said = owner.to_dict(include_self_link=False, transform_hrefs=False)
-    links = [entry for entry in said.get("links", []) if entry.get("rel") in ("license", "self")]
-    public = {str(e["rel"]): str(e["href"]) for e in links if str(e.get("href", "")).startswith(("https://", "http://"))}
-    own = owner.get_self_href() or ""
+    said = find_collection(run.path(catalog), collection=collection)
+    public = {str(e["rel"]): str(e["href"]) for e in said.get("links", []) if e.get("rel") and _web(e.get("href"))}
     return Credit(
         title=str(said.get("title") or collection),
         licence=str(said.get("license") or ""),
@@ -98,7 +90,7 @@ def _credit_of(run: RunConfig, catalog: str, collection: str) -> Credit:
             for p in said.get("providers", [])
             if p.get("name")
         ),
-        url=own if _web(own) else public.get("self", ""),
+        url=public.get("self", ""),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,20 +14,14 @@ from odc.geo.geobox import GeoBox
 
 from ai4land.config import digest
 from ai4land.errors import DataError
+from ai4land.stores import Place, open_place
 
 _STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
-Place = str | Path
-"""A folder, or the URL of one."""
 
 
 def open_group(place: Place) -> zarr.Group:
     """Open a Zarr group for reading."""
-    return zarr.open_group(place, mode="r")
-
-
-def inside(place: Place, name: str) -> Place:
-    """Name a group within a group."""
-    return place / name if isinstance(place, Path) else f"{place}/{name}"
+    return zarr.open_group(open_place(place, read_only=True), mode="r")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ TASKS = ["semantic-segmentation", "downscaling"]
 _NOT_LEARNT = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def model_item(folder: Path, card: Card, m: Map, *, collection: str, to_folder: str) -> dict[str, Any]:
+def model_item(folder: Path, card: Card, m: Map, *, title: str, collection: str, to_folder: str) -> dict[str, Any]:
     """Make the item of a model.
 
     Parameters
@@ -33,6 +33,8 @@ def model_item(folder: Path, card: Card, m: Map, *, collection: str, to_folder: 
         The card.
     m
         A cube that it made: the item gets its box and its times.
+    title
+        Of the run.
     collection
         Id of the collection of models.
     to_folder
@@ -57,7 +59,7 @@ def model_item(folder: Path, card: Card, m: Map, *, collection: str, to_folder: 
         "geometry": stac.outline(m.bbox),
         "bbox": list(m.bbox),
         "properties": {
-            "title": f"{m.title}: model",
+            "title": f"{title}: model",
             "description": "U-Net that maps land cover from the states of a coarse land-use scenario, static maps and a reference map. "
             "Times are those of the maps that it was trained on.",
             "datetime": None,
@@ -110,7 +112,7 @@ def model_item(folder: Path, card: Card, m: Map, *, collection: str, to_folder: 
     }
 
 
-def model_collection(m: Map, *, id: str, credits: list[Credit], licence: str, item: dict[str, Any]) -> dict[str, Any]:
+def model_collection(m: Map, *, id: str, title: str, credits: list[Credit], licence: str, item: dict[str, Any]) -> dict[str, Any]:
     """Make the collection that holds the model of a run; licences and citations of the inputs stay with the weights too."""
     fields, links = stac.credit_fields(credits, licence=licence)
     properties = item["properties"]
@@ -119,8 +121,8 @@ def model_collection(m: Map, *, id: str, credits: list[Credit], licence: str, it
         "stac_version": stac.STAC_VERSION,
         "stac_extensions": [stac.VERSION, *([stac.SCIENTIFIC] if "sci:publications" in fields else [])],
         "id": id,
-        "title": f"{m.title}: model",
-        "description": f"The model that made {stac.plain(m.title)}.",
+        "title": f"{title}: model",
+        "description": f"The model that made {stac.plain(title)}.",
         **fields,
         "version": properties["version"],
         "extent": {

@@ -20,12 +20,14 @@ from urllib.parse import quote, urljoin, urlparse
 import zarr
 
 from ai4land import export, mlm, stac
-from ai4land.checkpoint import CARD, load_card
+from ai4land.checkpoint import CARD, Card, load_card
 from ai4land.config import RunConfig, expand_years
 from ai4land.credits import Credit, credits_of, licence_of
-from ai4land.describe import Map, Place, inside, open_group, read_map
+from ai4land.describe import Map, open_group, read_map
 from ai4land.errors import ConfigError, DataError
 from ai4land.inputs import Tell, cubes_of
+from ai4land.ledger import part_of
+from ai4land.stores import Place, folder_of, inside
 
 _log = logging.getLogger(__name__)
 _OURS = re.compile(r"^(.+/(catalog\.json|collection\.json|items\.parquet|thumbnail\.png)|(.+)/\3\.(json|tif))$")
@@ -73,9 +75,8 @@ def publish(
         raise ConfigError(f"base URL is {base_url!r}, expected an address such as https://example.org/maps/stac/")
     base = f"{base_url.rstrip('/')}/" if base_url else ""
     target = (to or run.folder / "stac").resolve()
-    title = run.title or run.name
     cube = root_of(cubes_of(run)["cube"][0])
-    maps = maps_of(cube, id=identifier(run.name), title=title)
+    maps = maps_of(cube, id=identifier(run.name), title=_title(run))
     try:
         years = expand_years(list(cog))
     except ValueError as error:
@@ -103,14 +104,15 @@ def publish(
 
 
 def root_of(place: Place) -> Place:
-    """Name the store of a cube, given that or the place of one of its parts.
+    """Name the whole cube, given the place of that or of one of its parts; a folder as an absolute path.
 
     >>> root_of("s3://bucket/globe.zarr/ssp126"), root_of("s3://bucket/globe.zarr")
     ('s3://bucket/globe.zarr', 's3://bucket/globe.zarr')
     """
-    above = re.fullmatch(r"(.+\.zarr)/[^/]+", str(place).rstrip("/"))
-    root = above[1] if above else str(place).rstrip("/")
-    return root if "://" in root else Path(root).resolve()
+    above = part_of(place)
+    root = place if above is None else above[0]
+    folder = folder_of(root)
+    return root if folder is None else folder.resolve()
 
 
 def identifier(text: str) -> str:
@@ -193,19 +195,16 @@ def _write(
         about["links"] += [stac.link("item", f"./{i['id']}/{i['id']}.json", "application/geo+json") for i in made]
         children.append((m, about))
         items += made
-    models = _model(run, maps[0], folder, target, base=base, credits=credits, licence=licence, tell=tell)
+    made_by = _model(run, maps, folder, target, base=base, credits=credits, licence=licence, tell=tell)
     for m, about in children:
-        for id, item_id in models:
-            about["links"].append(
-                stac.link("derived_from", f"../{id}/{item_id}/{item_id}.json", "application/geo+json", title="Model")
-            )
+        if m.id in made_by:
+            about["links"].append(stac.link("derived_from", made_by[m.id], "application/geo+json", title="Model"))
         _save(about, folder, f"{m.id}/collection.json", base)
     for made_item in items:
         _save(made_item, folder, _place(made_item), base)
     _index([_from_root(i, base) for i in items], folder / "items.parquet")
-    named = [(m.id, m.title) for m in maps] + [(id, f"{maps[0].title}: model") for id, _ in models]
-    title = run.title or run.name
-    root_object = stac.catalog(id=f"{identifier(run.name)}-catalog", title=title, run=run.name, children=named, index=True)
+    named = [(m.id, m.title) for m in maps] + ([(model_id(run), f"{_title(run)}: model")] if made_by else [])
+    root_object = stac.catalog(id=f"{identifier(run.name)}-catalog", title=_title(run), run=run.name, children=named, index=True)
     _save(root_object, folder, "catalog.json", base)
 
 
@@ -222,21 +221,49 @@ def _item(m: Map, year: int, group: zarr.Group, folder: Path, *, target: Path, e
 
 
 def _model(
-    run: RunConfig, m: Map, folder: Path, target: Path, *, base: str, credits: list[Credit], licence: str, tell: Tell
-) -> list[tuple[str, str]]:
-    """Write the collection and the item of the model; give their ids, or nothing where the folder has no model."""
+    run: RunConfig,
+    maps: Sequence[Map],
+    folder: Path,
+    target: Path,
+    *,
+    base: str,
+    credits: list[Credit],
+    licence: str,
+    tell: Tell,
+) -> dict[str, str]:
+    """Write the collection and the item of the model; give its href from each collection that it made."""
     if not (run.folder / CARD).is_file():
         tell(f"no model in {run.folder}: the catalogue describes the cube alone")
-        return []
-    id = f"{identifier(run.name)}-model"
+        return {}
     card = load_card(run.folder)
+    made = [m for m in maps if _made(m, card)]
+    if not made:
+        tell(f"model in {run.folder} is not the one that the cube was made with: the catalogue describes the cube alone")
+        return {}
+    id = model_id(run)
     item_id = f"{id}-{card.weights[:12]}"
-    item = mlm.model_item(run.folder, card, m, collection=id, to_folder=_relative(run.folder.resolve(), target / id / item_id))
-    about = mlm.model_collection(m, id=id, credits=credits, licence=licence, item=item)
+    to_folder = _relative(run.folder.resolve(), target / id / item_id)
+    item = mlm.model_item(run.folder, card, made[0], title=_title(run), collection=id, to_folder=to_folder)
+    about = mlm.model_collection(made[0], id=id, title=_title(run), credits=credits, licence=licence, item=item)
     about["links"].append(stac.link("item", f"./{item_id}/{item_id}.json", "application/geo+json"))
     _save(about, folder, f"{id}/collection.json", base)
     _save(item, folder, _place(item), base)
-    return [(id, item_id)]
+    return dict.fromkeys([m.id for m in made], f"../{id}/{item_id}/{item_id}.json")
+
+
+def model_id(run: RunConfig) -> str:
+    """Id of the collection of a run's model."""
+    return f"{identifier(run.name)}-model"
+
+
+def _title(run: RunConfig) -> str:
+    return run.title or run.name
+
+
+def _made(m: Map, card: Card) -> bool:
+    """Whether the cube says that this model made it, or does not say which one did."""
+    identity = m.attrs.get("ai4land_identity")
+    return (identity.get("model") if isinstance(identity, dict) else None) in (None, card.weights)
 
 
 def _relative(path: Place, start: Path) -> str:
@@ -266,6 +293,8 @@ def _from_root(item: dict[str, Any], base: str) -> dict[str, Any]:
     above = Path(_place(item)).parent
 
     def moved(href: str) -> str:
+        if "://" in href:
+            return href
         place = Path(os.path.normpath(above / href)).as_posix()
         return urljoin(base, quote(place)) if base else place
 

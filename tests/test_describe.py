@@ -5,7 +5,7 @@ import pytest
 import zarr
 
 from ai4land.config import digest
-from ai4land.describe import inside, read_map
+from ai4land.describe import read_map
 from ai4land.errors import DataError
 from ai4land.grid import make_grid, spatial_ref
 
@@ -57,7 +57,3 @@ def test_what_is_no_cube_is_refused(tmp_path):
     del group["year"]
     with pytest.raises(DataError, match="has no year"):
         read_map(tmp_path / "c.zarr", id="a", title="A")
-
-
-def test_a_group_within_a_url_is_named(tmp_path):
-    assert inside("s3://b/c.zarr", "ssp126") == "s3://b/c.zarr/ssp126" and inside(tmp_path, "a") == tmp_path / "a"

@@ -23,7 +23,7 @@ def made(tmp_path):
 
 def test_item_says_what_goes_in_and_out(made):
     nets, saved, m, folder = made
-    item = model_item(folder, saved, m, collection="a-model", to_folder="../..")
+    item = model_item(folder, saved, m, title="A", collection="a-model", to_folder="../..")
     said = item["properties"]
     learnt = sum(p.numel() for n in nets for p in n.parameters())
     assert said["mlm:total_parameters"] == learnt
@@ -42,7 +42,7 @@ def test_item_says_what_goes_in_and_out(made):
 
 def test_checksums_are_multihashes_of_the_files(made):
     _, saved, m, folder = made
-    assets = model_item(folder, saved, m, collection="a-model", to_folder="../..")["assets"]
+    assets = model_item(folder, saved, m, title="A", collection="a-model", to_folder="../..")["assets"]
     for name, file in (("weights", "model.safetensors"), ("card", "model.json")):
         data = (folder / file).read_bytes()
         assert assets[name]["href"] == f"../../{file}" and assets[name]["file:size"] == len(data)
@@ -54,19 +54,21 @@ def test_weights_that_are_not_those_of_the_card_are_refused(made):
     _, saved, m, folder = made
     (folder / "model.safetensors").write_bytes(b"other")
     with pytest.raises(MismatchError, match="checksum"):
-        model_item(folder, saved, m, collection="a-model", to_folder="../..")
+        model_item(folder, saved, m, title="A", collection="a-model", to_folder="../..")
     bad = saved.model_copy(update={"weights": hashlib.sha256(b"other").hexdigest()})
     with pytest.raises(DataError, match="no safetensors header"):
-        model_item(folder, bad, m, collection="a-model", to_folder="../..")
+        model_item(folder, bad, m, title="A", collection="a-model", to_folder="../..")
     (folder / "model.safetensors").unlink()
     with pytest.raises(DataError, match="no weights"):
-        model_item(folder, saved, m, collection="a-model", to_folder="../..")
+        model_item(folder, saved, m, title="A", collection="a-model", to_folder="../..")
 
 
 def test_collection_carries_the_credits(made):
     _, saved, m, folder = made
-    item = model_item(folder, saved, m, collection="a-model", to_folder="../..")
-    bare = model_collection(m, id="a-model", credits=[], licence="other", item=item)
+    item = model_item(folder, saved, m, title="A", collection="a-model", to_folder="../..")
+    bare = model_collection(m, id="a-model", title="A", credits=[], licence="other", item=item)
     assert "sci:publications" not in bare and len(bare["stac_extensions"]) == 1
-    full = model_collection(m, id="a-model", credits=[Credit("A", "CC0-1.0", citation="A 2000")], licence="CC0-1.0", item=item)
+    full = model_collection(
+        m, id="a-model", title="A", credits=[Credit("A", "CC0-1.0", citation="A 2000")], licence="CC0-1.0", item=item
+    )
     assert full["license"] == "CC0-1.0" and len(full["stac_extensions"]) == 2

@@ -35,9 +35,11 @@ from ai4land.catalog import find_items, load_asset
 from ai4land.checkpoint import save_model
 from ai4land.config import RunConfig
 from ai4land.errors import ConfigError, DataError, MismatchError
-from ai4land.grid import make_grid
+from ai4land.export import equal_area
+from ai4land.grid import Window, make_grid
 from ai4land.legend import Legend, load_legend
 from ai4land.publish import publish
+from ai4land.template import FRACTION_EMPTY, SCALE
 from tests.test_catalog import make_item, save, write_cog
 from tests.test_checkpoint import card, network
 
@@ -65,26 +67,39 @@ def codes_of(legend: Legend, year: int) -> np.ndarray:
     return legend.decode(index.astype(np.uint8))
 
 
-def make_cube(path: Path, *, years: list[int], legend: Legend = HILDA, part: str = "", finish: bool = True) -> Path:
-    """A small finished cube, or one part of a cube, by the functions that a run makes it with."""
-    place = path / part if part else path
-    if part:
-        zarr.open_group(path, mode="a")
-    about: dict[str, Any] = {"title": "t", "source": "ai4land <script>x</script>", "totals": "exact"}
-    cube.create(place, grid=GRID, legend=legend, years=years, identity={"model": "a"}, **about)
-    group = zarr.open_group(place, mode="r+")
-    group.attrs["history"] = f"{CREATED} created by ai4land 0.1.0"
+def write_years(place: str | Path, window: Window, years: list[int], legend: Legend) -> None:
+    """Write whole shards of a cube."""
+    codes = np.stack([codes_of(legend, year)[window.slices] for year in years])
+    sure = np.full(codes.shape, SCALE, np.uint8)
+    fraction = np.full((len(years), legend.n, *codes.shape[1:]), FRACTION_EMPTY, np.uint16)
+    arrays = {"land_cover": codes, "most_likely": codes, "fraction": fraction, "confidence": sure, "change_probability": sure}
+    cube.write_block(place, cube.Block(window, tuple(years)), arrays)
+
+
+def make_cube(
+    place: str | Path,
+    *,
+    years: list[int],
+    legend: Legend = HILDA,
+    model: str = "",
+    finish: bool = True,
+    whole: int | None = None,
+    years_a_shard: int = 10,
+    **attrs: str,
+) -> None:
+    """A small cube, or one part of a cube, by the functions that a run makes it with; its first ``whole`` years are written."""
+    about: dict[str, Any] = {
+        "title": "t",
+        "source": "ai4land <script>x</script>",
+        "totals": "exact",
+        "years_a_shard": years_a_shard,
+    }
+    about["attrs"] = {"history": f"{CREATED} created by ai4land 0.1.0 with a model", **attrs}
+    cube.create(place, grid=GRID, legend=legend, years=years, identity={"model": model} if model else {}, **about)
     for window in GRID.shards():
-        codes = np.stack([codes_of(legend, year)[window.slices] for year in years])
-        sure = np.full(codes.shape, cube.SCALE, np.uint8)
-        fraction = np.full((len(years), legend.n, *codes.shape[1:]), cube.FRACTION_EMPTY, np.uint16)
-        block = cube.Block(window, tuple(years))
-        arrays = {"land_cover": codes, "most_likely": codes, "fraction": fraction, "confidence": sure, "change_probability": sure}
-        cube.record(place, block, cube.write_block(place, block, arrays))
+        write_years(place, window, years[:whole], legend)
     if finish:
-        cube.finish(path)
-        cube.finish(place)
-    return path
+        assert cube.show(place) == years
 
 
 def run_in(folder: Path, **changes: Any) -> RunConfig:
@@ -109,10 +124,9 @@ def run_in(folder: Path, **changes: Any) -> RunConfig:
 
 def make_run(folder: Path, *, legend: Legend = HILDA, model: bool = True, **changes: Any) -> RunConfig:
     run = run_in(folder, **changes)
-    make_cube(run.folder / "cube.zarr", years=YEARS, legend=legend)
-    if model:
-        net = network()
-        save_model(run.folder, [net.state_dict()], card(net))
+    net = network()
+    weights = save_model(run.folder, [net.state_dict()], card(net)).weights if model else ""
+    make_cube(run.folder / "cube.zarr", years=YEARS, legend=legend, model=weights)
     return run
 
 
@@ -350,7 +364,7 @@ def test_a_real_api_finds_the_items(api):
     assert ids(collections=["tiny-map"], datetime="0850-01-01T00:00:00Z/0850-12-31T00:00:00Z") == every[:1]
     assert ids(ids=["tiny-map-2004"]) == ["tiny-map-2004"]
     assert ids(collections=["tiny-map"], datetime="1900-01-01/1950-01-01") == []
-    (found,) = find_items(api, collection="tiny-map", years=[2004])
+    (found,) = find_items(api, collection="tiny-map", years=[2004], beyond="all")
     got = load_asset([found], asset="land_cover", grid=GRID, resampling="exact", dtype="uint8")
     np.testing.assert_array_equal(got.values, codes_of(HILDA, 2004))
 
@@ -481,8 +495,7 @@ def test_what_can_not_be_published_is_refused(tmp_path):
     make_cube(run.folder / "cube.zarr", years=YEARS, finish=False)
     with pytest.raises(DataError, match="no finished year"):
         publish(run)
-    shutil.rmtree(run.folder / "cube.zarr")
-    make_cube(run.folder / "cube.zarr", years=YEARS)
+    assert cube.show(run.folder / "cube.zarr") == YEARS
     with pytest.raises(ConfigError, match=r"years to export are \[1999\]"):
         publish(run, cog=[2004, 1999])
     with pytest.raises(ConfigError, match="years to export can not be read"):
@@ -514,13 +527,72 @@ def test_command_publishes(tmp_path):
     assert sorted(p.name for p in run.folder.rglob("*.tif")) == [f"tiny-map-{y}.tif" for y in (2004, 2005, 850)]
 
 
+# -- other cubes -------------------------------------------------------------------------------------------------------------
+
+
+def test_cube_elsewhere_is_described_where_it_is(published, server, tmp_path, schemas):
+    """Over HTTP, where nothing can be listed."""
+    place = f"{server}/cube.zarr"
+    reconstruct = {"reference": 2004, "years": YEARS, "cube": place}
+    run = run_in(tmp_path, reconstruct=reconstruct)
+    path = publish(run, cog=[2005], base_url="https://example.org/stac")
+    assert check_all(path.parent, schemas) == 2 + len(YEARS)
+    found = objects(path.parent)
+    for at in ("tiny-map/collection.json", "tiny-map/tiny-map-850/tiny-map-850.json"):
+        assert found[at]["assets"]["cube"]["href"] == place
+    (row, *_) = rustac.read_sync(str(path.parent / "items.parquet"))["features"]
+    assert row["assets"]["cube"]["href"] == place
+    with rasterio.open(path.parent / "tiny-map" / "tiny-map-2005" / "tiny-map-2005.tif") as file:
+        np.testing.assert_array_equal(file.read(1), codes_of(HILDA, 2005))
+
+
+def test_years_that_are_whole_are_published_and_more_of_them_later(tmp_path):
+    run = run_in(tmp_path)
+    place, years = run.folder / "cube.zarr", [2004, 2005]
+    make_cube(place, years=years, finish=False, license="CC-BY-4.0", years_a_shard=1, whole=1)
+    assert cube.show(place) == [2004]
+    path = publish(run, cog=[2004])
+    assert sorted(p.name for p in (path.parent / "tiny-map").iterdir() if p.is_dir()) == ["tiny-map-2004"]
+    about = objects(path.parent)["tiny-map/collection.json"]
+    assert about["license"] == "CC-BY-4.0" and about["extent"]["temporal"]["interval"][0][1] == "2004-12-31T23:59:59Z"
+    for window in GRID.shards():
+        write_years(place, window, [2005], HILDA)
+    assert cube.show(place) == years
+    assert {i["id"] for i in objects(publish(run).parent).values()} >= {"tiny-map-2004", "tiny-map-2005"}
+    assert not list(path.parent.rglob("*.tif"))
+
+
+def test_model_of_another_cube_is_left_out(tmp_path):
+    run = make_run(tmp_path, model=False)
+    save_model(run.folder, [network(1).state_dict()], card(network(1)))
+    shutil.rmtree(run.folder / "cube.zarr")
+    make_cube(run.folder / "cube.zarr", years=[2004], model="0" * 64)
+    said: list[str] = []
+    assert "tiny-map-model/collection.json" not in objects(publish(run, tell=said.append).parent)
+    assert any("not the one that the cube was made with" in line for line in said)
+
+
+def test_picture_comes_from_an_overview_of_the_cube(published):
+    """The coarsest one here is too small to fill the picture, so that the map itself is drawn."""
+    run, path = published
+    group = zarr.open_group(run.folder / "cube.zarr", mode="r")
+    assert [e["asset"] for e in group.attrs["multiscales"]["layout"]] == ["land_cover", "overviews/1/land_cover"]
+    box, codes = GRID.fine, codes_of(HILDA, 2100)
+    rows, cols = equal_area(box, codes.shape, side=512)
+    table = np.zeros((256, 3))
+    for c in (HILDA.fill, *HILDA.classes):
+        table[c.code] = [int(c.colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    want = table[codes[np.ix_(rows, cols)]]
+    np.testing.assert_allclose(imread(path.parent / "tiny-map" / "thumbnail.png")[..., :3], want, atol=1e-3)
+
+
 # -- parts -------------------------------------------------------------------------------------------------------------------
 
 
 def test_parts_of_a_cube_are_collections(tmp_path, schemas):
     run = run_in(tmp_path)
     for part, years in (("historical", [2004]), ("ssp126", [2005, 2100])):
-        make_cube(run.folder / "cube.zarr", years=years, part=part)
+        make_cube(run.folder / "cube.zarr" / part, years=years)
     path = publish(run, cog=[2005])
     assert check_all(path.parent, schemas) == 3 + 3
     root = pystac.Catalog.from_file(str(path))
