@@ -17,7 +17,7 @@ from rich.table import Table
 
 import ai4land
 from ai4land.config import RunConfig
-from ai4land.errors import AI4LandError, ConfigError, Unfinished
+from ai4land.errors import AI4LandError, ConfigError, DataError, Unfinished
 from ai4land.runfile import load_run
 from ai4land.stores import Place
 
@@ -244,6 +244,34 @@ def _whole(config: RunConfig) -> None:
     place = _reconstruct(config)
     _evaluate(config)
     _out.print(f"Results are in {config.folder}: evaluation.json, figures/; the cube is {place}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    cube: Annotated[str, typer.Argument(metavar="CUBE", help="Folder or URL of a cube, or of a part of one.")],
+    run: Annotated[Path | None, typer.Option(help="Run file that made it; default: config.yaml beside the cube.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only say what is wrong, mend nothing.")] = False,
+) -> None:
+    """Read every shard of a cube again, compare it with the ledger, and make anew what is missing or damaged.
+
+    Example: ai4land verify runs/bavaria/cube.zarr
+    """
+    from ai4land import stages
+    from ai4land.verify import verify
+
+    with _bar("verify") as bar:
+        found = verify(cube, progress=lambda done, total: bar(done, total, "objects"))
+    for damage in found:
+        _tell(str(damage))
+    if not found:
+        _out.print(f"{cube} is as its ledger says", soft_wrap=True)
+        return
+    if check:
+        raise DataError(f"{len(found)} things are wrong with cube {cube}; mend them with: ai4land verify {cube}")
+    config = stages.run_of(cube, run)
+    with _workers(config), _bar("mend") as bar:
+        stages.mend(config, cube, found, tell=_tell, progress=lambda done, total: bar(done, total, "blocks"))
+    _out.print(f"{cube} is mended and as its ledger says", soft_wrap=True)
 
 
 @app.command()

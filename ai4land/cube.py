@@ -132,9 +132,10 @@ def create(
         ledger.wipe(place)
     if kept != template:
         ledger.save_template(place, template)
-    if there is None:
-        for name, data in objects.items():
+    for name, data in objects.items():
+        if read(place, name) != data:
             write(place, name, data)
+    if there is None:
         _tell(place, template, 0)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ai4land import cube, ledger
@@ -18,14 +19,16 @@ from ai4land.align import open_store
 from ai4land.checkpoint import check_fits, load_model
 from ai4land.claim import claim
 from ai4land.config import RunConfig, digest
-from ai4land.errors import DataError
+from ai4land.errors import ConfigError, DataError
 from ai4land.forward import Precision, precision_of
 from ai4land.inputs import Tell, align, crosswalk_of, cubes_of, identity_of, legend_of
 from ai4land.predict import Source
 from ai4land.reconstruct import Job, land_of, plan_blocks, run_blocks
+from ai4land.runfile import load_run
 from ai4land.stores import Place, folder_of
 from ai4land.totals import STATEMENTS, Method
 from ai4land.training import fingerprint_of
+from ai4land.verify import Damage, strike, verify
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +128,62 @@ def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callab
     if card.training.get("fingerprint") == fingerprint_of(run, card.split):
         run.save(run.folder / "config.yaml")
     return cubes_of(run)["cube"][0]
+
+
+def run_of(place: Place, file: Path | None = None) -> RunConfig:
+    """Find the run that made a cube.
+
+    Parameters
+    ----------
+    place
+        Of the cube or of a part of one.
+    file
+        Run file; None: the ``config.yaml`` that lies beside the cube.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, or it is not of this cube.
+    """
+    above = ledger.part_of(place)
+    folder = folder_of(place if above is None else above[0])
+    found = file or (None if folder is None else folder.parent / "config.yaml")
+    if found is None or not found.is_file():
+        raise ConfigError(f"run of cube {place} is not known, expected its run file; give it with --run RUN.yaml")
+    # What is saved beside a cube may have been made from another working folder.
+    run = load_run(found, [f"runs={found.parent.parent}"] if file is None else [])
+    if not any(_same(place, one) for one, *_ in cubes_of(run).values()):
+        raise ConfigError(f"cube {place} is none of those of {found}; give the run file that made it with --run RUN.yaml")
+    return run
+
+
+def _same(a: Place, b: Place) -> bool:
+    one, other = folder_of(a), folder_of(b)
+    return str(a).rstrip("/") == str(b).rstrip("/") if one is None or other is None else one.resolve() == other.resolve()
+
+
+def mend(
+    run: RunConfig,
+    place: Place,
+    damages: list[Damage],
+    *,
+    tell: Tell = _log.info,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Make anew what :func:`ai4land.verify.verify` found missing or damaged, and look again.
+
+    Raises
+    ------
+    DataError
+        If something is still wrong.
+    """
+    with claim(place, tell=tell):
+        again = strike(place, damages)
+    tell(f"{len(damages)} things are wrong with {place}; {len({k[:2] for k in again})} shards are done again")
+    reconstruct(run, tell=tell, progress=progress)
+    left = verify(place)
+    if left:
+        raise DataError(f"cube {place} is still not as its ledger says: {'; '.join(map(str, left[:5]))}; is its disk sound?")
 
 
 def method_of(run: RunConfig, reference: int | None) -> Method:

@@ -23,6 +23,7 @@ from affine import Affine
 from ai4land import cli, cube, ledger
 from ai4land.align import open_store
 from ai4land.checkpoint import load_card, load_model, save_model
+from ai4land.claim import claim
 from ai4land.forward import precision_of
 from ai4land.reconstruct import plan_blocks
 from ai4land.runfile import load_run
@@ -630,3 +631,34 @@ def test_a_foreign_model_is_not_trained_over(copied, monkeypatch, capsys):
     before = contents(folder.with_name("other"))
     refused(monkeypatch, capsys, "no config.yaml that tells which", "train", copied, "name=other", "train.steps=7")
     assert contents(folder.with_name("other")) == before
+
+
+def test_damaged_cube_is_told_and_mended(copied, monkeypatch, capsys):
+    """A flipped byte, a lost shard, lost metadata and a torn ledger at once; the bytes are those of before."""
+    folder = load_run(copied).folder
+    path = folder / "cube.zarr"
+    before = contents(path, "**/*")
+    shards = sorted(p for p in path.glob("*/c/**/*") if p.is_file() and p.stat().st_size > 500)
+    flipped, lost = shards[3], shards[-2]
+    data = bytearray(flipped.read_bytes())
+    data[100] ^= 4
+    flipped.write_bytes(data)
+    lost.unlink()
+    (path / "confidence" / "zarr.json").unlink()
+    torn = max((folder / "cube.ledger").glob("*.jsonl"))
+    torn.write_text(torn.read_text()[:-40])
+    code, _, err = main(monkeypatch, capsys, "verify", path, "--check")
+    assert code == 1 and all(p.relative_to(path).as_posix() in err for p in (flipped, lost, path / "confidence" / "zarr.json"))
+    assert "the ledger lacks" in err and "mend them with: ai4land verify" in err
+    code, out, err = main(monkeypatch, capsys, "verify", path)
+    assert code == 0 and "is mended" in out, err
+    assert contents(path, "**/*") == before
+    code, out, err = main(monkeypatch, capsys, "verify", path)
+    assert code == 0 and "is as its ledger says" in out and not err.replace("verify", "").strip(": \n").startswith("error")
+
+
+def test_second_run_on_a_cube_is_refused_while_the_first_is_at_it(copied, monkeypatch, capsys):
+    with claim(load_run(copied).folder / "cube.zarr"):
+        code, _, err = main(monkeypatch, capsys, "reconstruct", copied)
+    assert code == 1 and f"being made by another run (process {os.getpid()} on" in err
+    assert main(monkeypatch, capsys, "reconstruct", copied)[0] == 0
