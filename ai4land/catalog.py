@@ -139,7 +139,7 @@ def find_collection(
     io = CatalogIO(Reach.of(catalog, beyond=beyond), headers=headers, timeout=timeout)
     with _reading(catalog), warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackToPystac)
-        found = _collection(_open(str(catalog), io)[0], str(catalog), collection)
+        found = _collection(*_open(str(catalog), io), str(catalog), collection)
         return found.to_dict(include_self_link=False, transform_hrefs=False)
 
 
@@ -274,7 +274,7 @@ def _search(catalog: str, collection: str, boxes: list[Bounds], years: list[int]
     with warnings.catch_warnings():
         # A static catalogue is walked: that is what pystac-client warns about.
         warnings.simplefilter("ignore", FallbackToPystac)
-        found = _collection(root, catalog, collection)
+        found = _collection(root, api, catalog, collection)
         if not api:
             return list(found.get_items(recursive=True))
     when = None if years is None else f"{years[0]:04d}-01-01T00:00:00Z/{years[-1]:04d}-12-31T23:59:59Z"
@@ -297,9 +297,9 @@ def _open(catalog: str, io: CatalogIO) -> tuple[pystac.Catalog, bool]:
     return root, False
 
 
-def _collection(root: pystac.Catalog, catalog: str, collection: str) -> pystac.Collection:
+def _collection(root: pystac.Catalog, api: bool, catalog: str, collection: str) -> pystac.Collection:
     below = [root] if isinstance(root, pystac.Collection) else []
-    every = {c.id: c for c in (*below, *root.get_all_collections())}
+    every = {c.id: c for c in (*below, *(root.get_collections() if api else root.get_all_collections()))}
     if collection not in every:
         raise DataError(f"collection is {collection!r}, expected one of {sorted(every)} of {catalog}; choose one")
     return every[collection]

@@ -275,6 +275,34 @@ def verify(
 
 
 @app.command()
+def fetch(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Inputs, or with --catalog its collections.")],
+    to: Annotated[Path, typer.Option(help="Folder of the mirror.")] = Path("inputs"),
+    years: Annotated[str | None, typer.Option(help="Years, e.g. 1992-1999.")] = None,
+    bbox: Annotated[str | None, typer.Option(metavar="W,S,E,N", help="Box in degrees; W > E crosses the dateline.")] = None,
+    catalog: Annotated[
+        str | None, typer.Option(help="STAC catalogue or API to take them from (default: the inputs known here).")
+    ] = None,
+    asset: Annotated[list[str] | None, typer.Option(help="Asset of the items; can be given again (default: the data).")] = None,
+    sign: Annotated[str, typer.Option(help="Who signs addresses: planetary_computer.")] = "",
+    token: Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with a bearer token.")] = None,
+    token_host: Annotated[list[str] | None, typer.Option(help="Further host that the token is for; can be given again.")] = None,
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Files at once.")] = 4,
+) -> None:
+    """Bring inputs to a folder that needs no network, with a STAC catalogue; what is there and whole is not fetched again.
+
+    Example: ai4land fetch hildaplus-uk koppen-geiger-0p1 --to inputs
+    """
+    from ai4land.fetch import fetch_all
+    from ai4land.wanted import signer
+
+    options: dict[str, Any] = {"years": years, "bbox": bbox, "catalog": catalog, "assets": asset or [], "modifier": signer(sign)}
+    with _bar("fetch") as bar:
+        fetch_all(sources, to=to, token=token, token_hosts=token_host or [], threads=threads, tell=_tell, progress=bar, **options)
+    _out.print(str(to / "catalog.json"), soft_wrap=True)
+
+
+@app.command()
 def demo(
     overrides: Overrides = None,
     runs: Annotated[str, typer.Option(help="Folder for the results.")] = "runs",

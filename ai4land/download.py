@@ -30,7 +30,8 @@ TRIES = 5
 """Failures in a row, without a byte between them, after which a file is given up."""
 LONGEST_PAUSE = 60.0
 """Seconds between two attempts, at most."""
-_PIECE = 2**18
+_PIECE = 2**14
+"""Bytes that are read at once: what has come of a piece is lost when the connection is cut."""
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _HASHES = {"11": "sha1", "12": "sha256", "13": "sha512", "d501": "md5"}
 """Codes of multihash that are verified."""
@@ -117,13 +118,13 @@ def download(
                     raise DataError(
                         f"{name} can not be written to {path} ({error}), expected a place to write; mend it"
                     ) from error
-                problem = str(error)
+                problem = _brief(error)
             gained = part.is_file() and part.stat().st_size > before
             failures = 1 if gained else failures + 1
             if failures >= TRIES:
                 raise DataError(f"{name} failed {TRIES} times without progress ({problem}), expected the file; try again later")
             wait = min(pause * 2 ** (failures - 1) if wait is None else wait, LONGEST_PAUSE)
-            _log.warning("%s: %s; again in %.1f s", name, problem, wait)
+            _log.info("%s: %s; again in %.1f s", name, problem, wait)
             stop.wait(wait)
 
 
@@ -238,6 +239,12 @@ def _known(part: Path, note: Path, name: str) -> str | None:
         return str(kept["validator"]) if kept["name"] == name and kept["validator"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _brief(error: OSError) -> str:
+    """What went wrong, without the address that is named beside it."""
+    cause = error.args[0] if error.args else error
+    return str(getattr(cause, "reason", cause))
 
 
 def _validator(headers: Mapping[str, str]) -> str:
