@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin, urlparse
@@ -86,6 +87,8 @@ def publish(
     lacking = [y for y in years if not any(y in m.years for m in maps)]
     if lacking:
         raise ConfigError(f"years to export are {lacking}, expected some of {stac.span(maps[0].years)}; choose years of the cube")
+    if find_spec("rustac") is None:
+        raise ConfigError("rustac is not installed, which writes the index of the items; pip install 'ai4land[publish]'")
     _check_target(target, run.name)
     if isinstance(cube, Path) and (target in (cube, *cube.parents) or cube in target.parents):
         raise ConfigError(
@@ -304,12 +307,8 @@ def _from_root(item: dict[str, Any], base: str) -> dict[str, Any]:
 
 def _index(items: list[dict[str, Any]], path: Path) -> None:
     """Write the items as stac-geoparquet."""
-    try:
-        import rustac
-    except ImportError as error:
-        raise ConfigError(
-            "rustac is not installed, which writes the index of the items; pip install 'ai4land[publish]'"
-        ) from error
+    import rustac
+
     rustac.write_sync(str(path), items)
 
 

@@ -81,7 +81,7 @@ def classes(flags: Iterable[Flag], *, fill: int | None = None) -> list[dict[str,
         {
             "value": f.code,
             "name": re.sub(r"[^0-9A-Za-z_-]", "-", f.name),
-            "description": f.name.replace("_", " "),
+            "description": plain(f.name.replace("_", " ")),
             "color_hint": f.colour[1:].upper(),
             **({"nodata": True} if f.code == fill else {}),
         }
@@ -159,7 +159,7 @@ def collection(
     stamps, source = m.stamps, str(m.attrs.get("source", ""))
     made: dict[str, Any] = {"processing:software": {"ai4land": _software(m)}}
     if source:
-        made["processing:lineage"] = source
+        made["processing:lineage"] = plain(source)
     if stamps:
         made["processing:datetime"] = stamps[-1]
     providers = [{"name": "AI4Land", "roles": ["processor"], **made}, *fields.pop("providers")]
@@ -189,7 +189,10 @@ def collection(
         **({"ai4land:part": m.part} if m.part else {}),
         "cube:dimensions": _dimensions(m),
         "cube:variables": {name: _variable(v) for name, v in m.variables.items()},
-        "summaries": {"proj:code": [projection(m.box).get("proj:code")], "classification:classes": classes(m.flags, fill=m.fill)},
+        "summaries": {
+            **{k: [v] for k, v in projection(m.box).items() if k == "proj:code"},
+            "classification:classes": classes(m.flags, fill=m.fill),
+        },
         "item_assets": {"land_cover": {k: v for k, v in cog_asset(m).items() if k not in ("proj:shape", "proj:transform")}},
         "assets": {"cube": cube_asset(m, cube), **assets},
         "links": [link("store", root, ZARR_TYPE), *links],

@@ -34,6 +34,7 @@ from ai4land import cube, sources
 from ai4land.catalog import find_items, load_asset
 from ai4land.checkpoint import save_model
 from ai4land.config import RunConfig
+from ai4land.credits import credits_of
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.export import equal_area
 from ai4land.grid import Window, make_grid
@@ -292,14 +293,25 @@ def test_geotiffs_load_onto_the_grid_with_the_same_codes(published):
     np.testing.assert_array_equal(got.values, [codes_of(HILDA, 2004), codes_of(HILDA, 2100)])
 
 
-def test_someone_else_maps_from_this_map(published):
-    items = find_items(published[1], collection="tiny-map", bbox=(0, 0, 10, 10), years=[2100])
+@pytest.mark.parametrize("where", ["disk", "http"])
+def test_someone_else_maps_from_this_map(published, server, where):
+    catalog = str(published[1]) if where == "disk" else f"{server}/stac/catalog.json"
+    items = find_items(catalog, collection="tiny-map", bbox=(0, 0, 10, 10), years=[2100])
     assert [i.id for i in items] == ["tiny-map-2100"]
     got = load_asset(items, asset="land_cover", grid=GRID, resampling="exact", dtype="uint8")
     np.testing.assert_array_equal(got.values, codes_of(HILDA, 2100))
-    every = find_items(published[1], collection="tiny-map")
+    every = find_items(catalog, collection="tiny-map")
     with pytest.raises(DataError, match=r"asset is 'land_cover', expected one of \['cube'\]"):
         load_asset(every, asset="land_cover", grid=GRID, resampling="exact", dtype="uint8")
+
+
+def test_the_catalogue_tells_the_licence_to_someone_else(published, tmp_path):
+    static = [
+        {"name": "before", "catalog": str(published[1]), "collection": "tiny-map", "asset": "land_cover", "categorical": True}
+    ]
+    (credit,) = credits_of(run_in(tmp_path, static=static))
+    assert credit.licence == "CC-BY-SA-4.0" and credit.title == "A *map* of <i>land</i>" and "AI4Land" in credit.citation
+    assert {p["name"] for p in credit.providers} >= {"AI4Land", "Hill Survey"}
 
 
 def test_relative_links_survive_moving_the_run(published, tmp_path):

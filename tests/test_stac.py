@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pystac.validation import validate_dict
 
 from ai4land.credits import Credit
 from ai4land.describe import read_map
 from ai4land.grid import make_grid
-from ai4land.stac import collection, credit_fields, item, plain, year_end, year_start
+from ai4land.stac import classes, collection, credit_fields, item, plain, year_end, year_start
 from tests.test_describe import make
+from tests.test_publish import schemas  # noqa: F401 a fixture
 
 
 def test_a_collection_says_what_the_cube_says(tmp_path):
@@ -58,3 +61,20 @@ def test_credits_become_links_and_publications():
 @given(st.text())
 def test_plain_text_has_no_markup(text):
     assert not set("<>") & set(plain(text)) and "\n" not in plain(text)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:3035", "+proj=laea +lat_0=50 +lon_0=9 +x_0=4000000 +y_0=3000000 +datum=WGS84 +type=crs"])
+def test_objects_of_a_projected_grid_are_valid(tmp_path, crs, schemas):  # noqa: F811 the fixture
+    grid = make_grid((4e6, 2e6, 4.2e6, 2.2e6), coarse_cell=50_000, factor=4, shard=8, origin=(0.0, 6e6), crs=crs)
+    m = read_map(make(tmp_path / "c.zarr", grid=grid, years=(850, 900)), id="a", title="A")
+    about = collection(m, credits=[], licence="other", cube="c", root="c", assets={})
+    for made in (about, item(m, 850, cube="c", cog="c.tif", thumbnail="t.png")):
+        value = {**made, "links": [*made["links"]]}
+        assert len(validate_dict(value, validator=schemas)) == 1 + len(made["stac_extensions"])
+    assert ("proj:wkt2" in item(m, 850, cube="c")["properties"]) == crs.startswith("+")
+
+
+def test_names_of_classes_are_data(tmp_path):
+    land = {"flag_values": [0, 5], "flag_meanings": "sea <b>x</b>", "flag_colors": "#ffffff #00aa00"}
+    m = read_map(make(tmp_path / "c.zarr", land=land), id="a", title="A")
+    assert classes(m.flags)[1] == {"value": 5, "name": "-b-x--b-", "description": "&lt;b&gt;x&lt;/b&gt;", "color_hint": "00AA00"}
