@@ -36,8 +36,8 @@ class Credit:
         How the input is cited.
     providers
         STAC provider objects.
-    url
-        Where the input is described; empty where it has no public address.
+    url, rel
+        Where the input is described, empty where it has no public address; ``derived_from`` if that is a STAC object.
     """
 
     title: str
@@ -47,6 +47,7 @@ class Credit:
     doi: str = ""
     providers: tuple[Mapping[str, Any], ...] = ()
     url: str = ""
+    rel: str = "via"
 
 
 def credits_of(run: RunConfig, *, tell: Tell = _log.info) -> list[Credit]:
@@ -91,6 +92,7 @@ def _credit_of(run: RunConfig, catalog: str, collection: str) -> Credit:
             if p.get("name")
         ),
         url=public.get("self", ""),
+        rel="derived_from",
     )
 
 

@@ -74,6 +74,10 @@ def publish(
     """
     if base_url and not urlparse(base_url).netloc:
         raise ConfigError(f"base URL is {base_url!r}, expected an address such as https://example.org/maps/stac/")
+    if to is not None and re.match(r"[a-z0-9]+:/", str(to)):
+        raise ConfigError(
+            f"folder of the catalogue is {to}, expected one on this machine; publish there and copy it, with --base-url"
+        )
     base = f"{base_url.rstrip('/')}/" if base_url else ""
     target = (to or run.folder / "stac").resolve()
     cube = root_of(cubes_of(run)["cube"][0])

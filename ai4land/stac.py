@@ -129,7 +129,9 @@ def credit_fields(credits: Sequence[Credit], *, licence: str) -> tuple[dict[str,
         if c.licence_url or spdx:
             links.append(link("license", c.licence_url or spdx, "", title=f"{c.title}: {c.licence}"))
         if c.url:
-            links.append(link("via", c.url, "", title=c.title))
+            links.append(link(c.rel, c.url, "application/json" if c.rel == "derived_from" else "", title=c.title))
+        if _DOI.match(c.doi):
+            links.append(link("cite-as", f"https://doi.org/{c.doi}", ""))
     publications = [
         {**({"doi": c.doi} if _DOI.match(c.doi) else {}), **({"citation": c.citation} if c.citation else {})} for c in credits
     ]

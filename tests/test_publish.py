@@ -427,7 +427,10 @@ def test_licences_and_citations_of_the_inputs_travel(published):
         cited = {p.get("citation") for p in about["sci:publications"]}
         assert {s.citation for s in inputs} <= cited
         assert {p["doi"] for p in about["sci:publications"] if "doi" in p} == {s.doi for s in inputs if s.doi}
-        assert "via" in {link["rel"] for link in about["links"]}
+        assert {link["href"] for link in about["links"] if link["rel"] == "via"} == {s.page for s in inputs}
+        assert {link["href"] for link in about["links"] if link["rel"] == "cite-as"} == {
+            f"https://doi.org/{s.doi}" for s in inputs
+        }
 
 
 def test_catalogue_that_is_gone_is_told_and_its_licence_counts_as_unknown(tmp_path):
@@ -514,6 +517,8 @@ def test_what_can_not_be_published_is_refused(tmp_path):
         publish(run, cog=["next"])
     with pytest.raises(ConfigError, match="base URL is 'stac'"):
         publish(run, base_url="stac")
+    with pytest.raises(ConfigError, match="expected one on this machine"):
+        publish(run, to=Path("s3://bucket/stac"))
     assert not (run.folder / "stac").exists()
 
 

@@ -45,14 +45,16 @@ def test_projected_grid_has_its_box_in_degrees(tmp_path):
 def test_credits_become_links_and_publications():
     credits = [
         Credit("A", "CC0-1.0", citation="A 2000", providers=({"name": "X", "roles": ["producer"]},), url="https://a.org"),
-        Credit("B", "proprietary", doi="nonsense"),
+        Credit("B", "proprietary", doi="nonsense", url="https://b.org/collections/b", rel="derived_from"),
         Credit("C", "other", licence_url="https://c.org/terms", doi="10.1234/abc", providers=({"name": "X"}, {"roles": []})),
     ]
     fields, links = credit_fields(credits, licence="other")
     assert [(e["rel"], e["href"]) for e in links] == [
         ("license", "https://spdx.org/licenses/CC0-1.0.html"),
         ("via", "https://a.org"),
+        ("derived_from", "https://b.org/collections/b"),
         ("license", "https://c.org/terms"),
+        ("cite-as", "https://doi.org/10.1234/abc"),
     ]
     assert fields["providers"] == [{"name": "X", "roles": ["producer"]}]
     assert fields["sci:publications"] == [{"citation": "A 2000"}, {"doi": "10.1234/abc"}]
