@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import odc.stac
 import pystac
@@ -22,6 +23,7 @@ import uvicorn
 import xarray as xr
 import zarr
 from matplotlib.image import imread
+from moto.server import ThreadedMotoServer
 from obstore.store import HTTPStore
 from pystac.stac_io import DefaultStacIO
 from pystac.validation import JsonSchemaSTACValidator, validate_dict
@@ -560,6 +562,38 @@ def test_cube_elsewhere_is_described_where_it_is(published, server, tmp_path, sc
     (row, *_) = rustac.read_sync(str(path.parent / "items.parquet"))["features"]
     assert row["assets"]["cube"]["href"] == place
     with rasterio.open(path.parent / "tiny-map" / "tiny-map-2005" / "tiny-map-2005.tif") as file:
+        np.testing.assert_array_equal(file.read(1), codes_of(HILDA, 2005))
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[str]:
+    """A bucket of a real S3 server."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+        for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            monkeypatch.setenv(name, value)
+        client = boto3.client("s3", region_name="us-east-1")
+        client.create_bucket(Bucket="publish-maps")
+        yield "s3://publish-maps"
+    finally:
+        server.stop()
+
+
+def test_one_run_publishes_all_parts_of_a_cube_in_an_object_store(bucket, tmp_path):
+    place = f"{bucket}/globe.zarr"
+    for part, years in (("historical", [2004]), ("ssp126", [2005])):
+        make_cube(f"{place}/{part}", years=years)
+    run = run_in(tmp_path, reconstruct={"reference": 2004, "years": [2005], "cube": place, "part": "ssp126"})
+    path = publish(run, cog=[2005])
+    found = objects(path.parent)
+    for part in ("historical", "ssp126"):
+        about = found[f"tiny-map-{part}/collection.json"]
+        assert about["assets"]["cube"]["href"] == f"{place}/{part}"
+        assert [link["href"] for link in about["links"] if link["rel"] == "store"] == [place]
+    with rasterio.open(path.parent / "tiny-map-ssp126" / "tiny-map-ssp126-2005" / "tiny-map-ssp126-2005.tif") as file:
         np.testing.assert_array_equal(file.read(1), codes_of(HILDA, 2005))
 
 
