@@ -146,6 +146,7 @@ def make_template(
     )
     for level, factor in enumerate(factors, start=1):
         part = group.create_group(f"overviews/{level}")
+        part.attrs.update({k: attrs[k] for k in ("Conventions", "title", "source", "history", "license") if k in attrs})
         box = grid.fine.zoom_out(factor)
         latitude, longitude = centres(box)
         _coordinates(part, grid, legend, years, {"latitude": latitude, "longitude": longitude}, box=box)
@@ -218,7 +219,7 @@ def days_since_1970(year: int, month: int = 1, day: int = 1) -> int:
 
 
 def _coordinates(group: zarr.Group, grid: Grid, legend: Legend, years: list[int], coords: Any, *, box: Any = None) -> None:
-    time = {"units": "days since 1970-01-01", "calendar": "proleptic_gregorian"}
+    time = {"units": "days since 1970-01-01", "calendar": "proleptic_gregorian", "units_metadata": "leap_seconds: none"}
     values: dict[str, tuple[tuple[str, ...], NDArray[Any], dict[str, Any]]] = {
         "latitude": (("latitude",), coords["latitude"], {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"}),
         "longitude": (("longitude",), coords["longitude"], {"standard_name": "longitude", "units": "degrees_east", "axis": "X"}),
