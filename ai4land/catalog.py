@@ -372,8 +372,9 @@ def _lattice(item: pystac.Item, asset: str) -> tuple[CRS, Affine, tuple[int, int
 def _check_item(item: pystac.Item, asset: str, grid: Grid, resampling: str, patch_url: Callable[[str], str] | None) -> None:
     name = f"{asset} of item {item.id}"
     path = local_path(item.assets[asset].href)
-    if path is not None:
-        check_file(path)
+    header = None if path is None else check_file(path)
+    if header is not None:
+        check_cells(header.transform, header.shape, header.crs, grid, source=name)
     box = item.bbox
     if box is not None and grid.geographic:
         east = box[2] if len(box) == 4 else box[3]
