@@ -261,11 +261,15 @@ def _reading(catalog: str | Path) -> Iterator[None]:
     """Turn the errors of reading a catalogue into a DataError that names it."""
     try:
         yield
-    except DataError:
-        raise
     except _UNREADABLE as error:
+        cause: BaseException = error
+        while not isinstance(cause, DataError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, DataError):
+            raise cause from None
+        told = error if cause is error else f"{error}: {cause}"
         raise DataError(
-            f"STAC catalogue {catalog} can not be read ({error}), expected a STAC JSON or API; check its address"
+            f"STAC catalogue {catalog} can not be read ({told}), expected a STAC JSON or API; check its address"
         ) from error
 
 
