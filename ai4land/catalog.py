@@ -261,11 +261,15 @@ def _reading(catalog: str | Path) -> Iterator[None]:
     """Turn the errors of reading a catalogue into a DataError that names it."""
     try:
         yield
-    except DataError:
-        raise
     except _UNREADABLE as error:
+        cause: BaseException = error
+        while not isinstance(cause, DataError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, DataError):
+            raise cause from None
+        told = error if cause is error else f"{error}: {cause}"
         raise DataError(
-            f"STAC catalogue {catalog} can not be read ({error}), expected a STAC JSON or API; check its address"
+            f"STAC catalogue {catalog} can not be read ({told}), expected a STAC JSON or API; check its address"
         ) from error
 
 
@@ -372,8 +376,9 @@ def _lattice(item: pystac.Item, asset: str) -> tuple[CRS, Affine, tuple[int, int
 def _check_item(item: pystac.Item, asset: str, grid: Grid, resampling: str, patch_url: Callable[[str], str] | None) -> None:
     name = f"{asset} of item {item.id}"
     path = local_path(item.assets[asset].href)
-    if path is not None:
-        check_file(path)
+    header = None if path is None else check_file(path)
+    if header is not None:
+        check_cells(header.transform, header.shape, header.crs, grid, source=name)
     box = item.bbox
     if box is not None and grid.geographic:
         east = box[2] if len(box) == 4 else box[3]

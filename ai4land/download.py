@@ -87,7 +87,11 @@ def download(
     ------
     DataError
         If the server refuses it, fails again and again, or sends something else than was promised.
+    ConfigError
+        If the checksum is of a kind that is not known.
     """
+    if checksum is not None:
+        split_multihash(checksum, name=name)
     part, note = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
     failures, begun_anew, stop = 0, False, stop or threading.Event()
     with requests.Session() as session:

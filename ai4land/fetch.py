@@ -316,7 +316,11 @@ def _bring(
             _log.warning("%s; it is brought again", error)
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = bring(file, path)
-    refuse_pickle(path)
+    try:
+        refuse_pickle(path)
+    except DataError:
+        path.unlink()
+        raise
     return stored, "brought"
 
 

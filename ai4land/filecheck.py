@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rasterio
 import rasterio.errors
+from affine import Affine
+from odc.geo.crs import CRS
 
 from ai4land.errors import DataError
 
@@ -19,8 +22,22 @@ LONGEST_AXIS = 2**26
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def check_file(path: Path) -> None:
+@dataclass(frozen=True)
+class Header:
+    """What the header of a GeoTIFF says: rows and columns, from column and row to coordinates, and their reference system."""
+
+    shape: tuple[int, int]
+    transform: Affine
+    crs: CRS
+
+
+def check_file(path: Path) -> Header | None:
     """Check a local file that the catalogue of a stranger names, before anything of it is read.
+
+    Returns
+    -------
+    Header or None
+        Of a GeoTIFF with a reference system.
 
     Raises
     ------
@@ -35,12 +52,14 @@ def check_file(path: Path) -> None:
         head = stream.read(2**12)
     if b"<VRTDataset" in head:
         raise DataError(f"{path} is a virtual raster, expected the raster itself; write it: gdal_translate {path} out.tif")
-    if head[:4] in _TIFF:
-        try:
-            with rasterio.open(path) as file:
-                check_blocks(file, str(path))
-        except rasterio.errors.RasterioError as error:
-            raise DataError(f"{path} is truncated or not a GeoTIFF ({error}), expected a whole file; fetch it again") from error
+    if head[:4] not in _TIFF:
+        return None
+    try:
+        with rasterio.open(path) as file:
+            check_blocks(file, str(path))
+            return None if file.crs is None else Header(file.shape, file.transform, CRS(file.crs.to_wkt()))
+    except rasterio.errors.RasterioError as error:
+        raise DataError(f"{path} is truncated or not a GeoTIFF ({error}), expected a whole file; fetch it again") from error
 
 
 def check_blocks(file: Any, name: str) -> None:

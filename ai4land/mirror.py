@@ -39,7 +39,7 @@ def safe_name(text: str) -> str:
     ('S2_31UFS.2020', 'etc_passwd-3754d6cb')
     """
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:_LONGEST_NAME].lstrip("._-")
-    if name == text and name not in _OWN:
+    if name and name == text and name not in _OWN:
         return name
     mark = hashlib.sha256(text.encode()).hexdigest()[:8]
     stem, dot, suffix = name.rpartition(".")

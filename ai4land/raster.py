@@ -221,9 +221,8 @@ def check_cells(transform: Affine, shape: tuple[int, int], crs: CRS, grid: Grid,
         If it has.
     """
     under = float(shape[0]) * float(shape[1])
-    if grid.fine.crs is not None and same_crs(crs, grid.fine.crs):
-        a = grid.fine.affine
-        under = min(under, grid.shard**2 * abs(a.a * a.e / (transform.a * transform.e)))
+    if grid.fine.crs is not None and same_crs(crs, grid.fine.crs) and transform.determinant:
+        under = min(under, grid.shard**2 * abs(grid.fine.affine.determinant / transform.determinant))
     if under > MOST_CELLS:
         raise _too_many(source, under, f"a shard of {grid.shard} x {grid.shard} cells")
 
