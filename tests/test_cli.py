@@ -16,7 +16,7 @@ import ai4land
 from ai4land import cli
 from ai4land.runfile import load_run
 
-VERBS = ["plan", "align", "train", "reconstruct", "evaluate", "run", "demo"]
+VERBS = ["plan", "align", "train", "reconstruct", "evaluate", "publish", "run", "demo"]
 ROOT = Path(__file__).parents[1]
 
 
@@ -90,7 +90,7 @@ def test_overrides_reach_the_run(monkeypatch, capsys, tmp_path):
     assert "3 pairs of years, 3 x 7 steps" in text and "2 years from the map of 2001" in text and "shards of 800" in text
 
 
-@pytest.mark.parametrize("verb", ["plan", "align", "train", "reconstruct", "evaluate", "run"])
+@pytest.mark.parametrize("verb", ["plan", "align", "train", "reconstruct", "evaluate", "publish", "run"])
 def test_every_verb_refuses_in_one_style(monkeypatch, capsys, tmp_path, verb):
     code, out, err = main(monkeypatch, capsys, verb, "bavaria.yaml", f"runs={tmp_path}", "train.stepz=1")
     assert code == 1 and not out
