@@ -341,7 +341,7 @@ def _size_of(file: Wanted, *, allowed: set[str], headers: Mapping[str, str]) -> 
         answer = requests.head(file.address(), headers={**own, "Accept-Encoding": "identity"}, timeout=20, allow_redirects=True)
         length = answer.headers.get("Content-Length", "")
         return int(length) if answer.ok and length.isdigit() else None
-    except requests.RequestException:
+    except (requests.RequestException, DataError):
         return None
 
 

@@ -73,9 +73,10 @@ class Reach:
         path = local_path(href)
         if path is None:
             return cls(href, None, urlparse(href).netloc, beyond)
-        file = path.resolve()
-        below = file.name != "catalog.json" and (file.parents[1] / "catalog.json").is_file()
-        return cls(href, file.parents[2] if below else file.parents[1], "", beyond)
+        folder = path.resolve().parent
+        if path.name != "catalog.json" and (folder.parent / "catalog.json").is_file():
+            folder = folder.parent
+        return cls(href, folder.parent, "", beyond)
 
     def check(self, href: str, *, what: str) -> None:
         """Refuse an absolute href that leaves what the catalogue may reach.

@@ -27,8 +27,10 @@ from affine import Affine
 from pystac.stac_io import DefaultStacIO
 from pystac.validation import JsonSchemaSTACValidator, validate_dict
 
+from ai4land import cli
 from ai4land import fetch as fetching
-from ai4land.catalog import find_items, load_asset
+from ai4land.assets import load_asset
+from ai4land.catalog import find_items
 from ai4land.download import verify
 from ai4land.errors import ConfigError, DataError
 from ai4land.fetch import fetch, fetch_all
@@ -457,6 +459,43 @@ def test_a_source_by_hand_says_what_to_do_and_takes_what_is_put_there(tmp_path):
     np.testing.assert_array_equal(pixels([item], "data"), VALUES)
     manifest = json.loads((tmp_path / "hildaplus-v2" / "manifest.json").read_text())
     assert [f["href"] for f in manifest["files"].values()] == ["by hand"]
+
+
+def test_the_command_line_fetches_and_fails_by_name(server, tmp_path, monkeypatch, capsys):
+    items = [make_item("west", {"zone": f"{server.url}/west.tif"}), make_item("gone", {"zone": f"{server.url}/gone.tif"})]
+    catalog = write_static(tmp_path / "site", items)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["ai4land", "fetch", *args, "--to", str(tmp_path / "mirror")])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    code, out, err = call("zones", "--catalog", str(catalog), "--years", "1999-2001", "--bbox=-20,0,-10,10", "--asset", "zone")
+    assert code == 1 and "zones/gone/zone.tif: " in err and "status 404" in err and "Traceback" not in err and not out
+    (tmp_path / "site" / "stac" / "zones" / "item1.json").write_text(json.dumps(items[0]))
+    code, out, err = call("zones", "--catalog", str(catalog), "--threads", "1")
+    assert code == 0 and out.strip() == str(tmp_path / "mirror" / "catalog.json") and "1 were there, 0 brought, 0 failed" in err
+    code, _, err = call("hildaplus-v2")
+    assert code == 1 and "Open https://doi.org/10.1594/PANGAEA.974335" in err
+
+
+def test_an_interrupted_fetch_keeps_what_is_whole(server, tmp_path):
+    items = [make_item(f"i{n}", {"zone": f"{server.url}/west.tif"}) for n in range(6)]
+    catalog = write_static(tmp_path / "site", items)
+
+    def interrupt(done, total, name):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quick("zones", to=tmp_path / "mirror", catalog=catalog, progress=interrupt)
+    kept = json.loads((tmp_path / "mirror" / "zones" / "manifest.json").read_text())["files"]
+    assert len(kept) == 2
+    done = quick("zones", to=tmp_path / "mirror", catalog=catalog)
+    assert done.kept >= 2 and done.kept + done.brought == 6 and done.failed == {}
 
 
 def test_options_of_the_command_line_are_checked(tmp_path, monkeypatch):

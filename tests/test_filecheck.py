@@ -15,7 +15,7 @@ import zarr
 from affine import Affine
 
 from ai4land import raster
-from ai4land.catalog import load_asset
+from ai4land.assets import load_asset
 from ai4land.checkpoint import load_state
 from ai4land.errors import DataError
 from ai4land.filecheck import MOST_BYTES, check_file

@@ -7,6 +7,7 @@ import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
 import pytest
@@ -162,6 +163,10 @@ def test_no_catalogue_names_file_systems_of_gdal(tmp_path, href):
 def test_a_name_that_is_no_path_is_refused(tmp_path):
     with pytest.raises(DataError, match="expected a file below"):
         Reach.of(tmp_path / "a" / "catalog.json").check("a\0b", what="link")
+
+
+def test_a_catalogue_at_the_root_of_a_disk_has_a_rule_too():
+    assert Reach.of("/catalog.json").root == Path("/") and Reach.of("/a/collection.json").root == Path("/")
 
 
 def test_paths_of_urls():
