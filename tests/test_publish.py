@@ -33,7 +33,8 @@ from starlette.staticfiles import StaticFiles
 from zarr.storage import ObjectStore
 
 from ai4land import cube, sources
-from ai4land.catalog import find_items, load_asset
+from ai4land.assets import load_asset
+from ai4land.catalog import find_items
 from ai4land.checkpoint import save_model
 from ai4land.config import RunConfig
 from ai4land.credits import credits_of
