@@ -205,6 +205,26 @@ def evaluate(run: RunFile, overrides: Overrides = None) -> None:
     _evaluate(load_run(run, overrides or []))
 
 
+@app.command()
+def publish(
+    run: RunFile,
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of the catalogue (default: stac in that of the run).")] = None,
+    base_url: Annotated[str, typer.Option(help="Address that the folder will have.")] = "",
+    cog: Annotated[
+        list[str] | None,
+        typer.Option(metavar="YEARS", help="Year, or years such as 2000-2009, to export as GeoTIFF; may be repeated."),
+    ] = None,
+) -> None:
+    """Describe the cube and the model as a STAC catalogue that can be served as it is.
+
+    Example: ai4land publish pipelines/bavaria.yaml --cog 2015
+    """
+    from ai4land.publish import publish as write
+
+    _out.print(str(write(load_run(run, overrides or []), to=to, base_url=base_url, cog=cog or [], tell=_tell)), soft_wrap=True)
+
+
 @app.command(name="run")
 def run_all(run: RunFile, overrides: Overrides = None) -> None:
     """Do every stage that is not done yet: align, train, reconstruct, evaluate.
@@ -252,6 +272,34 @@ def verify(
     with _workers(config), _bar("mend") as bar:
         stages.mend(config, cube, found, tell=_tell, progress=lambda done, total: bar(done, total, "blocks"))
     _out.print(f"{cube} is mended and as its ledger says", soft_wrap=True)
+
+
+@app.command()
+def fetch(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Inputs, or with --catalog its collections.")],
+    to: Annotated[Path, typer.Option(help="Folder of the mirror.")] = Path("inputs"),
+    years: Annotated[str | None, typer.Option(help="Years, e.g. 1992-1999.")] = None,
+    bbox: Annotated[str | None, typer.Option(metavar="W,S,E,N", help="Box in degrees; W > E crosses the dateline.")] = None,
+    catalog: Annotated[
+        str | None, typer.Option(help="STAC catalogue or API to take them from (default: the inputs known here).")
+    ] = None,
+    asset: Annotated[list[str] | None, typer.Option(help="Asset of the items; can be given again (default: the data).")] = None,
+    sign: Annotated[str, typer.Option(help="Who signs addresses: planetary_computer.")] = "",
+    token: Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with a bearer token.")] = None,
+    token_host: Annotated[list[str] | None, typer.Option(help="Further host that the token is for; can be given again.")] = None,
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Files at once.")] = 4,
+) -> None:
+    """Bring inputs to a folder that needs no network, with a STAC catalogue; what is there and whole is not fetched again.
+
+    Example: ai4land fetch hildaplus-uk koppen-geiger-0p1 --to inputs
+    """
+    from ai4land.fetch import fetch_all
+    from ai4land.wanted import signer
+
+    options: dict[str, Any] = {"years": years, "bbox": bbox, "catalog": catalog, "assets": asset or [], "modifier": signer(sign)}
+    with _bar("fetch") as bar:
+        fetch_all(sources, to=to, token=token, token_hosts=token_host or [], threads=threads, tell=_tell, progress=bar, **options)
+    _out.print(str(to / "catalog.json"), soft_wrap=True)
 
 
 @app.command()

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from ai4land import scenario
 from ai4land.align import Layer, check_identity, write_store
 from ai4land.areachange import open_change
-from ai4land.catalog import find_items, load_asset
+from ai4land.assets import load_asset
+from ai4land.catalog import find_items
 from ai4land.coarse import held_years
 from ai4land.config import ChangeConfig, Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
 from ai4land.errors import ConfigError, DataError, MismatchError

@@ -186,6 +186,6 @@ def _remembered(function: Codes, legend: Legend, folder: Path) -> Codes:
         path = folder / f"{year}_{w.row}_{w.col}.npy"
         if not path.is_file():
             np.save(path, legend.decode(function(year, w)))
-        return np.asarray(np.load(path))
+        return np.asarray(np.load(path, allow_pickle=False))
 
     return codes
