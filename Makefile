@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SLURM_TESTS ?= $(wildcard tests/test_slurm*.py) tests/test_deploy.py
 
-.PHONY: install demo test test-slurm slurm-packages lint bench clean
+.PHONY: install demo test test-slurm test-faults test-browser slurm-packages chromium lint bench clean
 
 install: $(STAMP)
 
@@ -18,13 +18,22 @@ demo: install  ## the whole path on a synthetic planet: a model, a cube, a table
 	$(BIN)/ai4land demo
 
 test: install  ## the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm and not faults and not browser"
+
+test-faults: install  ## minutes of killed processes, full disks and object stores that are away
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults tests/test_faults.py
+
+test-browser: install chromium  ## the served page in a real Chromium; installs Debian's package
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests
 
 test-slurm: install slurm-packages  ## real SLURM jobs on a private cluster on this machine; installs Debian's packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(ONLY) $(SLURM_TESTS)
 
 slurm-packages:
 	which slurmctld slurmd sbatch munged slurmdbd mariadbd >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge slurmdbd mariadb-server)
+
+chromium:
+	which chromium >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium)
 
 lint: install  ## style and types
 	$(BIN)/ruff check .

@@ -7,25 +7,28 @@ from (``identity``), and a store made from anything else is refused.
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
-from ai4land.cube import chunk_side
 from ai4land.errors import DataError, MismatchError
 from ai4land.gaps import check_finite, fill_gaps
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid
 from ai4land.legend import Legend
+from ai4land.template import chunk_side
 
 _log = logging.getLogger(__name__)
 
@@ -79,8 +82,8 @@ def write_store(
         If a layer has no value in the mask, or a map has no class there.
     """
     tell = progress or _log.info
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    _sweep(path)
     part.parent.mkdir(parents=True, exist_ok=True)
     group = zarr.create_group(part, zarr_format=3)
     side, shape, shard = chunk_side(grid), grid.shape, grid.shard
@@ -136,6 +139,15 @@ def write_store(
         part.replace(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes of this machine have left of the store."""
+    mark = f".{path.name}.{socket.gethostname()}."
+    for left in path.parent.glob(f"{glob.escape(mark)}*.part"):
+        pid = left.name.removeprefix(mark).removesuffix(".part")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _static(layer: Layer, mask: NDArray[np.bool_], grid: Grid, tell: Callable[[str], None]) -> NDArray[np.float32]:

@@ -164,9 +164,9 @@ def _practice(run: RunConfig, folder: Path) -> _Ground:
 def _job(run: RunConfig, ground: _Ground, folder: Path, there: bool) -> Job:
     """Put together the job of the block, and make its cube."""
     path = folder / "cube.zarr"
-    about = {"title": "calibration", "source": "calibration", "totals": "not imposed"}
+    about: dict[str, Any] = {"title": "calibration", "source": "calibration", "totals": "not imposed"}
     years = sorted({year for block in ground.blocks for year in block.years})
-    cube.create(path, grid=ground.grid, legend=ground.legend, years=years, identity={}, **about)
+    cube.create(path, grid=ground.grid, legend=ground.legend, years=years, identity={}, years_a_shard=1, **about)
     if there:
         return job_of(run, Source(ground.store), cube_path=path, reference=ground.reference)
     c, plain = run.constrain, load_crosswalk("identity", ground.legend)

@@ -17,8 +17,9 @@ from rich.table import Table
 
 import ai4land
 from ai4land.config import RunConfig
-from ai4land.errors import AI4LandError, ConfigError, Unfinished
+from ai4land.errors import AI4LandError, ConfigError, DataError, Unfinished
 from ai4land.runfile import load_run
+from ai4land.stores import Place
 
 app = typer.Typer(
     help="Annual high-resolution land cover from coarse land-use scenarios.\n\n"
@@ -99,11 +100,11 @@ def _train(run: RunConfig) -> None:
         training.train(run, tell=_tell, progress=step)
 
 
-def _reconstruct(run: RunConfig) -> None:
+def _reconstruct(run: RunConfig) -> Place:
     from ai4land import stages
 
     with _bar("reconstruct") as bar:
-        stages.reconstruct(run, tell=_tell, progress=lambda done, total: bar(done, total, "blocks"))
+        return stages.reconstruct(run, tell=_tell, progress=lambda done, total: bar(done, total, "blocks"))
 
 
 def _evaluate(run: RunConfig) -> dict[str, Any]:
@@ -191,8 +192,8 @@ def reconstruct(run: RunFile, overrides: Overrides = None) -> None:
     """
     config = load_run(run, overrides or [])
     with _workers(config):
-        _reconstruct(config)
-    _out.print(str(config.folder / "cube.zarr"), soft_wrap=True)
+        place = _reconstruct(config)
+    _out.print(str(place), soft_wrap=True)
 
 
 @app.command()
@@ -202,6 +203,26 @@ def evaluate(run: RunFile, overrides: Overrides = None) -> None:
     Example: ai4land evaluate pipelines/bavaria.yaml
     """
     _evaluate(load_run(run, overrides or []))
+
+
+@app.command()
+def publish(
+    run: RunFile,
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of the catalogue (default: stac in that of the run).")] = None,
+    base_url: Annotated[str, typer.Option(help="Address that the folder will have.")] = "",
+    cog: Annotated[
+        list[str] | None,
+        typer.Option(metavar="YEARS", help="Year, or years such as 2000-2009, to export as GeoTIFF; may be repeated."),
+    ] = None,
+) -> None:
+    """Describe the cube and the model as a STAC catalogue that can be served as it is.
+
+    Example: ai4land publish pipelines/bavaria.yaml --cog 2015
+    """
+    from ai4land.publish import publish as write
+
+    _out.print(str(write(load_run(run, overrides or []), to=to, base_url=base_url, cog=cog or [], tell=_tell)), soft_wrap=True)
 
 
 @app.command(name="run")
@@ -220,9 +241,65 @@ def _whole(config: RunConfig) -> None:
 
     refuse(config)
     _train(config)
-    _reconstruct(config)
+    place = _reconstruct(config)
     _evaluate(config)
-    _out.print(f"Results are in {config.folder}: cube.zarr, evaluation.json, figures/", soft_wrap=True)
+    _out.print(f"Results are in {config.folder}: evaluation.json, figures/; the cube is {place}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    cube: Annotated[str, typer.Argument(metavar="CUBE", help="Folder or URL of a cube, or of a part of one.")],
+    run: Annotated[Path | None, typer.Option(help="Run file that made it; default: config.yaml beside the cube.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only say what is wrong, mend nothing.")] = False,
+) -> None:
+    """Read every shard of a cube again, compare it with the ledger, and make anew what is missing or damaged.
+
+    Example: ai4land verify runs/bavaria/cube.zarr
+    """
+    from ai4land import stages
+    from ai4land.verify import verify
+
+    with _bar("verify") as bar:
+        found = verify(cube, progress=lambda done, total: bar(done, total, "objects"))
+    for damage in found:
+        _tell(str(damage))
+    if not found:
+        _out.print(f"{cube} is as its ledger says", soft_wrap=True)
+        return
+    if check:
+        raise DataError(f"{len(found)} things are wrong with cube {cube}; mend them with: ai4land verify {cube}")
+    config = stages.run_of(cube, run)
+    with _workers(config), _bar("mend") as bar:
+        stages.mend(config, cube, found, tell=_tell, progress=lambda done, total: bar(done, total, "blocks"))
+    _out.print(f"{cube} is mended and as its ledger says", soft_wrap=True)
+
+
+@app.command()
+def fetch(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Inputs, or with --catalog its collections.")],
+    to: Annotated[Path, typer.Option(help="Folder of the mirror.")] = Path("inputs"),
+    years: Annotated[str | None, typer.Option(help="Years, e.g. 1992-1999.")] = None,
+    bbox: Annotated[str | None, typer.Option(metavar="W,S,E,N", help="Box in degrees; W > E crosses the dateline.")] = None,
+    catalog: Annotated[
+        str | None, typer.Option(help="STAC catalogue or API to take them from (default: the inputs known here).")
+    ] = None,
+    asset: Annotated[list[str] | None, typer.Option(help="Asset of the items; can be given again (default: the data).")] = None,
+    sign: Annotated[str, typer.Option(help="Who signs addresses: planetary_computer.")] = "",
+    token: Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with a bearer token.")] = None,
+    token_host: Annotated[list[str] | None, typer.Option(help="Further host that the token is for; can be given again.")] = None,
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Files at once.")] = 4,
+) -> None:
+    """Bring inputs to a folder that needs no network, with a STAC catalogue; what is there and whole is not fetched again.
+
+    Example: ai4land fetch hildaplus-uk koppen-geiger-0p1 --to inputs
+    """
+    from ai4land.fetch import fetch_all
+    from ai4land.wanted import signer
+
+    options: dict[str, Any] = {"years": years, "bbox": bbox, "catalog": catalog, "assets": asset or [], "modifier": signer(sign)}
+    with _bar("fetch") as bar:
+        fetch_all(sources, to=to, token=token, token_hosts=token_host or [], threads=threads, tell=_tell, progress=bar, **options)
+    _out.print(str(to / "catalog.json"), soft_wrap=True)
 
 
 @app.command()

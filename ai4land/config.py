@@ -281,6 +281,18 @@ class ReconstructConfig(_Model):
 
     reference: int | None
     years: Years
+    cube: str | None = Field(
+        default=None,
+        description="folder or URL (s3://…) of the cube, its name ending in .zarr; default: cube.zarr in the run's folder",
+    )
+    part: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="name of the part of the cube that this run makes, such as historical or ssp126; default: the cube is this run's alone",
+    )
+    years_a_shard: int = Field(
+        default=10, ge=1, le=100, description="years that lie in one shard of the cube, a file or object: 1 or an even number"
+    )
     workers: int = Field(default=1, ge=1)
     threads: int | None = Field(default=None, description="threads of a worker; default: the cores shared by the workers")
     at_once: int | None = Field(
@@ -292,6 +304,14 @@ class ReconstructConfig(_Model):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the network; auto: bfloat16 where the model's card allows it and the device gains by it"
     )
+
+    @model_validator(mode="after")
+    def _cube(self) -> ReconstructConfig:
+        if self.years_a_shard > 1 and self.years_a_shard % 2:
+            raise ValueError(f"years_a_shard is {self.years_a_shard}, expected 1 or an even number; try {self.years_a_shard + 1}")
+        if self.cube is not None and not self.cube.rstrip("/").endswith(".zarr"):
+            raise ValueError(f"cube is {self.cube!r}, expected a name that ends in .zarr; the ledger goes beside it as .ledger")
+        return self
 
     @property
     def cores(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,13 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ai4land.checkpoint import load_card
 from ai4land.config import RunConfig
-from ai4land.cube import VARIABLES
 from ai4land.errors import ConfigError
 from ai4land.grid import Window
 from ai4land.inputs import cubes_of, grid_of, legend_of, needed_years
+from ai4land.overviews import level_factors
 from ai4land.practice import CODES
 from ai4land.predict import Source
-from ai4land.reconstruct import mapped_part, plan_blocks, years_between
+from ai4land.reconstruct import mapped_part, plan_blocks, sides, sides_of, years_between
+from ai4land.template import VARIABLES, depths
 from ai4land.unet import UNet
 
 CELL_BYTES = {True: 10.1, False: 18.0}
@@ -210,16 +212,17 @@ def count(run: RunConfig, *, land: float = 1.0, cuda: bool = False) -> Work:
         every: list[tuple[float, float, tuple[int, ...]]] = []
         if source is None:
             shards = max(1, round(land * len(grid.shards())))
-            every = [(float(grid.shard**2), 1.0, tuple(side)) for side in _sides(years, reference) if side] * shards
+            parts = sides_of(years, reference=reference, years_a_shard=run.reconstruct.years_a_shard)
+            every = [(float(grid.shard**2), 1.0, tuple(y for g in part for y in g)) for part in parts] * shards
         else:
-            blocks = plan_blocks(store, years=years, reference=reference)
+            blocks = plan_blocks(store, years=years, reference=reference, years_a_shard=run.reconstruct.years_a_shard)
             every = [(*_extent(source, b.window, net.stride), b.years) for b in blocks]
         for cells, share, kept in every:
             steps = len(kept)
             if reference is not None and run.constrain.method != "none":
-                last = max(kept, key=lambda y: abs(y - reference))
-                held = range(min(last, reference), max(last, reference) + 1) if source is None else source.years
-                steps = len(years_between(held, reference, last))
+                ends = [side[-1] for side in sides(kept, reference)]
+                held = range(min(reference, *ends), max(reference, *ends) + 1) if source is None else source.years
+                steps = sum(len(years_between(held, reference, last)) for last in ends)
             seen = (math.sqrt(cells) + 2 * net.halo) ** 2
             passes.append(run.train.members * steps * seen)
             walked.append(steps * share * grid.shard**2)
@@ -227,7 +230,7 @@ def count(run: RunConfig, *, land: float = 1.0, cuda: bool = False) -> Work:
             read.append(len(run.static) * seen)
             mapped += len(kept) * share * grid.shard**2
             size += CELL_BYTES[reference is not None] * len(kept) * share * grid.shard**2
-            objects += len(VARIABLES) * len(kept)
+            objects += objects_of(grid.shard, kept, years, run.reconstruct.years_a_shard)
     t = run.train
     observed = len(needed_years(run)[0])
     return Work(
@@ -246,8 +249,10 @@ def count(run: RunConfig, *, land: float = 1.0, cuda: bool = False) -> Work:
     )
 
 
-def _sides(years: list[int], reference: int | None) -> list[list[int]]:
-    return [years] if reference is None else [[y for y in years if y >= reference], [y for y in years if y < reference]]
+def objects_of(shard: int, kept: Iterable[int], years: list[int], years_a_shard: int) -> int:
+    """Count the objects of a shard of a cube over some of its years, overviews included."""
+    (deep, flat), times = depths(len(years), years_a_shard), [years.index(y) for y in kept]
+    return (len(VARIABLES) - 1 + len(level_factors(shard))) * len({t // deep for t in times}) + len({t // flat for t in times})
 
 
 def _extent(source: Source, window: Window, stride: int) -> tuple[float, float]:
@@ -262,7 +267,8 @@ def worker_memory(run: RunConfig, net: UNet, *, cuda: bool = False) -> Memory:
     r, shard, k, channels = run.reconstruct, run.grid.shard, net.classes, static_channels(run)
     window = (shard + 2 * net.halo) ** 2
     hands = (r.at_once or 2) if cuda else r.hands
-    held = hands * (window * (4 * len(run.static) + 2 * channels) + shard**2 * (26 * k + 20))
+    years = min(r.years_a_shard, len(r.years))  # that wait for the others of their shard
+    held = hands * (window * (4 * len(run.static) + 2 * channels) + shard**2 * (28 * k + 16 + 4 * years))
     inputs = window * run.train.members * net.inputs
     passing = window * (4.5 * run.model.base + run.model.coarse_features + 2 * k)
     device = 2 * (hands * inputs + passing) if cuda else 4 * hands * (inputs + passing)

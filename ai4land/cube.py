@@ -1,47 +1,34 @@
-"""The output store: its template, its one writer, its ledger and its opener.
+"""The output store: its template, its one writer, which years of it are to be seen, and its opener.
 
-The template is written first and holds metadata alone. Then whole shards are written, by one checked function, and each
-is recorded in the ledger *after* it is on disk: an all-fill shard leaves no file, so files cannot tell what is done. The
-ledger is a folder beside the cube with one append-only file a writer; a torn last line counts for nothing.
+The template comes first and holds metadata alone. Whole shards are then written, by one checked writer, and recorded in the ledger
+(:mod:`ai4land.ledger`) after they are there. A cube tells of the years from its first one on that are whole, everywhere and in every
+variable: its time axis grows by writing small metadata anew, the consolidated ones of the group last.
 """
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 import json
-import os
-import shutil
-import threading
-import uuid
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import ZstdCodec
+from zarr.core.array import AsyncArray
+from zarr.core.metadata.v3 import ArrayV3Metadata
+from zarr.storage import MemoryStore, StorePath
 
-import ai4land
+from ai4land import ledger
+from ai4land.claim import check_claim
 from ai4land.errors import DataError, MismatchError
-from ai4land.grid import FINE_DIMS, Grid, Window, spatial_ref
-from ai4land.legend import Legend
-
-SCALE = 250
-"""Confidences and probabilities of change are stored as whole numbers of 1/250."""
-EMPTY = 255
-"""Stored confidence and probability of change of a cell that has none."""
-FRACTION_SCALE = 65000
-"""Fractions are stored as whole numbers of 1/65000: where 25 or more fine cells lie along a coarse one, the totals stay within about a millionth."""
-FRACTION_EMPTY = 65535
-"""Stored fraction of a cell that is not mapped."""
-VARIABLES = ("land_cover", "most_likely", "fraction", "confidence", "change_probability")
-"""What a cube holds for every year."""
+from ai4land.grid import Grid, Window
+from ai4land.legend import MISSING, Legend
+from ai4land.overviews import reduce_classes
+from ai4land.stores import Place, delete, names, open_place, read, write
+from ai4land.template import VARIABLES, YEARS_A_SHARD, history, make_template
 
 
 @dataclass(frozen=True)
@@ -55,20 +42,18 @@ class Block:
         return f"{self.window} of {self.years[0]}-{self.years[-1]}"
 
 
-def chunk_side(grid: Grid, *, limit: int = 512) -> int:
-    """Side of a chunk: whole coarse cells, a divisor of the shard, at most ``limit`` fine cells where there is one.
+def time_shards(years: Iterable[int], *, years_a_shard: int = YEARS_A_SHARD) -> list[tuple[int, ...]]:
+    """Group the years of a cube as its shards do.
 
-    >>> from ai4land.grid import make_grid
-    >>> chunk_side(make_grid((-180, -90, 180, 90), coarse_cell=0.25, factor=30, shard=1440))
-    480
+    >>> time_shards(range(2000, 2005), years_a_shard=2)
+    [(2000, 2001), (2002, 2003), (2004,)]
     """
-    cells = grid.shard // grid.factor
-    sides = [grid.shard // n for n in range(1, cells + 1) if cells % n == 0]
-    return max((side for side in sides if side <= limit), default=grid.factor)
+    every = list(years)
+    return [tuple(every[i : i + years_a_shard]) for i in range(0, len(every), years_a_shard)]
 
 
 def create(
-    path: Path,
+    place: Place,
     *,
     grid: Grid,
     legend: Legend,
@@ -77,13 +62,16 @@ def create(
     title: str,
     source: str,
     totals: str,
+    land: Iterable[Window] | None = None,
+    years_a_shard: int = YEARS_A_SHARD,
+    attrs: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the template of a cube, or check that the one that is there is the same.
 
     Parameters
     ----------
-    path
-        Of the Zarr store; the ledger lies beside it.
+    place
+        Of the Zarr group, a folder or a URL; a name below a ``….zarr`` is a part of that cube. The ledger lies beside it.
     grid, legend
         Of the cube.
     years
@@ -95,262 +83,351 @@ def create(
         For the metadata.
     totals
         How the scenario's totals were imposed, in words, for the metadata.
+    land
+        Shards that have cells to map; None: all.
+    years_a_shard
+        Years in one shard; 1 or an even number.
+    attrs
+        Further attributes of the group, such as ``license``.
 
     Raises
     ------
     MismatchError
-        If the store holds another cube.
+        If the place holds another cube.
     """
     years = list(years)
-    about = {**identity, "grid": grid.to_dict(), "legend": legend.name, "years": years}
-    if (path / "zarr.json").is_file():
-        have = dict(zarr.open_group(path, mode="r").attrs).get("ai4land_identity", {})
+    about = {**identity, "grid": grid.to_dict(), "legend": legend.name, "years": years, "years_a_shard": years_a_shard}
+    about = json.loads(json.dumps(about))
+    kept, there = ledger.load_template(place), _document(place)
+    found = there or (kept["documents"][""] if kept is not None and _holds(place) else None)
+    if found is None and _holds(place):
+        raise MismatchError(
+            f"cube {place} has shards, but neither its metadata nor its ledger can be read; restore {place}/zarr.json or "
+            f"{ledger.ledger_path(place)}/{ledger.TEMPLATE}, or delete both and make it anew"
+        )
+    if found is not None:
+        have = found["attributes"].get("ai4land_identity", {})
         if have != about:
             before: dict[str, Any] = have if isinstance(have, dict) else {}
             keys = sorted(k for k in {*before, *about} if before.get(k) != about.get(k))
             raise MismatchError(
-                f"cube {path} was begun with another configuration (it differs in {', '.join(keys)}); "
+                f"cube {place} was begun with another configuration (it differs in {', '.join(keys)}); "
                 "restore the run file and the model, choose another name, or delete the cube and its ledger"
             )
-        return
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    group = zarr.create_group(part, zarr_format=3)
-    group.attrs.update(
-        {
-            "Conventions": "CF-1.11",
-            "title": title,
-            "source": source,
-            "history": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ} created by ai4land {ai4land.__version__}",
-            "references": legend.references,
-            "ai4land_identity": about,
-        }
-    )
-    side, rows, cols, classes = chunk_side(grid), *grid.shape, legend.n
-    _coordinates(group, grid, legend, years)
-    flags = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in legend.flag_attrs().items()}
-    standard = {"standard_name": "land_cover_lccs"} if legend.name.startswith("lccs") else {}
-    maps = {**standard, **flags, "cell_methods": "area: mode"}
-    shape, chunks, shards = (len(years), rows, cols), (1, side, side), (1, grid.shard, grid.shard)
-    plane = partial(_array, group, shape=shape, dims=("time", *FINE_DIMS), chunks=chunks, shards=shards)
-    blank = f"code {legend.fill.code} ({legend.fill.name}): not mapped"
-    for name, text, comment in (
-        ("land_cover", legend.title, f"{blank}; {totals}"),
-        (
-            "most_likely",
-            f"{legend.title}: most likely class of each cell by itself",
-            f"{blank}; class of the largest fraction, no whole-cell totals",
-        ),
-    ):
-        plane(name, dtype="uint8", fill=legend.fill.code, attrs={"long_name": text, **maps, "comment": comment})
-    for name, text in (
-        ("confidence", "probability of the class in land_cover"),
-        ("change_probability", "probability that the class differs from that of the reference map"),
-    ):
-        plane(name, dtype="uint8", fill=EMPTY, attrs={"long_name": text, **_scaled(SCALE, EMPTY)})
-    _array(
-        group,
-        "fraction",
-        dtype="uint16",
-        shape=(len(years), classes, rows, cols),
-        dims=("time", "class", *FINE_DIMS),
-        chunks=(1, 1, side, side),
-        shards=(1, classes, grid.shard, grid.shard),
-        fill=FRACTION_EMPTY,
-        attrs={
-            "long_name": "fraction of the cell that each class covers",
-            "standard_name": "area_fraction",
-            **_scaled(FRACTION_SCALE, FRACTION_EMPTY),
-            "comment": f"the stored numbers of a cell sum to exactly {FRACTION_SCALE}; {totals}",
-            "cell_methods": "area: mean",
-        },
-    )
-    shutil.rmtree(ledger_path(path), ignore_errors=True)
-    part.replace(path)
-
-
-def _scaled(scale: int, empty: int) -> dict[str, Any]:
-    """Attributes of shares that are stored as whole numbers."""
-    return {"units": "1", "scale_factor": 1 / scale, "_FillValue": empty, "valid_range": [0, scale]}
-
-
-def _array(
-    group: zarr.Group,
-    name: str,
-    *,
-    dtype: str,
-    shape: tuple[int, ...],
-    dims: tuple[str, ...],
-    chunks: tuple[int, ...],
-    shards: tuple[int, ...],
-    fill: int,
-    attrs: dict[str, Any],
-) -> None:
-    group.create_array(
-        name,
-        shape=shape,
-        dtype=dtype,
-        chunks=chunks,
-        shards=shards,
-        fill_value=fill,
-        dimension_names=dims,
-        attributes={**attrs, "grid_mapping": "spatial_ref", "coordinates": "year"},
-        compressors=ZstdCodec(level=1),
-    )
-
-
-def days_since_1970(year: int, month: int = 1, day: int = 1) -> int:
-    """Days from 1970-01-01 to a date of the proleptic Gregorian calendar.
-
-    >>> days_since_1970(1970, 7, 2)
-    182
-    """
-    return datetime.date(year, month, day).toordinal() - datetime.date(1970, 1, 1).toordinal()
-
-
-def _coordinates(group: zarr.Group, grid: Grid, legend: Legend, years: list[int]) -> None:
-    coords = grid.coords()
-    time = {"units": "days since 1970-01-01", "calendar": "proleptic_gregorian"}
-    values: dict[str, tuple[tuple[str, ...], NDArray[Any], dict[str, Any]]] = {
-        "latitude": (("latitude",), coords["latitude"], {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"}),
-        "longitude": (("longitude",), coords["longitude"], {"standard_name": "longitude", "units": "degrees_east", "axis": "X"}),
-        "time": (
-            ("time",),
-            np.array([days_since_1970(y, 7, 2) for y in years], dtype=np.int32),
-            {"standard_name": "time", "axis": "T", "bounds": "time_bnds", **time},
-        ),
-        "time_bnds": (
-            ("time", "bnds"),
-            np.array([[days_since_1970(y), days_since_1970(y + 1)] for y in years], dtype=np.int32),
-            {},
-        ),
-        "year": (("time",), np.array(years, dtype=np.int32), {"long_name": "calendar year", "units": "1"}),
-        "class": (
-            ("class",),
-            legend.codes,
-            {"long_name": "class code", "flag_values": legend.codes.tolist(), "flag_meanings": " ".join(legend.names)},
-        ),
+    group = {
+        "Conventions": "CF-1.11",
+        "title": title,
+        "source": source,
+        "history": history(identity.get("model")) if found is None else found["attributes"]["history"],
+        "references": legend.references,
+        **(attrs or {}),
+        "ai4land_identity": about,
     }
-    for name, (dims, data, attrs) in values.items():
-        array = group.create_array(
-            name, shape=data.shape, dtype=data.dtype, chunks=data.shape, dimension_names=dims, attributes=attrs
-        )
-        array[...] = data
-    reference = spatial_ref(grid.fine)
-    array = group.create_array("spatial_ref", shape=(), dtype="int32", attributes=_plain(reference.attrs))
-    array[...] = 0
+    template, objects = make_template(
+        grid=grid, legend=legend, years=years, years_a_shard=years_a_shard, attrs=group, totals=totals, land=land
+    )
+    template["objects"] = {name: ledger.checksum(data) for name, data in objects.items()}
+    template["legend"] = legend.model_dump(mode="json")
+    if found is None:
+        ledger.wipe(place)
+        kept = None
+    if kept != template:
+        ledger.save_template(place, template)
+    for name, data in objects.items():
+        if read(place, name) != data:
+            write(place, name, data)
+    if there is None:
+        _tell(place, template, 0)
 
 
-def _plain(attrs: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(attrs, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)))
+def _document(place: Place) -> dict[str, Any] | None:
+    """Read the metadata of a group; None if there are none or they are damaged."""
+    try:
+        found: dict[str, Any] = json.loads(read(place, "zarr.json") or b"")
+    except ValueError:
+        return None
+    return found if isinstance(found.get("attributes"), dict) and "ai4land_identity" in found["attributes"] else None
 
 
-def write_block(path: Path, block: Block, arrays: Mapping[str, NDArray[Any]]) -> str:
-    """Write a shard over some years: the only function that writes cells into a cube.
-
-    Parameters
-    ----------
-    path
-        Of the cube.
-    block
-        What is written; its window must be a whole shard.
-    arrays
-        Stored numbers of every variable of the cube, ``(year, [class,] rows, columns)``: codes in ``land_cover`` and
-        ``most_likely``, shares in ``fraction``, ``confidence`` and ``change_probability``.
-
-    Returns
-    -------
-    str
-        Digest of the content, for the ledger.
-
-    Raises
-    ------
-    ValueError
-        If the block is not a whole shard, or an array lacks or has another shape or type than the cube.
-    """
-    group = zarr.open_group(path, mode="r+", use_consolidated=False)
-    shard = group["land_cover"].shards[-1]  # type: ignore[union-attr, index]
-    w = block.window
-    if w.row % shard or w.col % shard or (w.height, w.width) != (shard, shard):
-        raise ValueError(f"block {w} is not a whole shard of {shard} cells; blocks must be shards of the cube")
-    if set(arrays) != set(VARIABLES):
-        raise ValueError(f"block {w} has the arrays {sorted(arrays)}, expected {sorted(VARIABLES)}")
-    times = _positions(group, block.years)
-    digest = hashlib.blake2b(digest_size=16)
-    for name in VARIABLES:
-        array: Any = group[name]
-        data = arrays[name]
-        wanted = (len(times), *array.shape[1:-2], w.height, w.width)
-        if data.shape != wanted or data.dtype != array.dtype:
-            raise ValueError(f"{name} of block {w} is {data.dtype} {data.shape}, expected {array.dtype} {wanted}")
-        for time, values in zip(times, data, strict=True):
-            array[(time, ..., *w.slices)] = values
-        digest.update(np.ascontiguousarray(data).data)
-    return digest.hexdigest()
+def _holds(place: Place) -> bool:
+    return bool(names(place, "land_cover/"))
 
 
-def _positions(group: zarr.Group, years: Iterable[int]) -> list[int]:
-    have = {int(y): i for i, y in enumerate(np.asarray(group["year"][...]))}  # type: ignore[index]
-    return [have[y] for y in years]
-
-
-def ledger_path(path: Path) -> Path:
-    """Folder of the ledger of a cube."""
-    return path.with_suffix(".ledger")
-
-
-def record(path: Path, block: Block, digest: str, notes: Mapping[str, Any] | None = None) -> None:
-    """Enter a written block into the ledger, durably, with notes (plain values) on how it came out."""
-    folder = ledger_path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    w = block.window
-    entry = {"row": w.row, "col": w.col, "years": list(block.years), "digest": digest, **(notes or {})}
-    line = json.dumps(entry) + "\n"
-    with (folder / f"{_WRITER}-{os.getpid()}-{threading.get_ident()}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-_WRITER = uuid.uuid4().hex[:12]
-
-
-def entries(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the ledger line by line; a torn line counts for nothing."""
-    for file in sorted(ledger_path(path).glob("*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                {(entry["row"], entry["col"], year): entry["digest"] for year in entry["years"]}
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-            yield entry
-
-
-def recorded(path: Path) -> dict[tuple[int, int, int], str]:
-    """Read the ledger: the digest of each finished (row, column, year) of shards."""
-    return {(e["row"], e["col"], year): e["digest"] for e in entries(path) for year in e["years"]}
-
-
-def finish(path: Path) -> None:
-    """Consolidate the metadata of a finished cube, so that it opens with one read."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        zarr.consolidate_metadata(path)
-
-
-def open_cube(path: Path | str) -> xr.Dataset:
-    """Open a cube lazily: codes as they are, fractions and confidence as numbers of 0..1 with NaN where not mapped.
+def template_of(place: Place) -> dict[str, Any]:
+    """Read the whole template of a cube.
 
     Raises
     ------
     DataError
-        If there is no cube at the path.
+        If the ledger has none.
     """
-    try:
-        whole = zarr.open_group(path, mode="r").metadata.consolidated_metadata is not None
-    except (FileNotFoundError, zarr.errors.GroupNotFoundError) as error:
-        raise DataError(f"no cube at {path}; make one with: ai4land reconstruct RUN.yaml") from error
+    template = ledger.load_template(place)
+    if template is None:
+        raise DataError(
+            f"ledger {ledger.ledger_path(place)} has no whole template; run ai4land reconstruct with the cube's run file"
+        )
+    return template
+
+
+class Writer:
+    """Writes the years of one shard: the only thing that writes cells into a cube.
+
+    A year waits in memory for the others of its shard; a shard is recorded when all its variables are written.
+
+    Parameters
+    ----------
+    place
+        Of the cube.
+    window
+        A whole shard.
+    token
+        Of the claim under which it writes (:mod:`ai4land.claim`); None: unclaimed.
+
+    Raises
+    ------
+    ValueError
+        If the window is not a whole shard.
+    """
+
+    def __init__(self, place: Place, window: Window, *, token: str | None = None) -> None:
+        template = template_of(place)
+        self._place, self._window, self._token = place, window, token
+        self._documents, self._years = template["documents"], template["years"]
+        self._deep = template["years_a_shard"]
+        self._legend = Legend(**template["legend"])
+        shard = self._documents["land_cover"]["chunk_grid"]["configuration"]["chunk_shape"][-1]
+        w = window
+        if w.row % shard or w.col % shard or (w.height, w.width) != (shard, shard):
+            raise ValueError(f"block {w} is not a whole shard of {shard} cells; blocks must be shards of the cube")
+        self._levels = {
+            k: shard // d["chunk_grid"]["configuration"]["chunk_shape"][-1] for k, d in self._documents.items() if _level(k)
+        }
+        self._waiting: dict[tuple[str, int], dict[int, NDArray[Any]]] = {}
+        self._files: dict[int, dict[str, str | None]] = {}
+        self._notes: dict[int, list[dict[str, Any]]] = {}
+        self._book = ledger.Book(place, row=w.row, col=w.col)
+
+    def add(self, year: int, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any] | None = None) -> None:
+        """Add a year; what is whole with it is written and recorded.
+
+        Parameters
+        ----------
+        year
+            Of the cube.
+        arrays
+            Stored numbers of every variable, ``([class,] rows, columns)``: codes in ``land_cover`` and ``most_likely``, shares in
+            ``fraction``, ``confidence`` and ``change_probability``.
+        notes
+            Plain values for the ledger, on how the year came out.
+
+        Raises
+        ------
+        ValueError
+            If an array lacks, or has another shape or type than the cube.
+        DataError
+            If it cannot be written.
+        """
+        w, time = self._window, self._years.index(year)
+        if set(arrays) != set(VARIABLES):
+            raise ValueError(f"block {w} has the arrays {sorted(arrays)}, expected {sorted(VARIABLES)}")
+        for name, data in arrays.items():
+            document = self._documents[name]
+            wanted, kind = (*document["shape"][1:-2], w.height, w.width), np.dtype(document["data_type"])
+            if data.shape != wanted or data.dtype != kind:
+                raise ValueError(f"{name} of block {w} is {data.dtype} {data.shape}, expected {kind} {wanted}")
+        views = dict(arrays)
+        if self._levels:
+            index = self._legend.encode(arrays["land_cover"])
+            factors = list(self._levels.values())
+            for name, coarse in zip(self._levels, reduce_classes(index, classes=self._legend.n, factors=factors), strict=True):
+                views[name] = np.where(coarse == MISSING, self._legend.fill.code, self._legend.decode(coarse)).astype(np.uint8)
+        group = time // self._deep
+        self._notes.setdefault(group, []).append({"year": year, **(notes or {})})
+        for name, data in views.items():
+            depth = self._documents[name]["chunk_grid"]["configuration"]["chunk_shape"][0]
+            first = time // depth * depth
+            part = self._waiting.setdefault((name, first), {})
+            part[time] = data
+            if len(part) == min(depth, len(self._years) - first):
+                self._write(name, first, np.stack([part[t] for t in sorted(part)]), self._files.setdefault(group, {}))
+                del self._waiting[name, first]
+        if len(self._notes[group]) == min(self._deep, len(self._years) - group * self._deep):
+            years = self._years[group * self._deep : (group + 1) * self._deep]
+            said = sorted(self._notes.pop(group), key=lambda note: note["year"])
+            self._book.enter(years=years, files=self._files.pop(group), notes={"notes": said})
+
+    def _write(self, name: str, first: int, data: NDArray[Any], files: dict[str, str | None]) -> None:
+        """Encode a shard of one variable in memory, and put it in its place whole."""
+        held: dict[str, Any] = {}
+        metadata = ArrayV3Metadata.from_dict(self._documents[name])
+        array: Any = zarr.Array(AsyncArray(metadata=metadata, store_path=StorePath(MemoryStore(store_dict=held), name)))
+        factor = self._levels.get(name, 1)
+        place = tuple(slice(s.start // factor, s.stop // factor) for s in self._window.slices)
+        array[(slice(first, first + len(data)), ..., *place)] = data
+        chunk = metadata.chunk_grid.chunk_shape  # type: ignore[attr-defined]
+        row, col = (s.start // n for s, n in zip(place, chunk[-2:], strict=True))
+        key = f"{name}/c/" + "/".join(map(str, (first // chunk[0], *(0,) * (len(chunk) - 3), row, col)))
+        if set(held) - {key}:
+            raise ValueError(
+                f"shard {key} was encoded as {sorted(held)}, expected one object; report this with the versions of zarr"
+            )
+        if self._token is not None:
+            check_claim(self._place, self._token)
+        if key in held:
+            content = held[key].to_bytes()
+            write(self._place, key, content)
+            files[key] = ledger.checksum(content)
+        else:
+            delete(self._place, key)
+            files[key] = None
+
+
+def _level(name: str) -> bool:
+    return name.startswith("overviews/") and name.endswith("/land_cover")
+
+
+def write_block(place: Place, block: Block, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write and record a shard over whole shards of years.
+
+    Parameters
+    ----------
+    place
+        Of the cube.
+    block
+        What is written; its years must be those of whole shards to be recorded.
+    arrays
+        As in :meth:`Writer.add`, with the years before: ``(year, [class,] rows, columns)``.
+    """
+    writer = Writer(place, block.window)
+    for i, year in enumerate(block.years):
+        writer.add(year, {name: data[i] for name, data in arrays.items()})
+
+
+# -- what is to be seen -------------------------------------------------------------------------------------------------
+
+
+def whole_years(place: Place, *, done: Iterable[ledger.Key] | None = None) -> list[int]:
+    """List the years, from the first one on, that every shard with cells to map has.
+
+    Parameters
+    ----------
+    place
+        Of the cube.
+    done
+        What is recorded; None: it is read.
+    """
+    template = template_of(place)
+    have = set(ledger.recorded(place) if done is None else done)
+    found = []
+    for year in template["years"]:
+        if not all((row, col, year) in have for row, col in template["shards"]):
+            break
+        found.append(year)
+    return found
+
+
+def show(place: Place) -> list[int]:
+    """Have the cube tell of the years that are whole; of a part, its root too.
+
+    Returns
+    -------
+    list of int
+        These years.
+    """
+    template, years = template_of(place), whole_years(place)
+    _tell(place, template, len(years))
+    return years
+
+
+finish = show
+
+
+def visible(document: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Cut the metadata of an array to its first years."""
+    made = deepcopy(dict(document))
+    dims = made.get("dimension_names") or []
+    if "time" in dims:
+        made["shape"][dims.index("time")] = count
+    return made
+
+
+def public_documents(template: Mapping[str, Any], count: int) -> dict[str, dict[str, Any]]:
+    """Make the metadata that a cube shows, by node: with its first years, those of the group with all others in them."""
+    made = {name: visible(d, count) if d["node_type"] == "array" else dict(d) for name, d in template["documents"].items()}
+    return {**made, "": {**made[""], "consolidated_metadata": _consolidated({k: v for k, v in made.items() if k})}}
+
+
+def _consolidated(documents: Mapping[str, Any]) -> dict[str, Any]:
+    empty = {"kind": "inline", "must_understand": False, "metadata": {}}
+    inner = {k: {**d, "consolidated_metadata": empty} if d["node_type"] == "group" else d for k, d in documents.items()}
+    return {"kind": "inline", "must_understand": False, "metadata": inner}
+
+
+def _tell(place: Place, template: Mapping[str, Any], count: int) -> None:
+    documents = public_documents(template, count)
+    for name in sorted(documents, reverse=True):  # the group last
+        content = encode(documents[name])
+        key = f"{name}/zarr.json".lstrip("/")
+        if read(place, key) != content:
+            write(place, key, content)
+    above = ledger.part_of(place)
+    if above is not None:
+        _tell_root(above[0])
+
+
+def encode(document: Mapping[str, Any]) -> bytes:
+    """Write metadata as they are stored."""
+    return json.dumps(document, indent=1).encode()
+
+
+def _tell_root(root: Place) -> None:
+    """Have the root of a cube in parts tell of all of them; other runs may be doing the same for theirs."""
+    while True:
+        inner: dict[str, Any] = {}
+        for part in ledger.part_names(root):
+            document = json.loads(read(root, f"{part}/zarr.json") or b"{}")
+            for name, node in document.pop("consolidated_metadata", {}).get("metadata", {}).items():
+                inner[f"{part}/{name}"] = {k: v for k, v in node.items() if k != "consolidated_metadata"}
+            if document:
+                inner[part] = document
+        first = next(d for d in inner.values() if "ai4land_identity" in d["attributes"])["attributes"]
+        about = {"Conventions": "CF-1.11", "title": first["title"], "parts": ledger.part_names(root)}
+        content = encode(
+            {"attributes": about, "zarr_format": 3, "node_type": "group", "consolidated_metadata": _consolidated(inner)}
+        )
+        if read(root, "zarr.json") == content:
+            return
+        write(root, "zarr.json", content)
+
+
+def open_cube(place: Place) -> xr.Dataset:
+    """Open a cube lazily: codes as they are, fractions and confidence as numbers of 0..1 with NaN where not mapped.
+
+    Parameters
+    ----------
+    place
+        Folder or URL of a cube, or of a part of one.
+
+    Raises
+    ------
+    DataError
+        If there is no cube at the place, or it is one of parts.
+    """
+    store = open_place(place, read_only=True)
     times = xr.coders.CFDatetimeCoder(time_unit="s")
-    ds: xr.Dataset = xr.open_zarr(path, chunks=None, decode_coords="all", decode_times=times, consolidated=whole)
+    try:
+        options: dict[str, Any] = {"chunks": None, "decode_coords": "all", "decode_times": times, "zarr_format": 3}
+        ds: xr.Dataset = xr.open_zarr(store, consolidated=True, **options)
+    except (FileNotFoundError, zarr.errors.GroupNotFoundError, ValueError) as error:
+        if (
+            isinstance(error, ValueError)
+            and not isinstance(error, zarr.errors.GroupNotFoundError)
+            and "onsolidated" not in str(error)
+        ):
+            raise
+        raise DataError(f"no cube at {place}; make one with: ai4land reconstruct RUN.yaml") from error
+    if "land_cover" not in ds:
+        parts = [str(p) for p in ds.attrs.get("parts", [])]
+        what = f"a cube in parts, {', '.join(parts)}; open one of them: {place}/{parts[0]}" if parts else "no land-cover cube"
+        raise DataError(f"{place} is {what}")
     return ds

@@ -11,6 +11,10 @@ class DataError(AI4LandError):
     """An input file that is damaged, in the wrong units, on the wrong grid or out of range."""
 
 
+class StoreError(DataError):
+    """A disk or an object store that cannot be written: full, without permission, or away for longer than is waited for."""
+
+
 class ConfigError(AI4LandError):
     """A run file that cannot be carried out as it is written."""
 

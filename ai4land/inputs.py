@@ -19,18 +19,21 @@ from numpy.typing import NDArray
 from ai4land import scenario
 from ai4land.align import Layer, check_identity, write_store
 from ai4land.areachange import open_change
-from ai4land.catalog import find_items, load_asset
+from ai4land.assets import load_asset
+from ai4land.catalog import find_items
 from ai4land.coarse import held_years
 from ai4land.config import ChangeConfig, Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.fractions import FractionFile, fraction_years, open_fractions
 from ai4land.grid import FINE_DIMS, Grid, make_grid
 from ai4land.landcover import available_years, iter_maps
+from ai4land.ledger import part
 from ai4land.legend import Crosswalk, Legend, load_crosswalk, load_legend
 from ai4land.luh2 import open_states
 from ai4land.predict import Source
 from ai4land.raster import open_raster
 from ai4land.splits import VALIDATION, Scored, Split, make_split
+from ai4land.stores import Place, folder_of
 
 _log = logging.getLogger(__name__)
 
@@ -79,13 +82,16 @@ def crosswalk_of(run: RunConfig, legend: Legend) -> Crosswalk:
     return load_crosswalk(name if name == "identity" or not name.endswith(".csv") else run.path(name), legend)
 
 
-def cubes_of(run: RunConfig) -> dict[str, tuple[Path, int | None, list[int]]]:
+def cubes_of(run: RunConfig) -> dict[str, tuple[Place, int | None, list[int]]]:
     """Name the cubes of a run, with the year of their reference map (None: without one) and their years.
 
     The published one, and one more for each scored experiment whose reference map is another.
     """
     r = run.reconstruct
-    made: dict[str, tuple[Path, int | None, list[int]]] = {"cube": (run.folder / "cube.zarr", r.reference, list(r.years))}
+    place: Place = run.folder / "cube.zarr"
+    if r.cube is not None:
+        place = r.cube if folder_of(r.cube) is None else Path(run.path(r.cube))
+    made: dict[str, tuple[Place, int | None, list[int]]] = {"cube": (part(place, r.part), r.reference, list(r.years))}
     for name, experiment in (("validation", run.split.validation), ("test", run.split.test)):
         if experiment is None:
             continue

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ai4land.errors import ConfigError, DataError
+from ai4land.yamlfile import read_yaml
 
 MISSING = 255
 """Class index of a cell without a class."""
@@ -174,9 +174,9 @@ def load_legend(name: str | Path) -> Legend:
     """
     path = _locate(name, "legends", ".yaml")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path, what="legend file")
         return Legend(**{"name": path.stem, **values})
-    except (TypeError, ValueError, yaml.YAMLError) as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"legend file {path} is not valid: {error}; see ai4land/data/legends for the form") from error
 
 

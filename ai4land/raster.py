@@ -39,6 +39,8 @@ OFFSET_TOLERANCE = 0.02
 _DRIFT_TOLERANCE = 0.25
 _STRIP_CELLS = 2**24
 _PLANE = "EPSG:3857"
+MOST_CELLS = 2**31
+"""Cells of a source that are held at once, under a row of the grid or under a shard."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,28 @@ def check_longitudes(bounds: Bounds, grid: Grid, *, cell: float, source: str) ->
         )
 
 
+def check_cells(transform: Affine, shape: tuple[int, int], crs: CRS, grid: Grid, *, source: str) -> None:
+    """Refuse a source with so many cells under a shard of the grid that they would fill the memory, whatever is in them.
+
+    Raises
+    ------
+    DataError
+        If it has.
+    """
+    under = float(shape[0]) * float(shape[1])
+    if grid.fine.crs is not None and same_crs(crs, grid.fine.crs) and transform.determinant:
+        under = min(under, grid.shard**2 * abs(grid.fine.affine.determinant / transform.determinant))
+    if under > MOST_CELLS:
+        raise _too_many(source, under, f"a shard of {grid.shard} x {grid.shard} cells")
+
+
+def _too_many(source: str, cells: float, under: str) -> DataError:
+    return DataError(
+        f"{source} has {cells:.3g} cells under {under} of the grid, expected at most {MOST_CELLS:.3g}; "
+        "make it coarser (gdalwarp -tr), or check its header"
+    )
+
+
 def _check_place(source: RasterLayer, grid: Grid) -> None:
     box = source.bounds
     if source.crs.geographic:
@@ -273,6 +297,8 @@ def _strips(source: RasterLayer, grid: Grid) -> Iterator[Window]:
     rows, cols = grid.shape
     ahead = _source_window(source, grid, Window(0, 0, rows, cols))
     cost = max(cols, 0 if ahead is None else ahead.height * ahead.width // rows)
+    if cost > MOST_CELLS:
+        raise _too_many(source.source, cost, "a row")
     height = max(1, min(rows, _STRIP_CELLS // max(cost, 1)))
     for row in range(0, rows, height):
         yield Window(row, 0, min(height, rows - row), cols)

@@ -2,7 +2,8 @@
 
 :func:`open_layer` gives a :class:`RasterLayer` of a GeoTIFF band (rasterio) or of a NetCDF or Zarr variable (xarray): north
 up, with its transform and reference system, read by rows and columns. Nothing is read before it is asked for, and never an
-overview. :mod:`ai4land.raster` brings it onto a grid.
+overview. What a small file can do harm with is refused before, by :mod:`ai4land.filecheck`.
+:mod:`ai4land.raster` brings a layer onto a grid.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import rasterio
 import rasterio.errors
 import rasterio.windows
 import xarray as xr
+import zarr
 from affine import Affine
 from numpy.typing import NDArray
 from odc.geo.crs import CRS
@@ -26,6 +28,7 @@ from pyproj import CRS as ProjCRS
 from pyproj.exceptions import CRSError
 
 from ai4land.errors import DataError
+from ai4land.filecheck import check_block, check_blocks, refuse_pickle
 
 _XARRAY_SUFFIXES = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".zarr")
 _LATITUDE = (("latitude", "lat", "nav_lat", "y"), ("latitude", "projection_y_coordinate"))
@@ -99,6 +102,7 @@ def open_layer(
     name = str(path)
     if "://" not in name and not name.startswith("/vsi") and not Path(name).exists():
         raise DataError(f"{name} does not exist, expected a raster file; check the path")
+    refuse_pickle(name)
     return _open_xarray(name, band, variable) if is_xarray(path) else _open_gdal(name, band)
 
 
@@ -134,14 +138,21 @@ def open_dataset(path: str | Path) -> xr.Dataset:
         If it is absent, truncated or neither of both.
     """
     name = str(path)
+    refuse_pickle(name)
     with reading(name, kind="NetCDF or Zarr"):
         if Path(name).is_file():
             with netCDF4.Dataset(name) as file:
+                for part in file.variables.values():
+                    chunks = [] if part.dtype is str else part.chunking()
+                    block = () if chunks == "contiguous" else tuple(int(c) for c in chunks or ())
+                    check_block(f"{part.name} of {name}", part.shape, block, 1 if part.dtype is str else part.dtype.itemsize)
                 least = sum(v.size * v.dtype.itemsize for v in file.variables.values() if v.dtype is not str)
                 if file.data_model.startswith("NETCDF3") and Path(name).stat().st_size < least:
                     raise OSError(f"{Path(name).stat().st_size} bytes, the header promises at least {least}")
         options: dict[str, Any] = {"chunks": None, "mask_and_scale": False, "decode_times": False}
         if Path(name).is_dir():
+            for key, array in zarr.open_group(name, mode="r", use_consolidated=False).arrays():
+                check_block(f"{key} of {name}", array.shape, array.chunks, max(array.dtype.itemsize, 1))
             return xr.open_dataset(name, engine="zarr", consolidated=False, **options)
         return xr.open_dataset(name, engine="zarr" if Path(name.rstrip("/")).suffix == ".zarr" else "netcdf4", **options)
 
@@ -194,6 +205,7 @@ def _open_gdal(name: str, band: int | str | None) -> Iterator[RasterLayer]:
         t = file.transform
         if t.b or t.d or t.a <= 0:
             raise DataError(f"{name} is rotated or mirrored ({tuple(t)[:6]}), expected columns from west to east; use gdalwarp")
+        check_blocks(file, name)
         number = _band(name, "bands", list(file.descriptions), band)
         rows, cols = file.shape
         north_up = t.e < 0

@@ -2,8 +2,7 @@
 
 A block is a shard over the years on one side of the reference year. Its task reads the static maps and the reference map
 once, with a halo that covers the network's receptive radius (wrapped at the dateline; no data beyond the poles and the
-region), walks the years outward (:mod:`ai4land.walk`), writes the shard of each year, enters it into the ledger, and returns
-a receipt. Blocks do not depend on each other: a run that was killed is run again, walks the unfinished blocks anew and
+region), walks the years outward (:mod:`ai4land.walk`), writes each shard of years and enters it into the ledger, and returns a receipt. Blocks do not depend on each other: a run that was killed is run again, walks the unfinished blocks anew and
 writes what the ledger lacks.
 """
 
@@ -21,14 +20,15 @@ import torch
 from distributed import Client, Future
 from numpy.typing import NDArray
 
-from ai4land import cube
+from ai4land import cube, ledger
 from ai4land.crowd import TRIES, outcomes
-from ai4land.cube import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, Block
-from ai4land.errors import DataError
+from ai4land.cube import Block, time_shards
+from ai4land.errors import DataError, MismatchError, StoreError
 from ai4land.forward import Precision, ready
 from ai4land.grid import Window
 from ai4land.legend import Crosswalk, Legend
 from ai4land.predict import Source, predict
+from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, YEARS_A_SHARD
 from ai4land.totals import Method, Totals
 from ai4land.walk import Published, walk
 
@@ -74,7 +74,7 @@ class Job:
     """What the tasks of a reconstruction share: paths and plain values, so that a task is small.
 
     ``method``, ``keep`` and ``settle`` say how the totals are imposed (:mod:`ai4land.totals`, :mod:`ai4land.walk`),
-    ``weights`` whether they are of the area or of cells; cells of the class codes ``lock``, and those where the static map
+    ``weights`` whether they are of the area or of cells; ``token`` is that of the claim on the cube (:mod:`ai4land.claim`); cells of the class codes ``lock``, and those where the static map
     ``protected`` is above 0.5, keep the class of the reference map.
     """
 
@@ -92,6 +92,7 @@ class Job:
     settle: int = 5
     lock: tuple[int, ...] = ()
     protected: str | None = None
+    token: str | None = None
 
 
 def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
@@ -107,34 +108,51 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
     source = Source(job.store)
     w = block.window
     mask = np.asarray(source.mask[w.slices], dtype=bool)
+    receipt = {"row": w.row, "col": w.col, "years": list(block.years), "cells": int(mask.sum())}
+    # What another task has done of this block, before it or its worker failed.
+    done = ledger.years_of(job.cube, row=w.row, col=w.col)
+    left = [year for year in block.years if year not in done]
+    if not left:
+        return receipt
     known = None if job.reference is None else source.map_of(job.reference, w)
-    totals = totals_of(source, w, job) if job.method != "none" else None
-    walked = sorted(block.years, key=lambda y: abs(y - (job.reference or 0)))
-    if job.reference is not None and totals is not None:
-        walked = years_between(source.years, job.reference, walked[-1])
-    lacking = sorted(set(block.years) - set(source.years))
+    lacking = sorted(set(left) - set(source.years))
     if lacking:
         raise DataError(f"store {job.store} lacks the scenario of {lacking}; align anew with these years")
     inner = mapped_part(mask, w, forward.stride)
-    steps = walk(
-        _placed(predict(forward, source, inner, spec=card.spec, reference=job.reference, years=walked), inner, w),
-        mapped=mask,
-        factor=source.grid.factor,
-        totals=totals,
-        reference=known,
-        reference_year=job.reference,
-        locked=None if known is None else _locked(source, w, known, job),
-        keep=job.keep,
-        settle=job.settle,
-        areas=_areas(source, w, job),
-    )
-    path = Path(job.cube)
-    for year, made in steps:
-        if year in block.years:
-            part = Block(w, (year,))
-            digest = cube.write_block(path, part, _stored(made, mask, source.legend))
-            cube.record(path, part, digest, notes_on(made, w, source.grid.factor))
-    return {"row": w.row, "col": w.col, "years": list(block.years), "cells": int(mask.sum())}
+    writer = cube.Writer(job.cube, w, token=job.token)
+    for side in sides(left, job.reference):
+        totals = totals_of(source, w, job) if job.method != "none" else None
+        walked = side
+        if job.reference is not None and totals is not None:
+            walked = years_between(source.years, job.reference, side[-1])
+        steps = walk(
+            _placed(predict(forward, source, inner, spec=card.spec, reference=job.reference, years=walked), inner, w),
+            mapped=mask,
+            factor=source.grid.factor,
+            totals=totals,
+            reference=known,
+            reference_year=job.reference,
+            locked=None if known is None else _locked(source, w, known, job),
+            keep=job.keep,
+            settle=job.settle,
+            areas=_areas(source, w, job),
+        )
+        for year, made in steps:
+            if year in side:
+                writer.add(year, _stored(made, mask, source.legend), notes_on(made, w, source.grid.factor))
+    return receipt
+
+
+def sides(years: Iterable[int], reference: int | None) -> list[list[int]]:
+    """Part years at the reference year, each side in the order of walking away from it.
+
+    >>> sides(range(2000, 2006), 2003), sides([2004, 2005], 2003)
+    ([[2003, 2004, 2005], [2002, 2001, 2000]], [[2004, 2005]])
+    """
+    every = sorted(years)
+    if reference is None:
+        return [every]
+    return [side for side in ([y for y in every if y >= reference], [y for y in every if y < reference][::-1]) if side]
 
 
 def mapped_part(mask: NDArray[np.bool_], window: Window, stride: int) -> Window:
@@ -208,15 +226,15 @@ def _stored(made: Published, mask: NDArray[np.bool_], legend: Legend) -> dict[st
 
     def share(values: NDArray[np.float32]) -> NDArray[np.uint8]:
         there = mask & np.isfinite(values)
-        return np.where(there, np.rint(np.where(there, values, 0) * SCALE), EMPTY).astype(np.uint8)[None]
+        return np.where(there, np.rint(np.where(there, values, 0) * SCALE), EMPTY).astype(np.uint8)
 
     def codes(index: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return np.where(mask, legend.decode(index), legend.fill.code).astype(np.uint8)[None]
+        return np.where(mask, legend.decode(index), legend.fill.code).astype(np.uint8)
 
     return {
         "land_cover": codes(made.land_cover),
         "most_likely": codes(made.most_likely),
-        "fraction": np.where(mask, quantise(made.fractions), np.uint16(FRACTION_EMPTY))[None],
+        "fraction": np.where(mask, quantise(made.fractions), np.uint16(FRACTION_EMPTY)),
         "confidence": share(made.confidence),
         "change_probability": share(
             np.full(mask.shape, np.nan, np.float32) if made.change_probability is None else made.change_probability
@@ -233,38 +251,63 @@ def notes_on(made: Published, window: Window, factor: int) -> dict[str, Any]:
 
 
 def plan_blocks(
-    path: Path | str, *, years: Iterable[int], reference: int | None, done: Iterable[tuple[int, int, int]] = ()
+    path: Path | str,
+    *,
+    years: Iterable[int],
+    reference: int | None,
+    done: Iterable[tuple[int, int, int]] = (),
+    years_a_shard: int = YEARS_A_SHARD,
 ) -> list[Block]:
     """List the blocks to compute: shards with cells to map, on either side of the reference year, without what is done.
+
+    A block has whole shards of years. Those that have years of both sides are done by the block that has fewer years to walk for them.
 
     Parameters
     ----------
     path
         Of the analysis-ready store.
     years
-        To map.
+        To map: all of the cube.
     reference
         Year of the reference map; None without one.
     done
         Finished (row, column, year).
+    years_a_shard
+        Years in a shard of the cube.
     """
-    source = Source(path)
-    land = [w for w in source.grid.shards() if np.asarray(source.mask[w.slices]).any()]
-    finished, every = set(done), list(years)
-    sides = [every] if reference is None else [[y for y in every if y >= reference], [y for y in every if y < reference]]
+    source, finished = Source(path), set(done)
     blocks = []
-    for side in sides:
-        for w in land:
-            left = tuple(y for y in side if (w.row, w.col, y) not in finished)
+    for groups in sides_of(years, reference=reference, years_a_shard=years_a_shard):
+        for w in land_of(source):
+            left = tuple(y for g in groups if any((w.row, w.col, y) not in finished for y in g) for y in g)
             if left:
                 blocks.append(Block(w, left))
     return sorted(blocks, key=lambda b: -len(b.years))
 
 
+def sides_of(years: Iterable[int], *, reference: int | None, years_a_shard: int) -> list[list[tuple[int, ...]]]:
+    """Part the shards of years by the side of the reference year that most of their years are on: what is one block of a shard each.
+
+    >>> sides_of(range(2000, 2006), reference=2003, years_a_shard=2)
+    [[(2004, 2005)], [(2000, 2001), (2002, 2003)]]
+    """
+    groups = time_shards(years, years_a_shard=years_a_shard)
+    ahead = [g for g in groups if reference is None or sum(1 if y >= reference else -1 for y in g) > 0]
+    return [side for side in (ahead, [g for g in groups if g not in ahead]) if side]
+
+
+def land_of(source: Source) -> list[Window]:
+    """List the shards that have cells to map."""
+    return [w for w in source.grid.shards() if np.asarray(source.mask[w.slices]).any()]
+
+
 def _task(part: NDArray[np.object_], job: Job) -> NDArray[np.object_]:
     """Do the one block of a chunk of the plan; its receipt takes its place."""
     receipt = np.empty(1, dtype=object)
-    receipt[0] = reconstruct_block(part[0], job)
+    try:
+        receipt[0] = reconstruct_block(part[0], job)
+    except (StoreError, MismatchError) as error:  # which no other try would mend: not raised, so that Dask makes none
+        receipt[0] = error
     return receipt
 
 
@@ -280,6 +323,8 @@ def run_blocks(
     ------
     DataError
         If blocks failed; the others are finished first, and a further run does only what is missing.
+    StoreError, MismatchError
+        If the cube cannot be written, or is another run's by now; the others are not begun.
     WorkerError
         If workers die so that no block is ever done.
     """
@@ -302,6 +347,9 @@ def run_blocks(
         if isinstance(outcome, BaseException):
             failed.append(f"{block}: {outcome!r}")
             continue
+        if isinstance(outcome[0], Exception):
+            client.cancel(futures)
+            raise outcome[0]
         done.append(outcome[0])
         if progress is not None:
             progress(outcome[0])

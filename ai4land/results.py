@@ -6,13 +6,14 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land import cube, plot
+from ai4land import cube, ledger, plot
 from ai4land.checkpoint import load_card, write_atomically
 from ai4land.config import RunConfig
 from ai4land.cost import STATIC_BYTES, Rates, Work, count, estimate, network_of
@@ -78,11 +79,11 @@ def _score(run: RunConfig, source: Source, split: Split, name: str, scored: Scor
     path = cubes.get(name, cubes["cube"])[0]
     data = cube.open_cube(path)
     place = {int(year): i for i, year in enumerate(data["year"].values)}
-    done = cube.recorded(path)
+    done = ledger.recorded(path)
 
     def read(variable: str) -> Callable[[int, Window], NDArray[Any]]:
         def cut(year: int, w: Window) -> NDArray[Any]:
-            if (w.row, w.col, year) not in done:
+            if year not in place or (w.row, w.col, year) not in done:
                 raise DataError(f"cube {path} lacks {year} of shard {w}; finish it with: ai4land reconstruct RUN.yaml")
             return np.asarray(data[variable][(place[year], ..., *w.slices)].values)
 
@@ -123,7 +124,7 @@ def figures(run: RunConfig, scores: dict[str, Any], *, tell: Callable[[str], Non
     folder = run.folder / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     source = Source(run.folder / "store.zarr")
-    data = cube.open_cube(run.folder / "cube.zarr")
+    data = cube.open_cube(cubes_of(run)["cube"][0])
     step = max(1, -(-max(source.grid.shape) // 1600))
     rows, cols = _mapped(np.asarray(source.mask[::step, ::step], dtype=bool))
     extent = _extent(source, rows, cols, step)
@@ -231,10 +232,10 @@ def plan(
         raw = len(years) * rows * cols * (2 * legend.n + 4) / 1e9
         text = f"{len(years)} years {_origin(reference)}, at most {raw:.2f} GB before compression"
         if aligned:
-            every = plan_blocks(store, years=years, reference=reference)
-            left = plan_blocks(store, years=years, reference=reference, done=cube.recorded(path))
+            blocks = partial(plan_blocks, store, years=years, reference=reference, years_a_shard=run.reconstruct.years_a_shard)
+            every, left = blocks(), blocks(done=ledger.recorded(path))
             text += f"; {len(every) - len(left)} of {len(every)} blocks done"
-        yield path.name, text
+        yield str(path).rpartition("/")[2], text
     for name, scored in (("validation", split.validation), ("test", split.test)):
         if scored is not None:
             yield f"score {name}", f"{len(scored.years)} years {_origin(scored.reference)}"

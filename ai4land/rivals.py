@@ -18,6 +18,7 @@ from ai4land.baselines import nearest_coarse, persistence, proportional_allocati
 from ai4land.checkpoint import load_card
 from ai4land.config import RunConfig
 from ai4land.grid import COARSE_DIMS, Window, block_sum
+from ai4land.inputs import cubes_of
 from ai4land.legend import MISSING, Legend
 from ai4land.predict import Source
 from ai4land.reconstruct import totals_of
@@ -48,7 +49,7 @@ class Wanted:
     """
 
     def __init__(self, run: RunConfig, source: Source, reference: int | None, windows: list[Window]) -> None:
-        job = job_of(run, source, cube_path=run.folder / "cube.zarr", reference=reference)
+        job = job_of(run, source, cube_path=cubes_of(run)["cube"][0], reference=reference)
         if job.method == "none":
             job = replace(job, method="level" if reference is None else "change")
         self._source, self._weights = source, job.weights
@@ -185,6 +186,6 @@ def _remembered(function: Codes, legend: Legend, folder: Path) -> Codes:
         path = folder / f"{year}_{w.row}_{w.col}.npy"
         if not path.is_file():
             np.save(path, legend.decode(function(year, w)))
-        return np.asarray(np.load(path))
+        return np.asarray(np.load(path, allow_pickle=False))
 
     return codes

@@ -12,11 +12,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from ai4land.config import RunConfig
 from ai4land.errors import ConfigError
+from ai4land.yamlfile import parse_yaml, read_yaml
 
 
 def pipelines() -> Path:
@@ -47,21 +47,14 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
             names = sorted(p.name for p in pipelines().glob("*.yaml"))
             raise ConfigError(f"run file {path} does not exist; give a YAML file, or one that comes with the package: {names}")
         file = known
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"run file {file} is not YAML: {error}") from error
+    values = read_yaml(file, what="run file")
     if not isinstance(values, dict):
         raise ConfigError(f"run file {file} holds {type(values).__name__}, expected keys such as name, grid and train")
     for item in overrides:
         key, found, text = item.partition("=")
         if not found:
             raise ConfigError(f"override is {item!r}, expected key=value, for example train.steps=200")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {item!r} has a value that is not YAML: {error}") from error
-        _set(values, key.split("."), value, item)
+        _set(values, key.split("."), parse_yaml(text, what=f"override {item!r}"), item)
     if isinstance(values.get("data"), str):
         values["data"] = _environment(values["data"])
     try:

@@ -8,26 +8,49 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ai4land import cube
+from ai4land import cube, ledger
 from ai4land.align import open_store
 from ai4land.checkpoint import check_fits, load_model
+from ai4land.claim import claim
 from ai4land.config import RunConfig, digest
+from ai4land.errors import ConfigError, DataError
 from ai4land.forward import Precision, precision_of
 from ai4land.inputs import Tell, align, crosswalk_of, cubes_of, identity_of, legend_of
 from ai4land.predict import Source
-from ai4land.reconstruct import Job, plan_blocks, run_blocks
+from ai4land.reconstruct import Job, land_of, plan_blocks, run_blocks
+from ai4land.runfile import load_run
+from ai4land.stores import Place, folder_of
 from ai4land.totals import STATEMENTS, Method
 from ai4land.training import fingerprint_of
+from ai4land.verify import Damage, strike, verify
 
 _log = logging.getLogger(__name__)
 
 
-def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Make the cubes of a run; blocks that the ledger has are not done again."""
+def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, int], None] | None = None) -> Place:
+    """Make the cubes of a run; blocks that the ledger has are not done again.
+
+    Returns
+    -------
+    path or URL
+        Of the published cube.
+
+    Raises
+    ------
+    MismatchError
+        If a cube is there that is not of this run, or that another run is making.
+    """
+    with ExitStack() as claims:
+        return _reconstruct(run, claims, tell, progress)
+
+
+def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callable[[int, int], None] | None) -> Place:
     from ai4land.cluster import connect
     from ai4land.cost import network_of, worker_memory
     from ai4land.slurm import cores_of_worker
@@ -41,8 +64,9 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     r = run.reconstruct
     cores = cores_of_worker(r.cores) if run.cluster == "slurm" and r.threads is None else r.cores
     precision = precision_of(card) if r.precision == "auto" else r.precision
-    work: list[tuple[Path, list[cube.Block], Job]] = []
+    work: list[tuple[Place, list[cube.Block], Job]] = []
     for name, (path, reference, years) in cubes_of(run).items():
+        token = claims.enter_context(claim(path, tell=tell))
         identity = {
             "model": card.weights,
             "sharpness": card.sharpness,
@@ -60,12 +84,16 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
             title=run.title or run.name,
             source=f"ai4land {card.version}, model {card.weights[:16]}, reference map {reference}; legend: {source.legend.title}",
             totals=STATEMENTS[method_of(run, reference)],
+            land=land_of(source),
+            years_a_shard=r.years_a_shard,
         )
-        blocks = plan_blocks(store_path, years=years, reference=reference, done=cube.recorded(path))
+        blocks = plan_blocks(
+            store_path, years=years, reference=reference, done=ledger.recorded(path), years_a_shard=r.years_a_shard
+        )
         origin = "without a reference map" if reference is None else f"from the map of {reference}"
         tell(f"{name}: {len(blocks)} blocks to do, years {years[0]}-{years[-1]} {origin}")
-        job = job_of(run, source, cube_path=path, reference=reference, checksum=card.weights, threads=cores, precision=precision)
-        work.append((path, blocks, job))
+        about: dict[str, Any] = {"reference": reference, "checksum": card.weights, "threads": cores, "precision": precision}
+        work.append((path, blocks, replace(job_of(run, source, cube_path=path, **about), token=token)))
     total = sum(len(blocks) for _, blocks, _ in work)
     count = 0
 
@@ -89,12 +117,73 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
             for _, blocks, job in work:
                 run_blocks(blocks, job, client=client, progress=step)
     for path, _, _ in work:
-        for left in path.glob("*/c/**/*.partial"):
+        folder = folder_of(path)
+        for left in () if folder is None else folder.rglob("*.partial"):
             left.unlink()
-        cube.finish(path)
+        years = cube.show(path)
+        if len(years) != len(cube.template_of(path)["years"]):
+            raise DataError(
+                f"cube {path} has only the years {years} whole after all blocks; verify it with: ai4land verify {path}"
+            )
     if card.training.get("fingerprint") == fingerprint_of(run, card.split):
         run.save(run.folder / "config.yaml")
-    return run.folder / "cube.zarr"
+    return cubes_of(run)["cube"][0]
+
+
+def run_of(place: Place, file: Path | None = None) -> RunConfig:
+    """Find the run that made a cube.
+
+    Parameters
+    ----------
+    place
+        Of the cube or of a part of one.
+    file
+        Run file; None: the ``config.yaml`` that lies beside the cube.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, or it is not of this cube.
+    """
+    above = ledger.part_of(place)
+    folder = folder_of(place if above is None else above[0])
+    found = file or (None if folder is None else folder.parent / "config.yaml")
+    if found is None or not found.is_file():
+        raise ConfigError(f"run of cube {place} is not known, expected its run file; give it with --run RUN.yaml")
+    # What is saved beside a cube may have been made from another working folder.
+    run = load_run(found, [f"runs={found.parent.parent}"] if file is None else [])
+    if not any(_same(place, one) for one, *_ in cubes_of(run).values()):
+        raise ConfigError(f"cube {place} is none of those of {found}; give the run file that made it with --run RUN.yaml")
+    return run
+
+
+def _same(a: Place, b: Place) -> bool:
+    one, other = folder_of(a), folder_of(b)
+    return str(a).rstrip("/") == str(b).rstrip("/") if one is None or other is None else one.resolve() == other.resolve()
+
+
+def mend(
+    run: RunConfig,
+    place: Place,
+    damages: list[Damage],
+    *,
+    tell: Tell = _log.info,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Make anew what :func:`ai4land.verify.verify` found missing or damaged, and look again.
+
+    Raises
+    ------
+    DataError
+        If something is still wrong.
+    """
+    with claim(place, tell=tell):
+        again = strike(place, damages)
+    tell(f"{len(damages)} things are wrong with {place}; {len({k[:2] for k in again})} shards are done again")
+    reconstruct(run, tell=tell, progress=progress)
+    left = verify(place)
+    if left:
+        raise DataError(f"cube {place} is still not as its ledger says: {'; '.join(map(str, left[:5]))}; is its disk sound?")
 
 
 def method_of(run: RunConfig, reference: int | None) -> Method:
@@ -106,7 +195,7 @@ def job_of(
     run: RunConfig,
     source: Source,
     *,
-    cube_path: Path,
+    cube_path: Place,
     reference: int | None,
     checksum: str = "",
     threads: int = 1,

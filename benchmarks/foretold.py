@@ -15,10 +15,10 @@ import psutil
 
 from ai4land.calibrate import calibrate
 from ai4land.cost import count, estimate
-from ai4land.cube import VARIABLES
 from ai4land.inputs import align, cubes_of
 from ai4land.runfile import load_run
 from ai4land.stages import reconstruct
+from ai4land.template import VARIABLES
 from ai4land.training import train
 
 
@@ -62,7 +62,13 @@ def main() -> None:
     reconstruct(run, tell=print)
     mapped = time.perf_counter() - began
     watch.over.set()
-    files = [f for path, *_ in cubes_of(run).values() for name in VARIABLES for f in (path / name).glob("c/**/*") if f.is_file()]
+    files = [
+        f
+        for path, *_ in cubes_of(run).values()
+        for name in (*VARIABLES, "overviews/*/land_cover")
+        for f in path.glob(f"{name}/c/**/*")
+        if f.is_file()
+    ]
     size = sum(f.stat().st_size for f in files)
     print(
         "| | foretold, nothing done | aligned | trained | taken | aligned / taken | trained / taken |\n|---|---|---|---|---|---|---|"

@@ -43,7 +43,7 @@ from ai4land.checkpoint import load_model
 from ai4land.cluster import SETTINGS, local
 from ai4land.config import ModelConfig, ReconstructConfig
 from ai4land.constrain import project
-from ai4land.cube import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, Block
+from ai4land.cube import Block
 from ai4land.ddp import Group
 from ai4land.ensemble import Ensemble
 from ai4land.features import FeatureSpec, features, fit_spec
@@ -55,6 +55,7 @@ from ai4land.practice import practice_grid, practice_network, save_practice_mode
 from ai4land.predict import Source, predict
 from ai4land.quotas import add_change
 from ai4land.reconstruct import Job, quantise, reconstruct_block, run_blocks
+from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE
 from ai4land.train import Schedule, fit
 from ai4land.unet import UNet, interpolate
 

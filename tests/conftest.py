@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -21,8 +22,10 @@ import numpy as np
 import pytest
 import xarray as xr
 from distributed import Client
+from proxy import Proxy
 from scipy import ndimage
 
+from ai4land import stores
 from ai4land.align import Layer, write_store
 from ai4land.cluster import SETTINGS
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, block_sum, make_grid
@@ -181,3 +184,63 @@ def until(what: Callable[[], Any], *, seconds: float = 60.0) -> None:
 def workers_of(client: Client) -> dict[str, Any]:
     """Describe the workers that a client has, by address."""
     return client.scheduler_info(n_workers=-1)["workers"]
+
+
+# -- S3 -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def _s3_started() -> Iterator[Proxy]:
+    """A real S3 endpoint (moto) behind a proxy that can fail; what it holds is gone with it."""
+    pytest.importorskip("moto")
+    pytest.importorskip("obstore")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    proxy = Proxy(port)
+    try:
+        until(lambda: _listens(port))
+        yield proxy
+    finally:
+        proxy.close()
+        server.kill()
+        server.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def s3(_s3_started: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The proxy of an S3 endpoint that ``s3://`` means in this test."""
+    for name, value in s3_environment(_s3_started).items():
+        monkeypatch.setenv(name, value)
+    _s3_started.mode = "pass"
+    stores._remote.cache_clear()
+    yield _s3_started
+    _s3_started.mode = "pass"
+    stores._remote.cache_clear()
+
+
+def s3_environment(proxy: Proxy) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+    }
+
+
+@pytest.fixture
+def bucket(s3: Proxy) -> str:
+    """URL of an empty bucket."""
+    import boto3
+
+    name = f"b{time.monotonic_ns()}"
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1")
+    client.create_bucket(Bucket=name)
+    return f"s3://{name}"

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
+import subprocess
 
 import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from conftest import write_tiny_store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ai4land.align import Layer, check_identity, open_store, write_store
-from ai4land.cube import chunk_side
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, make_grid
 from ai4land.legend import load_legend
+from ai4land.template import chunk_side
 
 YEARS = [2001, 2003]
 LEGEND = load_legend("hildaplus")
@@ -160,3 +163,19 @@ def test_identity_tells_what_differs(tmp_path):
 def test_absent_store_is_named(tmp_path):
     with pytest.raises(DataError, match="no analysis-ready store at"):
         open_store(tmp_path / "none.zarr")
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    dead, alive = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
+    dead.wait()
+    try:
+        host = socket.gethostname()
+        left = {n: tmp_path / f".store.zarr.{n}.part" for n in (f"{host}.{dead.pid}", f"{host}.{alive.pid}", f"else.{dead.pid}")}
+        for folder in left.values():
+            (folder / "static").mkdir(parents=True)
+        write_tiny_store(tmp_path / "store.zarr")
+        assert [folder.exists() for folder in left.values()] == [False, True, True]
+        assert len(list(tmp_path.glob(".*.part"))) == 2
+    finally:
+        alive.kill()
+        alive.wait()

@@ -16,9 +16,8 @@ import ai4land
 from ai4land import cli
 from ai4land.runfile import load_run
 
-VERBS = ["plan", "align", "train", "reconstruct", "evaluate", "run", "demo"]
-CUBE_VERBS = ["serve"]
-"""Verbs that take a cube instead of a run file."""
+VERBS = ["plan", "align", "train", "reconstruct", "evaluate", "publish", "run", "verify", "fetch", "serve", "demo"]
+OF_A_RUN = [verb for verb in VERBS if verb not in ("verify", "fetch", "serve")]
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,14 +50,10 @@ def shown(table, width: int = 160) -> str:
 def test_every_verb_is_listed_in_order():
     code, text = call("--help")
     assert code == 0
-    assert [line.split()[0] for line in text.partition("Commands:")[2].splitlines() if line.strip()] == [
-        *VERBS[:-1],
-        *CUBE_VERBS,
-        "demo",
-    ]
+    assert [line.split()[0] for line in text.partition("Commands:")[2].splitlines() if line.strip()] == VERBS
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", OF_A_RUN)
 def test_help_of_every_verb_shows_an_example(verb):
     code, text = call(verb, "--help")
     words = " ".join(text.split())
@@ -96,7 +91,7 @@ def test_overrides_reach_the_run(monkeypatch, capsys, tmp_path):
     assert "3 pairs of years, 3 x 7 steps" in text and "2 years from the map of 2001" in text and "shards of 800" in text
 
 
-@pytest.mark.parametrize("verb", ["plan", "align", "train", "reconstruct", "evaluate", "run"])
+@pytest.mark.parametrize("verb", ["plan", "align", "train", "reconstruct", "evaluate", "publish", "run"])
 def test_every_verb_refuses_in_one_style(monkeypatch, capsys, tmp_path, verb):
     code, out, err = main(monkeypatch, capsys, verb, "bavaria.yaml", f"runs={tmp_path}", "train.stepz=1")
     assert code == 1 and not out

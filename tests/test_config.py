@@ -71,7 +71,7 @@ def test_overrides_reach_nested_keys_lists_and_years():
         ("colour=red", "colour: Extra inputs"),
         ("train.steps", "'train.steps', expected key=value"),
         ("train.steps.deep=1", "goes below 'steps', which is not a section"),
-        ("train.steps=[1", "'train.steps=.1' has a value that is not YAML"),
+        ("train.steps=[1", "'train.steps=.1' is not YAML"),
         ("train.steps=many", r"train\.steps: .*got 'many'"),
         ("train.steps=0", r"train\.steps: .*greater than or equal to 1"),
         ("split.train=1999-1992", "expected the first year first"),

@@ -8,7 +8,6 @@ import torch
 
 from ai4land import cost
 from ai4land.cost import DEVICES, Memory, Rates, count, estimate, operations, rates_of, refusals, refuse
-from ai4land.cube import VARIABLES
 from ai4land.errors import ConfigError
 from ai4land.runfile import load_run
 
@@ -23,7 +22,8 @@ def test_work_is_what_the_run_file_says(tmp_path):
     work = count(run_of(tmp_path))
     # 20 shards of 400 cells; 18 years from 2001, and 2 years from 1999 for validation, which walk over 1999-2001.
     assert work.blocks == 40
-    assert work.objects == 20 * len(VARIABLES) * (18 + 2)
+    # 18 years are 2 shards of four variables and two overviews, and 9 of the fractions; 2 years are one of each.
+    assert work.objects == 20 * ((6 * 2 + 9) + (6 + 1))
     assert work.mapped == 20 * 400**2 * (18 + 2)
     assert work.walked.sum() == 20 * 400**2 * (18 + 3)
     assert work.passes.sum() == pytest.approx(3 * 20 * (400 + 2 * 56) ** 2 * (18 + 3))
@@ -38,7 +38,13 @@ def test_land_counts_before_there_is_a_store(tmp_path):
 
 def test_years_on_both_sides_of_the_reference_are_blocks_of_their_own(tmp_path):
     work = count(
-        run_of(tmp_path, "reconstruct.years=1999-2003", "split.validation={reference: 2001, years: 2002}", "split.test=null")
+        run_of(
+            tmp_path,
+            "reconstruct.years=1999-2003",
+            "reconstruct.years_a_shard=1",
+            "split.validation={reference: 2001, years: 2002}",
+            "split.test=null",
+        )
     )
     assert work.blocks == 40
     assert set(work.walked / 400**2) == {3.0}

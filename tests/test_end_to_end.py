@@ -20,9 +20,10 @@ import rasterio
 import yaml
 from affine import Affine
 
-from ai4land import cli, cube
+from ai4land import cli, cube, ledger
 from ai4land.align import open_store
 from ai4land.checkpoint import load_card, load_model, save_model
+from ai4land.claim import claim
 from ai4land.forward import precision_of
 from ai4land.reconstruct import plan_blocks
 from ai4land.runfile import load_run
@@ -73,7 +74,7 @@ RUN: dict[str, Any] = {
         "precision": "float32",
         "threads": 1,
     },
-    "reconstruct": {"reference": 2004, "years": "2003-2007", "workers": 1, "threads": 1},
+    "reconstruct": {"reference": 2004, "years": "2003-2007", "years_a_shard": 2, "workers": 1, "threads": 1},
 }
 NAMES = {
     "overall_accuracy",
@@ -251,7 +252,7 @@ def test_scores_agree_with_plain_numpy(finished, planet, split, store):
 def test_second_run_does_nothing_again(finished, monkeypatch, capsys):
     run = load_run(finished[0])
     watched = [p for p in run.folder.rglob("*") if p.is_file() and "figures" not in p.parts and p.name != "zarr.json"]
-    watched = [p for p in watched if p.name != "evaluation.json" and p.suffix != ".nc"]
+    watched = [p for p in watched if p.name != "evaluation.json" and p.suffix != ".nc" and p.name != "claim"]
     scores = (run.folder / "evaluation.json").read_bytes()
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in watched}
     code, _out, err = main(monkeypatch, capsys, "run", finished[0])
@@ -303,11 +304,11 @@ def test_killed_run_ends_with_the_same_bytes(finished, planet, tmp_path):
 
     again = ai4land("run", file)
     left = int(re.search(r"cube: (\d+) blocks to do", again.stderr)[1])
-    every = plan_blocks(whole / "store.zarr", years=[2003, 2004, 2005, 2006, 2007], reference=2004)
+    every = plan_blocks(whole / "store.zarr", years=[2003, 2004, 2005, 2006, 2007], reference=2004, years_a_shard=2)
     assert "training" not in again.stderr and 0 < left < len(every)
     assert lines(folder, "cube.ledger/*.jsonl") == blocks
     assert cube_bytes(folder) == cube_bytes(whole) and len(cube_bytes(whole)) > 3 * 5
-    assert cube.recorded(folder / "cube.zarr") == cube.recorded(whole / "cube.zarr")
+    assert ledger.recorded(folder / "cube.zarr") == ledger.recorded(whole / "cube.zarr")
     assert (folder / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
 
 
@@ -630,3 +631,34 @@ def test_a_foreign_model_is_not_trained_over(copied, monkeypatch, capsys):
     before = contents(folder.with_name("other"))
     refused(monkeypatch, capsys, "no config.yaml that tells which", "train", copied, "name=other", "train.steps=7")
     assert contents(folder.with_name("other")) == before
+
+
+def test_damaged_cube_is_told_and_mended(copied, monkeypatch, capsys):
+    """A flipped byte, a lost shard, lost metadata and a torn ledger at once; the bytes are those of before."""
+    folder = load_run(copied).folder
+    path = folder / "cube.zarr"
+    before = contents(path, "**/*")
+    shards = sorted(p for p in path.glob("*/c/**/*") if p.is_file() and p.stat().st_size > 500)
+    flipped, lost = shards[3], shards[-2]
+    data = bytearray(flipped.read_bytes())
+    data[100] ^= 4
+    flipped.write_bytes(data)
+    lost.unlink()
+    (path / "confidence" / "zarr.json").unlink()
+    torn = max((folder / "cube.ledger").glob("*.jsonl"))
+    torn.write_text(torn.read_text()[:-40])
+    code, _, err = main(monkeypatch, capsys, "verify", path, "--check")
+    assert code == 1 and all(p.relative_to(path).as_posix() in err for p in (flipped, lost, path / "confidence" / "zarr.json"))
+    assert "the ledger lacks" in err and "mend them with: ai4land verify" in err
+    code, out, err = main(monkeypatch, capsys, "verify", path)
+    assert code == 0 and "is mended" in out, err
+    assert contents(path, "**/*") == before
+    code, out, err = main(monkeypatch, capsys, "verify", path)
+    assert code == 0 and "is as its ledger says" in out and not err.replace("verify", "").strip(": \n").startswith("error")
+
+
+def test_second_run_on_a_cube_is_refused_while_the_first_is_at_it(copied, monkeypatch, capsys):
+    with claim(load_run(copied).folder / "cube.zarr"):
+        code, _, err = main(monkeypatch, capsys, "reconstruct", copied)
+    assert code == 1 and f"being made by another run (process {os.getpid()} on" in err
+    assert main(monkeypatch, capsys, "reconstruct", copied)[0] == 0

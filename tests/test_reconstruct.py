@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ai4land import cube
+from ai4land import cube, ledger
 from ai4land.align import open_store
 from ai4land.checkpoint import Card, save_model
-from ai4land.cube import FRACTION_SCALE, Block
+from ai4land.cube import Block
 from ai4land.ensemble import Ensemble
 from ai4land.errors import DataError, MismatchError
 from ai4land.features import fit_spec
@@ -22,12 +22,25 @@ from ai4land.forward import Forward
 from ai4land.grid import Window, tiles
 from ai4land.legend import MISSING, load_crosswalk
 from ai4land.predict import Source, predict
-from ai4land.reconstruct import Job, _placed, mapped_part, plan_blocks, quantise, reconstruct_block, run_blocks, years_between
+from ai4land.reconstruct import (
+    Job,
+    _placed,
+    land_of,
+    mapped_part,
+    plan_blocks,
+    quantise,
+    reconstruct_block,
+    run_blocks,
+    years_between,
+)
+from ai4land.template import FRACTION_SCALE
 from ai4land.unet import UNet
 from tests.conftest import write_tiny_store
 
 PAIRS = ((2000, 2001), (2001, 2003), (2003, 2000))
 YEARS = [2000, 2001, 2002, 2003]
+PAIR = 2
+"""Years in a shard of the cubes of these tests."""
 
 
 def random_model(tiny, *, depth: int = 2, seed: int = 0):
@@ -147,10 +160,13 @@ def test_rounding_keeps_the_mean_of_fractions_far_below_a_unit():
 def test_blocks_cover_land_once_and_skip_what_is_done(tiny_store, reference):
     source = Source(tiny_store.path)
     mask = np.asarray(source.mask[...], bool)
-    blocks = plan_blocks(tiny_store.path, years=YEARS, reference=reference)
+    blocks = plan_blocks(tiny_store.path, years_a_shard=PAIR, years=YEARS, reference=reference)
     count = np.zeros((len(YEARS), *mask.shape), int)
     for block in blocks:
-        assert reference is None or len({y < reference for y in block.years}) == 1
+        assert reference is None or block.years in (
+            (2000, 2001),
+            (2002, 2003),
+        )  # the first two share a shard, whose sides are alike
         for year in block.years:
             count[(YEARS.index(year), *block.window.slices)] += 1
     assert count.max() == 1 and (count[:, mask] == 1).all()
@@ -158,8 +174,21 @@ def test_blocks_cover_land_once_and_skip_what_is_done(tiny_store, reference):
     assert len({b.window for b in blocks}) < len(source.grid.shards())
     first = blocks[0]
     done = [(first.window.row, first.window.col, year) for year in first.years[:2]]
-    left = plan_blocks(tiny_store.path, years=YEARS, reference=reference, done=done)
-    assert set(left) == {Block(first.window, first.years[2:]), *blocks[1:]}
+    left = plan_blocks(tiny_store.path, years_a_shard=PAIR, years=YEARS, reference=reference, done=done)
+    rest = () if reference == 2001 else (Block(first.window, first.years[2:]),)
+    assert set(left) == {*rest, *blocks[1:]}
+    again = plan_blocks(tiny_store.path, years_a_shard=PAIR, years=YEARS, reference=reference, done=done[:1])
+    assert set(again) == set(blocks)  # half of a shard is none
+
+
+def test_years_of_both_sides_in_one_shard_go_with_the_fewer_that_are_walked_for_them(tiny_store):
+    def years(reference, deep):
+        return {b.years for b in plan_blocks(tiny_store.path, years=YEARS, reference=reference, years_a_shard=deep)}
+
+    assert years(2001, 1) == {(2000,), (2001, 2002, 2003)}
+    assert years(2001, 4) == {tuple(YEARS)} == years(2003, 4)
+    assert years(2003, 2) == {(2000, 2001, 2002, 2003)}
+    assert years(2000, 2) == {(2000, 2001, 2002, 2003)}
 
 
 @pytest.mark.parametrize("reference", [2001, None])
@@ -168,7 +197,7 @@ def test_mapped_part_of_a_shard_is_predicted_as_in_the_whole(tiny_store, referen
     model, spec = random_model(tiny_store)
     forward, source = ready_to_run(model), Source(tiny_store.path)
     smaller = 0
-    for window in {b.window for b in plan_blocks(tiny_store.path, years=YEARS, reference=reference)}:
+    for window in {b.window for b in plan_blocks(tiny_store.path, years_a_shard=PAIR, years=YEARS, reference=reference)}:
         mask = np.array(source.mask[window.slices], dtype=bool)
         mask[: window.height // 2 - 1], mask[:, -3:] = False, False
         if not mask.any():
@@ -189,17 +218,19 @@ def mapped_cube(tiny_store, tmp_path_factory):
     path = folder / "cube.zarr"
     made(tiny_store, path, YEARS)
     job = job_for(tiny_store, path, folder, checksum)
-    blocks = plan_blocks(tiny_store.path, years=YEARS, reference=2001)
+    blocks = plan_blocks(tiny_store.path, years_a_shard=PAIR, years=YEARS, reference=2001)
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
         receipts = run_blocks(blocks, job, client=client)
+    assert cube.show(path) == YEARS
     return path, job, blocks, receipts
 
 
 def made(tiny, path, years):
-    cube.create(path, grid=tiny.grid, legend=tiny.legend, years=years, identity={}, title="t", source="s", totals="exact")
+    about = {"identity": {}, "title": "t", "source": "s", "totals": "exact", "years_a_shard": PAIR}
+    cube.create(path, grid=tiny.grid, legend=tiny.legend, years=years, land=land_of(Source(tiny.path)), **about)
 
 
 def test_every_land_cell_is_written_once_and_sea_is_not(tiny_store, mapped_cube):
@@ -213,7 +244,7 @@ def test_every_land_cell_is_written_once_and_sea_is_not(tiny_store, mapped_cube)
     confidence = ds["confidence"].values
     assert np.nanmax(confidence) == 1 and np.isnan(confidence[:, ~mask]).all()
     assert len(receipts) == len(blocks) == len({(r["row"], r["col"], r["years"][0]) for r in receipts})
-    assert len(cube.recorded(path)) == sum(len(b.years) for b in blocks)
+    assert len(ledger.recorded(path)) == sum(len(b.years) for b in blocks)
     assert sum(r["cells"] for r in receipts if 2000 in r["years"]) == mask.sum()
 
 
@@ -232,8 +263,9 @@ def test_without_totals_the_cube_holds_what_the_network_says(tiny_store, mapped_
     _, job, *_ = mapped_cube
     path = tmp_path / "free.zarr"
     made(tiny_store, path, [2003])
-    for block in plan_blocks(tiny_store.path, years=[2003], reference=2001):
+    for block in plan_blocks(tiny_store.path, years_a_shard=PAIR, years=[2003], reference=2001):
         reconstruct_block(block, replace(job, cube=str(path), method="none"))
+    cube.show(path)
     model, spec = random_model(tiny_store)
     source = Source(tiny_store.path)
     p = mapped(model, spec, source, 32, reference=2001, years=(2003,))[0]
@@ -293,14 +325,16 @@ def test_a_year_depends_on_neither_tiles_nor_the_years_that_are_kept(tiny_store,
     path, job, *_ = mapped_cube
     few, whole = tmp_path / "few.zarr", tmp_path / "whole.zarr"
     made(tiny_store, few, [2003])
-    for block in plan_blocks(tiny_store.path, years=[2003], reference=2001):
+    for block in plan_blocks(tiny_store.path, years_a_shard=PAIR, years=[2003], reference=2001):
         reconstruct_block(block, replace(job, cube=str(few)))
+    cube.show(few)
     expected = cube.open_cube(path).isel(time=[3])
     assert expected.equals(cube.open_cube(few))
     large = write_tiny_store(tmp_path / "large.zarr", shard=64)
     made(large, whole, [2003])
-    for block in plan_blocks(large.path, years=[2003], reference=2001):
+    for block in plan_blocks(large.path, years_a_shard=PAIR, years=[2003], reference=2001):
         reconstruct_block(block, replace(job, cube=str(whole), store=str(large.path)))
+    cube.show(whole)
     got = cube.open_cube(whole)
     for name in ("land_cover", "most_likely"):
         assert np.array_equal(got[name].values, expected[name].values)
@@ -311,11 +345,11 @@ def test_blocks_in_hand_at_once_give_the_same_cube(tiny_store, mapped_cube, tmp_
     path, job, *_ = mapped_cube
     together = tmp_path / "together.zarr"
     made(tiny_store, together, YEARS)
-    blocks = plan_blocks(tiny_store.path, years=YEARS, reference=2001)
+    blocks = plan_blocks(tiny_store.path, years_a_shard=PAIR, years=YEARS, reference=2001)
     with ThreadPoolExecutor(4) as hands:
         list(hands.map(lambda block: reconstruct_block(block, replace(job, cube=str(together))), blocks))
-    assert cube.recorded(together) == cube.recorded(path)
-    assert len(list(cube.ledger_path(together).glob("*.jsonl"))) == 4
+    assert ledger.recorded(together) == ledger.recorded(path)
+    assert len(list(ledger.ledger_path(together).glob("*.jsonl"))) == len(blocks)
 
 
 def test_locked_and_protected_cells_never_change(tiny_store, mapped_cube, tmp_path):
@@ -326,15 +360,16 @@ def test_locked_and_protected_cells_never_change(tiny_store, mapped_cube, tmp_pa
     source = Source(tiny_store.path)
     code = int(tiny_store.legend.codes[1])
     locked = replace(job, cube=str(path), lock=(code,), protected="height")
-    for block in plan_blocks(tiny_store.path, years=[2003], reference=2001):
+    for block in plan_blocks(tiny_store.path, years_a_shard=PAIR, years=[2003], reference=2001):
         reconstruct_block(block, locked)
+    cube.show(path)
     start = source.map_of(2001, Window(0, 0, *tiny_store.grid.shape))
     mask = np.asarray(source.mask[...], bool)
     held = mask & ((start == 1) | (np.asarray(source.static[source.features.index("height")]) > 0.5))
     codes = cube.open_cube(path)["land_cover"].values[0]
     assert held.sum() > 500 and np.array_equal(codes[held], tiny_store.legend.decode(start)[held])
     assert (codes != tiny_store.legend.decode(start))[mask & ~held].any()
-    unmet = [u for entry in cube.entries(path) for u in entry["unmet"]]
+    unmet = [u for entry in ledger.entries(path) for note in entry["notes"] for u in note["unmet"]]
     assert unmet and all(len(u) == 4 and u[3] != 0 for u in unmet)
 
 
@@ -348,7 +383,7 @@ def test_failed_blocks_are_named_and_the_rest_is_done(tiny_store, tmp_path):
     path = tmp_path / "cube.zarr"
     made(tiny_store, path, YEARS)
     job = job_for(tiny_store, path, tmp_path, checksum)
-    blocks = plan_blocks(tiny_store.path, years=[2000], reference=2001)
+    blocks = plan_blocks(tiny_store.path, years_a_shard=PAIR, years=YEARS, reference=2001)
     bad = Block(blocks[0].window, (1999,))
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
@@ -356,11 +391,11 @@ def test_failed_blocks_are_named_and_the_rest_is_done(tiny_store, tmp_path):
         pytest.raises(DataError, match=r"1 of \d+ blocks failed, the rest is done.*\n.*1999"),
     ):
         run_blocks([bad, *blocks[1:]], job, client=client)
-    assert len(cube.recorded(path)) == len(blocks) - 1
+    assert len(ledger.recorded(path)) == sum(len(b.years) for b in blocks[1:])
 
 
 def test_model_that_changes_under_way_is_refused(tiny_store, tmp_path):
     saved(tiny_store, tmp_path)
     job = job_for(tiny_store, tmp_path / "c.zarr", tmp_path, "0" * 64)
     with pytest.raises(MismatchError, match="changed while the job ran"):
-        reconstruct_block(plan_blocks(tiny_store.path, years=[2000], reference=2001)[0], job)
+        reconstruct_block(plan_blocks(tiny_store.path, years_a_shard=PAIR, years=[2000], reference=2001)[0], job)

@@ -21,8 +21,9 @@ from ai4land.features import fit_spec
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, block_sum
 from ai4land.legend import load_legend
 from ai4land.predict import Source
-from ai4land.reconstruct import plan_blocks
+from ai4land.reconstruct import land_of, plan_blocks
 from ai4land.rivals import Wanted
+from ai4land.template import FRACTION_EMPTY, FRACTION_SCALE
 from ai4land.unet import UNet
 
 YEARS = [2000, 2001, 2002, 2003]
@@ -69,15 +70,17 @@ def make_cube(run: RunConfig, name: str, *, observed: bool, keep: int | None = N
     """Write a cube that holds the observed maps, or the reference map in every year."""
     path, reference, years = inputs.cubes_of(run)[name]
     source = Source(run.folder / "store.zarr")
-    cube.create(path, grid=source.grid, legend=source.legend, years=years, identity={}, title="t", source="s", totals="exact")
+    about = {"title": "t", "source": "s", "totals": "exact", "land": land_of(source)}
+    cube.create(path, grid=source.grid, legend=source.legend, years=years, identity={}, **about)
     for block in plan_blocks(run.folder / "store.zarr", years=years, reference=reference)[:keep]:
         index = np.stack([source.map_of(y if observed else reference, block.window) for y in block.years])
-        unit = cube.FRACTION_SCALE * (np.arange(7)[None, :, None, None] == index[:, None])
+        unit = FRACTION_SCALE * (np.arange(7)[None, :, None, None] == index[:, None])
         sure = np.where(index == 255, 255, 250).astype(np.uint8)
         codes = source.legend.decode(index)
         arrays = {"land_cover": codes, "most_likely": codes, "confidence": sure, "change_probability": sure}
-        arrays["fraction"] = np.where(index[:, None] == 255, cube.FRACTION_EMPTY, unit).astype(np.uint16)
-        cube.record(path, block, cube.write_block(path, block, arrays))
+        arrays["fraction"] = np.where(index[:, None] == 255, FRACTION_EMPTY, unit).astype(np.uint16)
+        cube.write_block(path, block, arrays)
+    cube.show(path)
 
 
 @pytest.fixture

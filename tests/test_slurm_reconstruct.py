@@ -16,7 +16,7 @@ import psutil
 import pytest
 from distributed import Client
 
-from ai4land import cube
+from ai4land import ledger
 from ai4land.cube import Block
 from ai4land.grid import Window
 from ai4land.reconstruct import plan_blocks
@@ -30,7 +30,7 @@ TINY = {
     "grid": {**RUN["grid"], "shard": 24},
     "split": {"train": "2000-2003", "max_lead": 3, "space": {"block": 2, "validation": 0.2}},
     "train": {**RUN["train"], "members": 1, "patch": 24, "steps": 10, "validate_every": 5, "checkpoint_every": 5},
-    "reconstruct": {"reference": 2004, "years": "2000-2007", "workers": 2, "threads": 1, "at_once": 1},
+    "reconstruct": {"reference": 2004, "years": "2000-2007", "years_a_shard": 2, "workers": 2, "threads": 1, "at_once": 1},
     "evaluate": {"boosting": 0},
 }
 HERE = ("cluster=slurm",)
@@ -72,7 +72,7 @@ class Running:
 
     def counts(self) -> Counter[tuple[int, int, int]]:
         """How often each (row, column, year) was recorded."""
-        return Counter((e["row"], e["col"], year) for e in cube.entries(self.path) for year in e["years"])
+        return Counter((e["row"], e["col"], year) for e in ledger.entries(self.path) for year in e["years"])
 
     def done(self) -> set[Block]:
         """Blocks whose years are all there."""
@@ -93,7 +93,7 @@ class Running:
 
 
 def blocks_of(file: Path) -> list[Block]:
-    return plan_blocks(folder_of(file) / "store.zarr", years=YEARS, reference=2004)
+    return plan_blocks(folder_of(file) / "store.zarr", years=YEARS, reference=2004, years_a_shard=2)
 
 
 def block_at(file: Path, row: int, col: int, year: int) -> Block:
@@ -107,7 +107,7 @@ def chunks(file: Path) -> dict[str, bytes]:
 def assert_same(run: Running, whole: Path, *, done: Counter[tuple[int, int, int]], lost: int) -> None:
     """The cube is that of the whole run; what was done was not done again, and no more than some blocks were begun twice."""
     assert chunks(run.file) == chunks(whole) and len(chunks(whole)) > 100
-    assert cube.recorded(run.path) == cube.recorded(folder_of(whole) / "cube.zarr")
+    assert ledger.recorded(run.path) == ledger.recorded(folder_of(whole) / "cube.zarr")
     counts = run.counts()
     assert {key: counts[key] for key in done} == done
     assert len({block_at(run.file, *key) for key, n in counts.items() if n > 1}) <= lost
@@ -267,11 +267,11 @@ def tasks() -> dict[str, int]:
 def test_an_allocation_does_the_whole_and_ends_with_its_command(whole, trained, tmp_path):
     cut = submit(tmp_path, f"srun {of_command(trained)}")
     path = folder_of(trained) / "cube.zarr"
-    until(lambda: len(cube.recorded(path)) > 5)
+    until(lambda: len(ledger.recorded(path)) > 5)
     os.kill(tasks()["1"], signal.SIGKILL)  # the one that does the command
     until(lambda: not squeue("%i"))
     assert cut.read_text().endswith("status 137\n")
-    assert 5 < len(cube.recorded(path)) < len(cube.recorded(folder_of(whole) / "cube.zarr"))
+    assert 5 < len(ledger.recorded(path)) < len(ledger.recorded(folder_of(whole) / "cube.zarr"))
     assert not list((folder_of(trained) / "slurm").iterdir())
 
     out = submit(tmp_path, f"srun {of_command(trained)}")

@@ -82,7 +82,7 @@ def test_the_command_trains_on_jobs(slurm_cluster, planet, lessons, unbroken, tm
 
 
 def test_a_killed_client_is_run_again_to_the_same_weights(slurm_cluster, lessons, client, tmp_path):  # noqa: F811
-    made = {"steps": 80, "validate_every": 80}
+    made = {"steps": 200, "validate_every": 200}  # for more seconds than the second command takes to start
     whole, _ = train(lessons("client_whole", **made), client)
     run, _ = lessons("client", **made)
     file = tmp_path / "run.yaml"

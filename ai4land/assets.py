@@ -1,0 +1,202 @@
+"""One asset of STAC items onto the fine grid.
+
+:func:`load_asset` merges the items of one collection into one lazy layer with odc-stac, without overviews: those
+of a COG are nearest-neighbour and would shift an average. What odc-stac takes without a word is refused: a layer half a cell
+off, longitudes of 0..360, a nodata value that only the catalogue knows, a file that is no raster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import odc.stac
+import pystac
+import rasterio
+import xarray as xr
+from affine import Affine
+from numpy.typing import DTypeLike
+from odc.geo.crs import CRS
+
+from ai4land.errors import ConfigError, DataError
+from ai4land.filecheck import check_blocks, check_file
+from ai4land.grid import FINE_DIMS, Grid
+from ai4land.hrefs import local_path
+from ai4land.raster import Resampling, check_cells, check_lattice, check_longitudes, same_crs
+from ai4land.rasterfile import reading
+
+
+def load_asset(
+    items: Sequence[pystac.Item],
+    *,
+    asset: str,
+    grid: Grid,
+    resampling: Resampling,
+    dtype: DTypeLike = "float32",
+    nodata: float | None = None,
+    patch_url: Callable[[str], str] | None = None,
+) -> xr.DataArray:
+    """Merge one asset of all items into one layer on the fine cells of the grid.
+
+    Where items overlap, the first valid value by time and id is taken. Scale and offset that the catalogue states are
+    applied to floats; those that only the files state are not.
+
+    Parameters
+    ----------
+    items
+        Of one collection, from :func:`find_items`.
+    asset
+        Key of the asset.
+    grid
+        The target.
+    resampling
+        As in :func:`ai4land.raster.open_raster`.
+    dtype
+        Of the result.
+    nodata
+        Of the result for whole numbers; of the files for floats, where the catalogue does not say. NaN is no value.
+    patch_url
+        Called with the href of every asset before it is read, for signing.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``(latitude, longitude)`` with the coordinates of the grid, lazy, one chunk a shard; NaN or ``nodata`` (also in
+        ``attrs``) where there is no value. :func:`ai4land.raster.check_any` tells an empty one once it is computed.
+
+    Raises
+    ------
+    DataError
+        If there is no item or no such asset, the cells do not lie on the lattice (``exact``) or lie half a cell off it,
+        longitudes run over 0..360, or interpolation would mix in a nodata value that the files do not state.
+    ConfigError
+        If codes are to be averaged, or the nodata value of codes is not known.
+    """
+    kind = np.dtype(dtype)
+    if not items:
+        raise DataError("list of STAC items is empty, expected one or more; see find_items")
+    if kind.kind != "f" and resampling in ("bilinear", "average"):
+        raise ConfigError(
+            f"resampling of {asset} is {resampling}, expected exact, nearest, mode, min or max for whole numbers ({kind}); choose one"
+        )
+    for item in items:
+        if asset not in item.assets:
+            raise DataError(f"asset is {asset!r}, expected one of {sorted(item.assets)} of item {item.id}; choose one")
+        _check_item(item, asset, grid, resampling, patch_url)
+    given = None if nodata is None or np.isnan(nodata) else float(nodata)
+    stated = _stated(items[0], asset, "nodata")
+    mark = given if stated is None else stated
+    if mark is None and kind.kind != "f":
+        raise ConfigError(f"nodata value of {asset} is not known, expected one for whole numbers ({kind}); give nodata")
+    if mark is not None and resampling not in ("exact", "nearest"):
+        _check_marked(items[0], asset, mark, patch_url)
+    fill = float("nan") if mark is None or kind.kind == "f" else mark if given is None else given
+    names = [str(d) for d in grid.fine.dimensions]
+    loaded = odc.stac.load(
+        items,
+        bands=[asset],
+        geobox=grid.fine,
+        resampling="nearest" if resampling == "exact" else resampling,
+        dtype=kind.name,
+        nodata=fill,
+        chunks=dict.fromkeys(names, grid.shard),
+        groupby=_one_layer,
+        patch_url=patch_url,
+        use_overviews=False,
+    )
+    field = loaded[asset].isel(time=0, drop=True)
+    if field.odc.geobox != grid.fine or field.dims != tuple(names):
+        raise DataError(f"{asset} was loaded on {field.odc.geobox}, expected the grid {grid.fine}; report this with the items")
+    attrs: dict[str, str | int] = {k: str(field.attrs[k]) for k in ("units",) if k in field.attrs}
+    if mark is not None:
+        field = field.where(field != mark, np.full((), fill, dtype=kind))
+    if kind.kind == "f":
+        field = _scaled(field, items, asset)
+    else:
+        attrs["nodata"] = int(fill)
+    coords = {d: grid.coords()[d] for d in FINE_DIMS}
+    return xr.DataArray(field.data, dims=FINE_DIMS, coords=coords, name=asset, attrs=attrs)
+
+
+def _one_layer(item: pystac.Item, parsed: Any, index: int) -> int:
+    """Group all items into one layer, whatever their times."""
+    return 0
+
+
+def _stated(item: pystac.Item, asset: str, key: Literal["nodata", "scale", "offset"]) -> float | None:
+    """Value that the catalogue states for the first band of an asset (STAC 1.1 ``bands``, or the raster extension)."""
+    fields = item.assets[asset].extra_fields
+    for place in (*fields.get("bands", [])[:1], *fields.get("raster:bands", [])[:1], fields):
+        for name in (key, f"raster:{key}"):
+            value = place.get(name)
+            if value is not None and not np.isnan(float(value)):
+                return float(value)
+    return None
+
+
+def _lattice(item: pystac.Item, asset: str) -> tuple[CRS, Affine, tuple[int, int] | None] | None:
+    """Reference system, transform and shape that the catalogue states."""
+    fields = {**item.properties, **item.assets[asset].extra_fields}
+    code = fields.get("proj:code") or fields.get("proj:wkt2") or fields.get("proj:epsg")
+    if code is None or "proj:transform" not in fields:
+        return None
+    shape = fields.get("proj:shape")
+    return CRS(code), Affine(*fields["proj:transform"][:6]), None if shape is None else (int(shape[0]), int(shape[1]))
+
+
+def _check_item(item: pystac.Item, asset: str, grid: Grid, resampling: str, patch_url: Callable[[str], str] | None) -> None:
+    name = f"{asset} of item {item.id}"
+    path = local_path(item.assets[asset].href)
+    header = None if path is None else check_file(path)
+    if header is not None:
+        check_cells(header.transform, header.shape, header.crs, grid, source=name)
+    box = item.bbox
+    if box is not None and grid.geographic:
+        east = box[2] if len(box) == 4 else box[3]
+        check_longitudes((box[0], box[1], east, 0.0), grid, cell=1e-6, source=name)
+    lattice = _lattice(item, asset)
+    if lattice is None and resampling == "exact":
+        with _opened(item, asset, patch_url) as file:
+            lattice = CRS(file.crs.to_wkt()), file.transform, file.shape
+    if lattice is None:
+        return
+    crs, transform, shape = lattice
+    if shape is not None:
+        check_cells(transform, shape, crs, grid, source=name)
+    if crs.geographic and grid.geographic and shape is not None:
+        west, east = transform.c, transform.c + shape[1] * transform.a
+        check_longitudes((west, -90.0, east, 90.0), grid, cell=transform.a, source=name)
+    if grid.fine.crs is not None and same_crs(crs, grid.fine.crs):
+        check_lattice(transform, grid, source=name, exact=resampling == "exact")
+    elif resampling == "exact":
+        raise DataError(
+            f"reference system of {name} is {crs.proj.name}, expected {grid.fine.crs} for resampling exact; choose nearest or bilinear"
+        )
+
+
+def _opened(item: pystac.Item, asset: str, patch_url: Callable[[str], str] | None) -> Any:
+    href = item.assets[asset].href
+    with reading(href):
+        file = rasterio.open(patch_url(href) if patch_url else href)
+    check_blocks(file, href)
+    return file
+
+
+def _check_marked(item: pystac.Item, asset: str, mark: float, patch_url: Callable[[str], str] | None) -> None:
+    """Check that the file itself states its nodata value: odc-stac does not hand the catalogue's on to interpolation."""
+    with _opened(item, asset, patch_url) as file:
+        if file.nodata is None:
+            raise DataError(
+                f"nodata value {mark:g} of {asset} is not in the files ({item.assets[asset].href}), expected it there for "
+                "interpolation; set it: gdal_edit.py -a_nodata, or choose resampling nearest"
+            )
+
+
+def _scaled(field: xr.DataArray, items: Sequence[pystac.Item], asset: str) -> xr.DataArray:
+    """Apply the catalogue's scale and offset."""
+    scaling = {(_stated(i, asset, "scale") or 1.0, _stated(i, asset, "offset") or 0.0) for i in items}
+    if len(scaling) > 1:
+        raise DataError(f"scale and offset of {asset} are {sorted(scaling)}, expected one pair in all items; load them apart")
+    ((scale, offset),) = scaling
+    return field if (scale, offset) == (1.0, 0.0) else (field * scale + offset).astype(field.dtype)

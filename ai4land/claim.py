@@ -1,0 +1,162 @@
+"""One run at a time on a cube: who makes it holds its claim, and every task looks before it writes whether its run still does.
+
+On a disk the claim is a lock of the file system, which is free again when its holder dies. In an object store (and where the file system has
+no locks) it is an object that its holder renews every few seconds; one that is not renewed is taken over. The tasks of a run whose claim
+was taken over, on workers that outlived their client, write no more.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+from zarr.core.buffer import cpu
+from zarr.core.sync import sync
+
+from ai4land.errors import MismatchError, StoreError
+from ai4land.ledger import CLAIM, ledger_path
+from ai4land.stores import Place, delete, folder_of, open_place, read, write, writing
+
+_BEAT = 5.0
+"""Seconds between two renewals of a claim in an object store."""
+_STALE = 40.0
+"""Seconds without a renewal after which it is taken over: more than an object store may be away between two of them."""
+
+
+@contextmanager
+def claim(place: Place, *, tell: Callable[[str], None] = lambda _: None) -> Iterator[str]:
+    """Hold a cube while the block runs.
+
+    Yields
+    ------
+    str
+        The token of this claim, for :func:`check_claim`.
+
+    Raises
+    ------
+    MismatchError
+        If another run holds it.
+    """
+    beside, token = ledger_path(place), uuid.uuid4().hex
+    who = {
+        "token": token,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    folder = folder_of(beside)
+    file = None if folder is None else _lock(folder, place)
+    if file is not None:
+        with file:
+            file.seek(0)
+            file.truncate()
+            file.write(json.dumps(who))
+            file.flush()
+            try:
+                yield token
+            finally:
+                file.truncate(0)  # tasks that outlive this run write no more
+        return
+    _take(beside, place, who, tell)
+    over = threading.Event()
+    beating = threading.Thread(target=_beat, args=(beside, who, over), name="claim", daemon=True)
+    beating.start()
+    try:
+        yield token
+    finally:
+        over.set()
+        beating.join()
+        with suppress(StoreError):
+            if _held(beside).get("token") == token:
+                delete(beside, CLAIM)
+
+
+def check_claim(place: Place, token: str) -> None:
+    """Check before a write that the run still holds the cube.
+
+    Raises
+    ------
+    MismatchError
+        If another run has taken it.
+    """
+    if _held(ledger_path(place)).get("token") != token:
+        raise MismatchError(
+            f"cube {place} is held by another run by now, this task is of one before it; nothing is written any more"
+        )
+
+
+def _held(beside: Place) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(read(beside, CLAIM) or b"{}")
+    except ValueError:
+        return {}
+    return found
+
+
+def _refuse(place: Place, who: dict[str, Any]) -> MismatchError:
+    return MismatchError(
+        f"cube {place} is being made by another run (process {who.get('pid', '?')} on {who.get('host', '?')} since {who.get('since', '?')}), "
+        "expected no other; wait for it or stop it, then run again: what is done stays done"
+    )
+
+
+def _lock(folder: Path, place: Place) -> IO[str] | None:
+    """Lock the claim's file; None where the file system has no locks."""
+    with writing(place):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / CLAIM).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return None
+        raise _refuse(place, _held(folder)) from error
+    return file
+
+
+def _take(beside: Place, place: Place, who: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Take a free or abandoned claim in an object store."""
+    found = _held(beside)
+    if found:
+        if not (found.get("host") == who["host"] and not psutil.pid_exists(int(found.get("pid", 0)))):
+            tell(
+                f"cube {place} was held by process {found.get('pid')} on {found.get('host')}; looking for up to {_STALE:.0f} s whether it is alive"
+            )
+            end = time.monotonic() + _STALE
+            while time.monotonic() < end:
+                now = _held(beside)
+                if not now:
+                    break
+                if now != found:
+                    raise _refuse(place, now)
+                time.sleep(_BEAT / 5)
+        if _held(beside) == found:
+            delete(beside, CLAIM)
+    content = cpu.Buffer.from_bytes(json.dumps({**who, "beat": 0}).encode())
+    with writing(place):
+        sync(open_place(beside).set_if_not_exists(CLAIM, content))
+    now = _held(beside)
+    if now.get("token") != who["token"]:
+        raise _refuse(place, now)
+
+
+def _beat(beside: Place, who: dict[str, Any], over: threading.Event) -> None:
+    beat = 0
+    while not over.wait(_BEAT):
+        beat += 1
+        with suppress(Exception):  # the store may be away for a while
+            if _held(beside).get("token") not in (who["token"], None):
+                return
+            write(beside, CLAIM, json.dumps({**who, "beat": beat}).encode())

@@ -1,0 +1,355 @@
+"""Bring a source to a mirror: its files, and a catalogue by which they are read where there is no network.
+
+:func:`fetch` takes a source that the package knows (:mod:`ai4land.sources`), or a collection of any STAC catalogue or API.
+What is there and whole is kept, what is lacking or damaged is downloaded, and what fails is named while the rest is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import requests
+
+from ai4land.catalog import Modifier
+from ai4land.config import expand_years
+from ai4land.download import Stored, copy, download, verify
+from ai4land.errors import ConfigError, DataError
+from ai4land.filecheck import refuse_pickle
+from ai4land.hrefs import Beyond, local_path
+from ai4land.mirror import (
+    inside,
+    locked,
+    plain_href,
+    read_manifest,
+    safe_name,
+    write_catalog,
+    write_collection,
+    write_item,
+    write_json,
+)
+from ai4land.raster import Bounds
+from ai4land.sources import credits_of, load_source
+from ai4land.wanted import Plan, Wanted, plan_known, plan_stac
+
+_log = logging.getLogger(__name__)
+
+SPARE = 2**26
+"""Bytes of the disk that are left free."""
+_SAVED_EVERY = 5.0
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What became of a source.
+
+    Attributes
+    ----------
+    source
+        Its id.
+    folder
+        Its folder in the mirror.
+    kept, brought
+        Files that were there and whole, and files that were downloaded or copied.
+    failed
+        Why, by file.
+    size
+        Bytes of the files that are there.
+    """
+
+    source: str
+    folder: Path
+    kept: int
+    brought: int
+    failed: dict[str, str]
+    size: int
+
+
+def fetch(
+    source: str,
+    *,
+    to: str | Path,
+    catalog: str | Path | None = None,
+    years: Iterable[int] | None = None,
+    bbox: Bounds | None = None,
+    assets: Sequence[str] = (),
+    modifier: Modifier | None = None,
+    token: str | None = None,
+    token_hosts: Sequence[str] = (),
+    beyond: Beyond = "hosts",
+    threads: int = 4,
+    timeout: float = 60.0,
+    pause: float = 1.0,
+    progress: Progress | None = None,
+) -> Fetched:
+    """Bring a source to a mirror.
+
+    Parameters
+    ----------
+    source
+        Id of a source that the package knows, or with ``catalog`` of one of its collections.
+    to
+        Folder of the mirror; the source goes to a folder below it.
+    catalog
+        Path or URL of a STAC catalogue or API; None for the sources that the package knows.
+    years, bbox
+        Which items or files; see :func:`ai4land.catalog.find_items`. Files without years, and boxes for whole files, do not count.
+    assets
+        Keys of the assets; those with the role ``data`` (or all, if none has it) if not given.
+    modifier
+        Signs an item, just before each of its assets is downloaded. What it gives is not stored.
+    token
+        Bearer token, sent to the host of the catalogue and to ``token_hosts``, and never stored.
+    beyond
+        How far the catalogue may reach; see :func:`ai4land.catalog.find_items`.
+    threads
+        Files at once.
+    timeout, pause
+        As in :func:`ai4land.download.download`.
+    progress
+        Called with the number of files that are done, of all, and the name of the last.
+
+    Returns
+    -------
+    Fetched
+        Also if files failed: they are named, and the same call goes on with them.
+
+    Raises
+    ------
+    ConfigError
+        If the source is not known.
+    DataError
+        If the catalogue can not be read, nothing is found, files are to be put in by hand and are not there, the disk is too
+        full, or another process is filling the folder.
+    """
+    mirror = Path(to)
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    folder = inside(mirror, safe_name(source))
+    options: dict[str, Any] = {"years": years, "bbox": bbox, "headers": headers, "modifier": modifier, "timeout": timeout}
+    if catalog is None:
+        plan = plan_known(load_source(source), folder=folder, **options)
+    else:
+        plan = plan_stac(source, catalog=str(catalog), collection=source, assets=assets, beyond=beyond, **options)
+    _check_names(plan)
+    allowed = {*plan.hosts, *token_hosts}
+
+    def bring(file: Wanted, path: Path) -> Stored:
+        local = local_path(file.href)
+        if local is not None:
+            return copy(local, path, name=file.href, size=file.size, checksum=file.checksum)
+        own = headers if urlparse(file.href).netloc in allowed else {}
+        options: dict[str, Any] = {"headers": own, "timeout": timeout, "pause": pause, "stop": stop}
+        return download(file.address, path, name=plain_href(file.href), size=file.size, checksum=file.checksum, **options)
+
+    stop = threading.Event()
+    with locked(folder):
+        result = _bring_all(plan, folder, bring, stop, threads, partial(_size_of, allowed=allowed, headers=headers), progress)
+        write_collection(folder, {**plan.collection, "id": plan.source})
+    write_catalog(mirror)
+    return result
+
+
+# -- bringing -----------------------------------------------------------------------------------------------------------
+
+
+def fetch_all(
+    sources: Sequence[str],
+    *,
+    to: Path,
+    years: str | None = None,
+    bbox: str | None = None,
+    token: str | None = None,
+    tell: Callable[[str], None] = _log.info,
+    **options: Any,
+) -> None:
+    """Bring several sources to a mirror, one after the other, as the command line asks for it.
+
+    Parameters
+    ----------
+    sources
+        Their ids.
+    to
+        Folder of the mirror.
+    years, bbox
+        As text: ``1992-1999``, and ``west,south,east,north``.
+    token
+        Environment variable that holds a bearer token.
+    tell
+        Called with a line for each source.
+    **options
+        Of :func:`fetch`.
+
+    Raises
+    ------
+    ConfigError
+        If an option is not what it should be.
+    DataError
+        If a source or a file failed; all others have been brought.
+    """
+    try:
+        wanted = None if years is None else [int(y) for y in expand_years(years.split(","))]
+    except ValueError as error:
+        raise ConfigError(f"--{error}; give for example --years 1992-1999") from error
+    box = None if bbox is None else _box(bbox)
+    secret = None if token is None else os.environ.get(token)
+    if token is not None and not secret:
+        raise ConfigError(f"environment variable {token} is not set, expected a bearer token; set it, or leave --token out")
+    failed: list[str] = []
+    if options.get("catalog") is None:
+        credits_of(sources)
+    for source in sources:
+        try:
+            done = fetch(source, to=to, years=wanted, bbox=box, token=secret, **options)
+        except DataError as error:
+            failed.append(f"{source}: {error}")
+            continue
+        tell(
+            f"{source}: {done.kept + done.brought} files, {done.size / 1e6:.1f} MB in {done.folder}: "
+            f"{done.kept} were there, {done.brought} brought, {len(done.failed)} failed"
+        )
+        failed += [f"{source}/{name}: {why}" for name, why in sorted(done.failed.items())]
+    if failed:
+        raise DataError(
+            f"{len(failed)} of what was asked for failed; the rest is in {to}, and the same command goes on with these:\n  "
+            + "\n  ".join(failed)
+        )
+
+
+def _box(text: str) -> Bounds:
+    try:
+        west, south, east, north = (float(v) for v in text.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"--bbox is {text!r}, expected west,south,east,north in degrees; for example 8.9,47.2,13.9,50.6"
+        ) from error
+    return west, south, east, north
+
+
+def _check_names(plan: Plan) -> None:
+    names = Counter(f.name for t in plan.things for f in t.files.values())
+    twice = sorted(n for n, count in names.items() if count > 1)
+    if twice:
+        raise DataError(f"files {twice[:5]} of {plan.source} would lie at the same place, expected one each; choose assets apart")
+
+
+def _bring_all(
+    plan: Plan,
+    folder: Path,
+    bring: Callable[[Wanted, Path], Stored],
+    stop: threading.Event,
+    threads: int,
+    measure: Callable[[Wanted], int | None],
+    progress: Progress | None,
+) -> Fetched:
+    manifest = read_manifest(folder)
+    every = [f for thing in plan.things for f in thing.files.values()]
+    stored: dict[str, Stored] = {}
+    failed: dict[str, str] = {}
+    counts, saved = Counter[str](), time.monotonic()
+
+    def save() -> None:
+        write_json(folder / "manifest.json", {"source": plan.source, "files": dict(sorted(manifest.items()))})
+
+    pool = ThreadPoolExecutor(max_workers=max(threads, 1))
+    try:
+        absent = [f for f in every if not (folder / f.name).is_file()]
+        _check_space(folder, absent, [s for s in pool.map(measure, absent) if s is not None])
+        jobs = {pool.submit(_bring, file, folder, manifest.get(file.name), bring): file for file in every}
+        for done, job in enumerate(as_completed(jobs), 1):
+            file = jobs[job]
+            try:
+                stored[file.name], how = job.result()
+                counts[how] += 1
+                entry = {"href": _origin(file, folder), "size": stored[file.name].size, "sha256": stored[file.name].sha256}
+                manifest[file.name] = entry
+            except (DataError, ConfigError, OSError) as error:
+                failed[file.name] = str(error)
+                _log.info("%s", error)
+            if time.monotonic() - saved > _SAVED_EVERY:
+                save()
+                saved = time.monotonic()
+            if progress is not None:
+                progress(done, len(every), file.name)
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        save()
+    for thing in plan.things:
+        if all(f.name in stored for f in thing.files.values()):
+            try:
+                files = {key: (f.name, stored[f.name]) for key, f in thing.files.items()}
+                write_item(folder, thing.item(folder), files, collection=plan.source)
+            except DataError as error:
+                failed |= {f.name: str(error) for f in thing.files.values()}
+    return Fetched(plan.source, folder, counts["kept"], counts["brought"], failed, sum(s.size for s in stored.values()))
+
+
+def _bring(
+    file: Wanted, folder: Path, known: Mapping[str, Any] | None, bring: Callable[[Wanted, Path], Stored]
+) -> tuple[Stored, str]:
+    """Keep a file that is whole, or bring it."""
+    path = inside(folder, file.name)
+    by_hand = local_path(file.href) == path
+    if path.is_file():
+        try:
+            stored = verify(path, name=file.name, size=file.size, checksum=file.checksum)
+            same = known is None or (known.get("sha256") == stored.sha256 and known.get("href") == _origin(file, folder))
+            if same or by_hand:
+                refuse_pickle(path)
+                return stored, "kept"
+        except DataError as error:
+            if by_hand:
+                raise
+            _log.warning("%s; it is brought again", error)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = bring(file, path)
+    try:
+        refuse_pickle(path)
+    except DataError:
+        path.unlink()
+        raise
+    return stored, "brought"
+
+
+def _origin(file: Wanted, folder: Path) -> str:
+    path = local_path(file.href)
+    return "by hand" if path == folder / file.name else plain_href(file.href) if path is None else path.name
+
+
+def _size_of(file: Wanted, *, allowed: set[str], headers: Mapping[str, str]) -> int | None:
+    """Bytes of a file, from the catalogue or else from its host; None if neither says."""
+    if file.size is not None:
+        return file.size
+    local = local_path(file.href)
+    if local is not None:
+        return local.stat().st_size if local.is_file() else None
+    try:
+        own = dict(headers) if urlparse(file.href).netloc in allowed else {}
+        answer = requests.head(file.address(), headers={**own, "Accept-Encoding": "identity"}, timeout=20, allow_redirects=True)
+        length = answer.headers.get("Content-Length", "")
+        return int(length) if answer.ok and length.isdigit() else None
+    except (requests.RequestException, DataError):
+        return None
+
+
+def _check_space(folder: Path, absent: Sequence[Wanted], sizes: Sequence[int]) -> None:
+    begun = sum(p.stat().st_size for f in absent if (p := folder / f"{f.name}.part").is_file())
+    needed, free = sum(sizes) - begun, shutil.disk_usage(folder).free
+    if needed > free - SPARE:
+        raise DataError(
+            f"disk of {folder} has {free / 1e9:.3g} GB free, expected {(needed + SPARE) / 1e9:.3g} GB for {len(absent)} files; "
+            "make room, or ask for fewer years or a smaller box"
+        )

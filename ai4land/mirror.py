@@ -1,0 +1,212 @@
+"""A mirror: a folder of files with a static STAC catalogue of its own, which can be carried to where there is no network.
+
+Below the mirror each source has a folder, with ``collection.json``, an item in a folder of its own for each thing, and
+``manifest.json``: size, SHA-256 and origin of every file. All hrefs are relative, and every name is made of an id in
+such a way that nothing can be written outside the mirror.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import rasterio
+import rasterio.warp
+
+from ai4land.download import Stored
+from ai4land.errors import DataError
+from ai4land.filecheck import check_file
+from ai4land.rasterfile import reading
+
+FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
+PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
+_KEPT_LINKS = ("license", "cite-as", "about", "via", "describedby", "derived_from")
+_OWN = ("collection.json", "manifest.json", "catalog.json")
+_LONGEST_NAME = 100
+
+
+def safe_name(text: str) -> str:
+    """Make a file name of an id: letters, digits, dot, dash and underscore, and no dot in front; another id gives another name.
+
+    >>> safe_name("S2_31UFS.2020"), safe_name("../../etc/passwd")
+    ('S2_31UFS.2020', 'etc_passwd-3754d6cb')
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:_LONGEST_NAME].lstrip("._-")
+    if name and name == text and name not in _OWN:
+        return name
+    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}-{mark}.{suffix}" if dot and re.fullmatch(r"[A-Za-z0-9]{1,6}", suffix) else f"{name}-{mark}"
+
+
+def plain_href(href: str) -> str:
+    """Address without user, query and fragment, where secrets may be.
+
+    >>> plain_href("https://me:secret@a.org/b.tif?sig=secret")
+    'https://a.org/b.tif'
+    """
+    parts = urlsplit(href)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Path of a file of a mirror.
+
+    Raises
+    ------
+    DataError
+        If a link that lies there would lead out of the folder.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{path} leads to {path.resolve()}, expected a place below {folder}; remove the link")
+    return path
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a folder for this process.
+
+    Raises
+    ------
+    DataError
+        If another one holds it, and there is no ``wait``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise DataError(f"{folder} is being filled by another process, expected none; wait for its end") from error
+        yield
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read what is known of the files of a source: path below its folder to href, size and SHA-256."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        return {str(name): dict(entry) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def file_item(
+    key: str, *, path: Path, bbox: tuple[float, float, float, float], years: tuple[int, int], media_type: str, title: str
+) -> dict[str, Any]:
+    """Describe one file as a STAC item with the asset ``data``; a GeoTIFF tells its own place, types and nodata value.
+
+    Raises
+    ------
+    DataError
+        If a GeoTIFF can not be read.
+    """
+    asset: dict[str, Any] = {"type": media_type, "title": title, "roles": ["data"]}
+    extensions = []
+    if media_type.startswith("image/tiff"):
+        check_file(path)
+        with reading(str(path)), rasterio.open(path) as file:
+            nodata = [None if v is None else "nan" if v != v else v for v in file.nodatavals]
+            asset["bands"] = [
+                {"name": d or f"band_{n}", "data_type": t, **({} if v is None else {"nodata": v})}
+                for n, (d, t, v) in enumerate(zip(file.descriptions, file.dtypes, nodata, strict=True), 1)
+            ]
+            if file.crs is not None:
+                epsg = file.crs.to_epsg()
+                place = {"proj:code": f"EPSG:{epsg}"} if epsg else {"proj:code": None, "proj:wkt2": file.crs.to_wkt()}
+                asset |= {**place, "proj:shape": list(file.shape), "proj:transform": list(file.transform)[:6]}
+                west, south, east, north = rasterio.warp.transform_bounds(file.crs, "EPSG:4326", *file.bounds)
+                bbox = (max(west, -180.0), max(south, -90.0), min(east, 180.0), min(north, 90.0))
+                extensions.append(PROJECTION)
+    west, south, east, north = bbox
+    ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
+    first, last = (f"{years[0]:04d}-01-01T00:00:00Z", f"{years[1]:04d}-12-31T23:59:59Z")
+    return {
+        "type": "Feature",
+        "stac_version": "1.1.0",
+        "stac_extensions": extensions,
+        "id": key,
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "bbox": list(bbox),
+        "properties": {"title": title, "datetime": first, "start_datetime": first, "end_datetime": last},
+        "assets": {"data": asset},
+        "links": [],
+    }
+
+
+def write_item(folder: Path, item: Mapping[str, Any], files: Mapping[str, tuple[str, Stored]], *, collection: str) -> None:
+    """Write an item of a source.
+
+    Parameters
+    ----------
+    folder
+        Of the source.
+    item
+        The item; assets that are not in ``files``, and links, are left out.
+    files
+        Path below the folder, and what is stored there, by asset.
+    collection
+        Id of the collection.
+    """
+    name = safe_name(str(item["id"]))
+    assets = {}
+    for key, (path, stored) in files.items():
+        href = path.removeprefix(f"{name}/") if path.startswith(f"{name}/") else f"../{path}"
+        assets[key] = {**item["assets"][key], "href": f"./{href}", "file:size": stored.size, "file:checksum": stored.multihash}
+    links = [
+        {"rel": "root", "href": "../../catalog.json", "type": "application/json"},
+        {"rel": "parent", "href": "../collection.json", "type": "application/json"},
+        {"rel": "collection", "href": "../collection.json", "type": "application/json"},
+    ]
+    extensions = sorted({*item.get("stac_extensions", []), FILE})
+    content = {**item, "stac_extensions": extensions, "collection": collection, "assets": assets, "links": links}
+    write_json(inside(folder, f"{name}/{name}.json"), content)
+
+
+def write_collection(folder: Path, collection: Mapping[str, Any]) -> None:
+    """Write the collection of a source, with a link to every item that lies in its folder."""
+    items = sorted(p.parent.name for p in folder.glob("*/*.json") if p.stem == p.parent.name)
+    kept = [k for k in collection.get("links", []) if k.get("rel") in _KEPT_LINKS and str(k.get("href", "")).startswith("http")]
+    links = [
+        {"rel": "root", "href": "../catalog.json", "type": "application/json"},
+        {"rel": "parent", "href": "../catalog.json", "type": "application/json"},
+        *kept,
+        *({"rel": "item", "href": f"./{name}/{name}.json", "type": "application/geo+json"} for name in items),
+    ]
+    extensions = [e for e in collection.get("stac_extensions", []) if e != FILE]
+    write_json(
+        folder / "collection.json",
+        {**{k: v for k, v in collection.items() if k != "assets"}, "stac_extensions": extensions, "links": links},
+    )
+
+
+def write_catalog(mirror: Path) -> Path:
+    """Write the catalogue of a mirror, with a link to every source that lies there."""
+    with locked(mirror, wait=True):
+        sources = sorted(p.parent.name for p in mirror.glob("*/collection.json"))
+        links = [{"rel": "root", "href": "./catalog.json", "type": "application/json"}]
+        links += [{"rel": "child", "href": f"./{name}/collection.json", "type": "application/json"} for name in sources]
+        content = {
+            "type": "Catalog",
+            "stac_version": "1.1.0",
+            "id": "ai4land-mirror",
+            "title": "Mirror of inputs",
+            "description": "Files fetched by AI4Land, with the catalogue that they are read by.",
+            "links": links,
+        }
+        write_json(mirror / "catalog.json", content)
+    return mirror / "catalog.json"

@@ -1,0 +1,352 @@
+"""Publish a run: a static STAC catalogue of its cube and its model beside them, with maps in other formats.
+
+A cube is one collection with an item a year; each part of a cube with parts is a collection of its own, so that a search in
+one never mixes scenarios. The catalogue is made beside its place and moved there when it is whole; one that is there is
+replaced if it is of the same run. Links and hrefs are relative: the folder of a run can be moved or served as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urljoin, urlparse
+
+import zarr
+
+from ai4land import export, mlm, stac
+from ai4land.checkpoint import CARD, Card, load_card
+from ai4land.config import RunConfig, expand_years
+from ai4land.credits import Credit, credits_of, licence_of
+from ai4land.describe import Map, open_group, read_map
+from ai4land.errors import ConfigError, DataError
+from ai4land.inputs import Tell, cubes_of
+from ai4land.ledger import part_of
+from ai4land.stores import Place, folder_of, inside
+
+_log = logging.getLogger(__name__)
+_OURS = re.compile(r"^(.+/(catalog\.json|collection\.json|items\.parquet|thumbnail\.png)|(.+)/\3\.(json|tif))$")
+"""Folder and name of the files that a catalogue is made of."""
+_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+
+
+def publish(
+    run: RunConfig,
+    *,
+    to: Path | None = None,
+    base_url: str = "",
+    cog: Iterable[int | str] = (),
+    tell: Tell = _log.info,
+) -> Path:
+    """Publish the cube and the model of a run as a static STAC catalogue.
+
+    Parameters
+    ----------
+    run
+        The run; its cube must be there.
+    to
+        Folder of the catalogue; default: ``stac`` in the folder of the run.
+    base_url
+        Address that the folder will have. With it objects say where they are (``self``), and the index has addresses
+        instead of hrefs relative to itself.
+    cog
+        Years to export as cloud-optimised GeoTIFF: numbers, or ranges such as ``2000-2009``.
+    tell
+        Called with lines of progress.
+
+    Returns
+    -------
+    pathlib.Path
+        Of the ``catalog.json``.
+
+    Raises
+    ------
+    DataError
+        If there is no cube, or it has no finished year.
+    ConfigError
+        If a year to export is not in the cube, or the folder holds something else.
+    """
+    if base_url and not urlparse(base_url).netloc:
+        raise ConfigError(f"base URL is {base_url!r}, expected an address such as https://example.org/maps/stac/")
+    if to is not None and re.match(r"[a-z0-9]+:/", str(to)):
+        raise ConfigError(
+            f"folder of the catalogue is {to}, expected one on this machine; publish there and copy it, with --base-url"
+        )
+    base = f"{base_url.rstrip('/')}/" if base_url else ""
+    target = (to or run.folder / "stac").resolve()
+    cube = root_of(cubes_of(run)["cube"][0])
+    maps = maps_of(cube, id=identifier(run.name), title=_title(run))
+    try:
+        years = expand_years(list(cog))
+    except ValueError as error:
+        raise ConfigError(
+            f"years to export can not be read: {error}; give numbers such as 2004, or ranges such as 2000-2009"
+        ) from error
+    lacking = [y for y in years if not any(y in m.years for m in maps)]
+    if lacking:
+        raise ConfigError(f"years to export are {lacking}, expected some of {stac.span(maps[0].years)}; choose years of the cube")
+    if find_spec("rustac") is None:
+        raise ConfigError("rustac is not installed, which writes the index of the items; pip install 'ai4land[publish]'")
+    _check_target(target, run.name)
+    if isinstance(cube, Path) and (target in (cube, *cube.parents) or cube in target.parents):
+        raise ConfigError(
+            f"folder of the catalogue is {target}, expected one apart from the cube {cube}; choose another one with --to"
+        )
+    credits = credits_of(run, tell=tell)
+    licence = licence_of(run, maps[0], credits)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        _write(run, maps, part, target, cube=cube, base=base, cog=years, credits=credits, licence=licence, tell=tell)
+        _move(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target / "catalog.json"
+
+
+def root_of(place: Place) -> Place:
+    """Name the whole cube, given the place of that or of one of its parts; a folder as an absolute path.
+
+    >>> root_of("s3://bucket/globe.zarr/ssp126"), root_of("s3://bucket/globe.zarr")
+    ('s3://bucket/globe.zarr', 's3://bucket/globe.zarr')
+    """
+    above = part_of(place)
+    root = place if above is None else above[0]
+    folder = folder_of(root)
+    return root if folder is None else folder.resolve()
+
+
+def identifier(text: str) -> str:
+    """Make an id of letters, digits, ``-`` and ``_``.
+
+    >>> identifier("global 1km.v2")
+    'global-1km-v2'
+    """
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "map"
+
+
+def maps_of(cube: Place, *, id: str, title: str) -> list[Map]:
+    """List what a cube holds: one map, or one for each of its parts.
+
+    Raises
+    ------
+    DataError
+        If there is no cube, or no year of it is finished.
+    """
+    try:
+        group = open_group(cube)
+    except (FileNotFoundError, zarr.errors.GroupNotFoundError) as error:
+        raise DataError(f"no cube at {cube}; make one with: ai4land reconstruct RUN.yaml") from error
+    if "land_cover" in group:
+        maps = [read_map(cube, id=id, title=title)]
+    else:
+        parts = sorted(str(name) for name, child in group.groups() if "land_cover" in child)
+        if not parts:
+            raise DataError(
+                f"cube {cube} has no land_cover and no part with one, expected a cube of ai4land; reconstruct it again"
+            )
+        odd = [p for p in parts if not _NAME.match(p)]
+        if odd:
+            raise DataError(f"part of cube {cube} is named {odd[0]!r}, expected letters, digits, '.', '-' and '_'; rename it")
+        ids = {p: f"{id}-{identifier(p)}" for p in parts}
+        if len({*ids.values(), f"{id}-model"}) <= len(parts):
+            raise DataError(
+                f"parts of cube {cube} are {parts}, expected names that differ in letters and digits, and none 'model'"
+            )
+        maps = [read_map(inside(cube, p), id=ids[p], title=f"{title}, {p}", part=p) for p in parts]
+    empty = [m for m in maps if not m.years]
+    whole = group.metadata.consolidated_metadata is not None
+    if len(empty) == len(maps) or not whole:
+        raise DataError(f"cube {cube} has no finished year, expected one at least; finish it with: ai4land reconstruct RUN.yaml")
+    return [m for m in maps if m.years]
+
+
+# -- writing --------------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    run: RunConfig,
+    maps: Sequence[Map],
+    folder: Path,
+    target: Path,
+    *,
+    cube: Place,
+    base: str,
+    cog: Sequence[int],
+    credits: list[Credit],
+    licence: str,
+    tell: Tell,
+) -> None:
+    """Write the whole catalogue into ``folder``, as it will be at ``target``."""
+    children, items, single = [], [], len(maps) == 1
+    for m in maps:
+        group = open_group(m.path)
+        here = folder / m.id
+        export.thumbnail(group, year=m.years[-1], box=m.box, flags=m.flags, path=here / "thumbnail.png")
+        made = [_item(m, year, group, here, target=target, export_it=year in cog, tell=tell) for year in m.years]
+        assets = {"thumbnail": stac.image_asset("./thumbnail.png", f"Land cover of {m.years[-1]}")}
+        assets["items"] = {
+            "href": "../items.parquet",
+            "type": stac.PARQUET_TYPE,
+            "roles": ["collection-mirror" if single else "index"],
+            "title": "Items of the catalogue as stac-geoparquet",
+        }
+        root, store = _relative(m.path, target / m.id), _relative(cube, target / m.id)
+        about = stac.collection(m, credits=credits, licence=licence, cube=root, root=store, assets=assets)
+        about["links"] += [stac.link("item", f"./{i['id']}/{i['id']}.json", "application/geo+json") for i in made]
+        children.append((m, about))
+        items += made
+    made_by = _model(run, maps, folder, target, base=base, credits=credits, licence=licence, tell=tell)
+    for m, about in children:
+        if m.id in made_by:
+            about["links"].append(stac.link("derived_from", made_by[m.id], "application/geo+json", title="Model"))
+        _save(about, folder, f"{m.id}/collection.json", base)
+    for made_item in items:
+        _save(made_item, folder, _place(made_item), base)
+    _index([_from_root(i, base) for i in items], folder / "items.parquet")
+    named = [(m.id, m.title) for m in maps] + ([(model_id(run), f"{_title(run)}: model")] if made_by else [])
+    root_object = stac.catalog(id=f"{identifier(run.name)}-catalog", title=_title(run), run=run.name, children=named, index=True)
+    _save(root_object, folder, "catalog.json", base)
+
+
+def _item(m: Map, year: int, group: zarr.Group, folder: Path, *, target: Path, export_it: bool, tell: Tell) -> dict[str, Any]:
+    id = f"{m.id}-{year}"
+    cube = _relative(m.path, target / m.id / id)
+    if not export_it:
+        return stac.item(m, year, cube=cube)
+    tell(f"GeoTIFF of {year}")
+    time = m.years.index(year)
+    export.write_cog(group["land_cover"], time=time, box=m.box, flags=m.flags, fill=m.fill, path=folder / id / f"{id}.tif")
+    export.thumbnail(group, year=year, box=m.box, flags=m.flags, path=folder / id / "thumbnail.png")
+    return stac.item(m, year, cube=cube, cog=f"./{id}.tif", thumbnail="./thumbnail.png")
+
+
+def _model(
+    run: RunConfig,
+    maps: Sequence[Map],
+    folder: Path,
+    target: Path,
+    *,
+    base: str,
+    credits: list[Credit],
+    licence: str,
+    tell: Tell,
+) -> dict[str, str]:
+    """Write the collection and the item of the model; give its href from each collection that it made."""
+    if not (run.folder / CARD).is_file():
+        tell(f"no model in {run.folder}: the catalogue describes the cube alone")
+        return {}
+    card = load_card(run.folder)
+    made = [m for m in maps if _made(m, card)]
+    if not made:
+        tell(f"model in {run.folder} is not the one that the cube was made with: the catalogue describes the cube alone")
+        return {}
+    id = model_id(run)
+    item_id = f"{id}-{card.weights[:12]}"
+    to_folder = _relative(run.folder.resolve(), target / id / item_id)
+    item = mlm.model_item(run.folder, card, made[0], title=_title(run), collection=id, to_folder=to_folder)
+    about = mlm.model_collection(made[0], id=id, title=_title(run), credits=credits, licence=licence, item=item)
+    about["links"].append(stac.link("item", f"./{item_id}/{item_id}.json", "application/geo+json"))
+    _save(about, folder, f"{id}/collection.json", base)
+    _save(item, folder, _place(item), base)
+    return dict.fromkeys([m.id for m in made], f"../{id}/{item_id}/{item_id}.json")
+
+
+def model_id(run: RunConfig) -> str:
+    """Id of the collection of a run's model."""
+    return f"{identifier(run.name)}-model"
+
+
+def _title(run: RunConfig) -> str:
+    return run.title or run.name
+
+
+def _made(m: Map, card: Card) -> bool:
+    """Whether the cube says that this model made it, or does not say which one did."""
+    identity = m.attrs.get("ai4land_identity")
+    return (identity.get("model") if isinstance(identity, dict) else None) in (None, card.weights)
+
+
+def _relative(path: Place, start: Path) -> str:
+    return path if isinstance(path, str) else Path(os.path.relpath(path, start)).as_posix()
+
+
+def _place(item: dict[str, Any]) -> str:
+    return f"{item['collection']}/{item['id']}/{item['id']}.json"
+
+
+def _save(value: dict[str, Any], folder: Path, place: str, base: str) -> None:
+    """Write an object; collections get the links to their root, and with a base URL every object says where it is."""
+    links = list(value["links"])
+    if value["type"] == "Collection":
+        links = [stac.link("root", "../catalog.json"), stac.link("parent", "../catalog.json"), *links]
+    if base:
+        kind = "application/geo+json" if value["type"] == "Feature" else "application/json"
+        links.insert(0, stac.link("self", base + quote(place), kind))
+    path = folder / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**value, "links": links}, indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _from_root(item: dict[str, Any], base: str) -> dict[str, Any]:
+    """Give the item for the index: hrefs from the folder of the catalogue, or addresses."""
+    above = Path(_place(item)).parent
+
+    def moved(href: str) -> str:
+        if "://" in href:
+            return href
+        place = Path(os.path.normpath(above / href)).as_posix()
+        return urljoin(base, quote(place)) if base else place
+
+    assets = {key: {**asset, "href": moved(asset["href"])} for key, asset in item["assets"].items()}
+    return {**item, "assets": assets, "links": [{**entry, "href": moved(entry["href"])} for entry in item["links"]]}
+
+
+def _index(items: list[dict[str, Any]], path: Path) -> None:
+    """Write the items as stac-geoparquet."""
+    import rustac
+
+    rustac.write_sync(str(path), items)
+
+
+def _check_target(target: Path, name: str) -> None:
+    """Refuse to replace what is not the catalogue of this run."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    try:
+        owner = json.loads((target / "catalog.json").read_text(encoding="utf-8"))["ai4land:run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"folder {target} holds files that are not a catalogue of ai4land, expected none; choose another one with --to"
+        ) from None
+    strange = [p for p in target.rglob("*") if p.is_file() and not _OURS.match(f"{p.parent.name}/{p.name}")]
+    if strange:
+        raise ConfigError(
+            f"folder {target} of the catalogue holds {strange[0].relative_to(target)}, which would be lost; move it elsewhere"
+        )
+    if owner != name:
+        raise ConfigError(
+            f"folder {target} holds the catalogue of run {owner!r}, expected {name!r}; choose another one with --to"
+        )
+
+
+def _move(part: Path, target: Path) -> None:
+    """Put the new catalogue in the place of the old one."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.replace(old)
+    try:
+        part.replace(target)
+    except OSError:
+        if old.exists():
+            old.replace(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,203 @@
+"""Where cubes lie: a folder, or a URL of an object store, by the same few operations.
+
+A folder goes through zarr's ``LocalStore``; ``s3://``, ``gs://``, ``az://``, ``http(s)://`` and ``memory://`` through obstore, with timeouts and
+retries that outlast half a minute without an answer; any other URL through fsspec. What is written is whole or not there: on a disk it is
+brought to the disk under another name and moved into place, an object store does the same by itself.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from zarr.abc.store import Store
+from zarr.core.buffer import Buffer, cpu, default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore, LocalStore
+
+from ai4land.errors import ConfigError, StoreError
+
+Place = str | Path
+"""A folder, by path or ``file://`` URL, or the URL of one in an object store."""
+
+_OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "http", "https")
+_REQUEST = dt.timedelta(seconds=15)
+"""What one request may take before it is tried anew."""
+_GIVE_UP = dt.timedelta(seconds=180)
+"""What all tries of a request may take."""
+
+
+def folder_of(place: Place) -> Path | None:
+    """Path of a place on this machine's file system; None for a URL of another kind.
+
+    >>> folder_of("file:///data/cube.zarr"), folder_of("s3://bucket/cube.zarr")
+    (PosixPath('/data/cube.zarr'), None)
+    """
+    if isinstance(place, Path) or "://" not in place:
+        return Path(place)
+    return Path(unquote(urlparse(place).path)) if place.startswith("file://") else None
+
+
+def inside(place: Place, name: str) -> Place:
+    """Name a place within a place.
+
+    >>> inside("s3://bucket/runs/", "a/cube.zarr"), inside(Path("runs"), "a")
+    ('s3://bucket/runs/a/cube.zarr', PosixPath('runs/a'))
+    """
+    folder = folder_of(place)
+    return f"{str(place).rstrip('/')}/{name}" if folder is None else folder / name
+
+
+def open_place(place: Place, *, read_only: bool = False, give_up: dt.timedelta = _GIVE_UP) -> Store:
+    """Open a place as a Zarr store; all tries of a request together take no longer than ``give_up``.
+
+    The credentials, region and endpoint of an object store come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, …).
+
+    Raises
+    ------
+    ConfigError
+        If the URL is of no known kind, or what reads it is not installed.
+    """
+    folder = folder_of(place)
+    if folder is not None:
+        return LocalStore(folder, read_only=read_only)
+    return _remote(str(place), read_only, give_up)
+
+
+@lru_cache(maxsize=64)
+def _remote(url: str, read_only: bool, give_up: dt.timedelta) -> Store:
+    scheme = url.split("://")[0]
+    try:
+        if scheme in _OBSTORE:
+            from obstore.store import from_url
+            from zarr.storage import ObjectStore
+
+            plain = url.startswith("http://") or os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+            options: dict[str, Any] = {
+                "client_options": {"timeout": _REQUEST, "connect_timeout": dt.timedelta(seconds=5), "allow_http": plain},
+                "retry_config": {
+                    "max_retries": 60,
+                    "retry_timeout": give_up,
+                    "backoff": {
+                        "init_backoff": dt.timedelta(milliseconds=100),
+                        "max_backoff": dt.timedelta(seconds=3),
+                        "base": 2,
+                    },
+                },
+            }
+            if scheme in ("s3", "s3a"):
+                options["config"] = {"virtual_hosted_style_request": False}
+            return ObjectStore(from_url(url, **options), read_only=read_only)
+        return FsspecStore.from_url(url, read_only=read_only)
+    except ImportError as error:
+        raise ConfigError(
+            f'{url} needs {error.name}, which is not installed; install it with: pip install "ai4land[s3]"'
+        ) from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"{url} cannot be opened ({error}), expected a folder or a URL such as s3://bucket/folder") from error
+
+
+def read(place: Place, name: str) -> bytes | None:
+    """Read an object; None if there is none."""
+    folder = folder_of(place)
+    if folder is not None:
+        try:
+            return (folder / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+    got: Buffer | None = sync(open_place(place, read_only=True).get(name, default_buffer_prototype()))
+    return None if got is None else got.to_bytes()
+
+
+def write(place: Place, name: str, data: bytes) -> None:
+    """Write an object, whole and durably; one that is there is replaced at once.
+
+    Raises
+    ------
+    StoreError
+        If it cannot be written; what was there before is still there.
+    """
+    folder = folder_of(place)
+    with writing(place):
+        if folder is None:
+            sync(open_place(place).set(name, cpu.Buffer.from_bytes(data)))
+            return
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+            _to_disk(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+
+
+def _to_disk(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete(place: Place, name: str) -> None:
+    """Delete an object, if it is there."""
+    folder = folder_of(place)
+    with writing(place):
+        if folder is None:
+            sync(open_place(place).delete(name))
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def names(place: Place, prefix: str = "") -> list[str]:
+    """List the objects below a place, by their sorted names in it, what is being written left out."""
+    folder = folder_of(place)
+    if folder is not None:
+        found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix != ".partial")
+        return sorted(name for name in found if name.startswith(prefix))
+
+    async def listed(store: Store) -> list[str]:
+        return [key async for key in store.list_prefix(prefix)]
+
+    store = open_place(place, read_only=True)
+    return sorted(sync(listed(store)))
+
+
+@contextmanager
+def writing(place: Place) -> Iterator[None]:
+    """Say of what cannot be written where it was to go and what to do.
+
+    Raises
+    ------
+    StoreError
+        For an error of the file system or of the object store.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        if not (
+            isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("obstore", "botocore", "aiohttp", "fsspec")
+        ):
+            raise
+        said = " ".join(str(error).split())
+        raise StoreError(
+            f"{place} cannot be written: {said[:300] or type(error).__name__}; mend it (free space, permissions, the store's address and keys) and run "
+            "again: what is done stays done"
+        ) from error

@@ -1,0 +1,127 @@
+"""Look whether a cube still is what its ledger says: every object of it is read again and compared with its checksum.
+
+What is missing or damaged is named, and can be struck from the ledger, so that the reconstruction does it again, with the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ai4land import ledger
+from ai4land.cube import encode, public_documents, template_of, whole_years
+from ai4land.stores import Place, delete, names, read
+from ai4land.template import VARIABLES
+
+_READERS = 8
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is not as it should be.
+
+    Attributes
+    ----------
+    name
+        Of the object in the cube, or of the shard that the ledger lacks.
+    what
+        Is wrong with it.
+    keys
+        Shards and years to be done again; none: the metadata, which are written again.
+    """
+
+    name: str
+    what: str
+    keys: tuple[ledger.Key, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
+
+
+def verify(place: Place, *, progress: Callable[[int, int], None] | None = None) -> list[Damage]:
+    """Read every object of a cube and compare it with the ledger.
+
+    Parameters
+    ----------
+    place
+        Of the cube or of a part of one.
+    progress
+        Told how many of all objects are read.
+
+    Returns
+    -------
+    list of Damage
+        None for a cube that is as it was made. Years that are not to be seen yet may lack shards.
+
+    Raises
+    ------
+    DataError
+        If the ledger has no template, without which nothing can be told.
+    """
+    template = template_of(place)
+    there = set(names(place))
+    wanted: dict[str, tuple[str | None, tuple[ledger.Key, ...]]] = {
+        name: (sum_, ()) for name, sum_ in template["objects"].items()
+    }
+    for entry in ledger.entries(place):
+        keys = tuple((entry["row"], entry["col"], year) for year in entry["years"])
+        wanted.update({name: (sum_, keys) for name, sum_ in entry["files"].items()})
+    found = list(_lacking(place, template, there))
+
+    def look(item: tuple[str, tuple[str | None, tuple[ledger.Key, ...]]]) -> Damage | None:
+        name, (sum_, keys) = item
+        if sum_ is None:
+            return Damage(name, "is there, though the shard has nothing in it", keys) if name in there else None
+        data = read(place, name)
+        if data is None:
+            return Damage(name, "is missing", keys)
+        if ledger.checksum(data) != sum_:
+            return Damage(name, f"is damaged: {len(data)} bytes whose checksum is not that of the ledger", keys)
+        return None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for number, damage in enumerate(pool.map(look, wanted.items()), start=1):
+            found += [] if damage is None else [damage]
+            if progress is not None:
+                progress(number, len(wanted))
+    for name in sorted(there - set(wanted)):
+        if "/c/" in name and name.split("/c/")[0].removeprefix("overviews/").split("/")[-1] in VARIABLES:
+            found.append(Damage(name, "is there, but no shard of the ledger has it"))
+    return found
+
+
+def _lacking(place: Place, template: dict[str, object], there: set[str]) -> Iterator[Damage]:
+    """Compare the metadata, and what is to be seen with what the ledger has."""
+    years: list[int] = template["years"]  # type: ignore[assignment]
+    shards: list[list[int]] = template["shards"]  # type: ignore[assignment]
+    done = set(ledger.recorded(place))
+    have = read(place, "zarr.json")
+    shown = next((n for n in range(len(years), -1, -1) if have == encode(public_documents(template, n)[""])), None)
+    if shown is None:
+        yield Damage("zarr.json", "is missing" if have is None else "is not what the ledger's template says")
+        shown = len(whole_years(place, done=done))
+    for name, document in public_documents(template, shown).items():
+        key = f"{name}/zarr.json"
+        if name and read(place, key) != encode(document):
+            yield Damage(key, "is not what the ledger's template says" if key in there else "is missing")
+    for row, col in shards:
+        gone = tuple((row, col, year) for year in years[:shown] if (row, col, year) not in done)
+        if gone:
+            yield Damage(f"shard at row {row}, column {col}", f"the ledger lacks {len(gone)} years that are to be seen", gone)
+
+
+def strike(place: Place, damages: list[Damage]) -> set[ledger.Key]:
+    """Take what is damaged from the ledger and out of the cube, so that it is done again; nobody may be writing.
+
+    Returns
+    -------
+    set
+        Row, column and year of what is to be done.
+    """
+    keys = {key for damage in damages for key in damage.keys}
+    ledger.strike(place, keys)
+    for damage in damages:
+        if "/c/" in damage.name:
+            delete(place, damage.name)
+    return keys

@@ -1,0 +1,146 @@
+# ruff: noqa: F811  (world is a fixture of another module)
+from __future__ import annotations
+
+import dask.array
+import numpy as np
+import pytest
+import rasterio
+import xarray as xr
+from affine import Affine
+
+from ai4land.assets import load_asset
+from ai4land.catalog import find_items
+from ai4land.errors import ConfigError, DataError
+from ai4land.gaps import check_any
+from ai4land.grid import FINE_DIMS, make_grid
+from tests.test_catalog import GRID, VALUES, ZONES, make_item, world, write_cog  # noqa: F401 world is a fixture
+
+
+def test_two_halves_make_one_exact_lazy_layer(world):
+    items = find_items(world, collection="terrain", bbox=GRID.bounds)
+    assert [i.id for i in items] == ["east", "west"]
+    field = load_asset(items, asset="elevation", grid=GRID, resampling="exact")
+    assert isinstance(field.data, dask.array.Array) and field.data.chunksize == (36, 36)
+    assert field.dims == FINE_DIMS and set(field.coords) == set(FINE_DIMS) and field.dtype == np.float32
+    assert all(np.array_equal(field[d].values, GRID.coords()[d]) for d in FINE_DIMS)
+    np.testing.assert_array_equal(field.values, VALUES)
+
+
+@pytest.mark.parametrize("resampling", ["nearest", "bilinear", "average", "mode"])
+def test_cells_that_coincide_keep_their_values(world, resampling):
+    items = find_items(world, collection="terrain")
+    got = load_asset(items, asset="elevation", grid=GRID, resampling=resampling, nodata=float("nan")).values
+    inside = np.isfinite(VALUES)
+    np.testing.assert_array_equal(got[inside], VALUES[inside])
+
+
+def test_codes_keep_their_type_and_take_the_asked_nodata(world):
+    items = find_items(world, collection="terrain")
+    field = load_asset(items, asset="zone", grid=GRID, resampling="exact", dtype="uint8")
+    assert field.dtype == np.uint8 and field.attrs["nodata"] == 0
+    np.testing.assert_array_equal(field.values, ZONES)
+    other = load_asset(items, asset="zone", grid=GRID, resampling="nearest", dtype="uint8", nodata=255)
+    np.testing.assert_array_equal(other.values, np.where(ZONES == 0, 255, ZONES))
+    floats = load_asset(items, asset="zone", grid=GRID, resampling="exact")
+    np.testing.assert_array_equal(floats.values, np.where(ZONES == 0, np.nan, ZONES.astype("float32")))
+
+
+def test_overviews_are_not_used_and_items_without_projection_load(world):
+    items = find_items(world, collection="soil")
+    with rasterio.open(items[0].assets["depth"].href) as file:
+        assert file.overviews(1)
+    got = load_asset(items, asset="depth", grid=GRID, resampling="average").values
+    np.testing.assert_allclose(got, np.nan_to_num(VALUES) + 4, rtol=1e-5)
+
+
+def test_scale_and_offset_of_the_catalogue_are_applied(tmp_path):
+    path = write_cog(tmp_path / "a.tif", np.full(GRID.shape, 200, "int16"), GRID.fine.affine, nodata=-1)
+    fields = {"bands": [{"data_type": "int16", "nodata": -1, "raster:scale": 0.1, "raster:offset": -5}]}
+    item = make_item("a", {"t": path}, GRID.fine.affine, GRID.shape, extra={"t": fields}, hrefs="file://{}")
+    field = load_asset([item], asset="t", grid=GRID, resampling="bilinear")
+    np.testing.assert_allclose(field.values, 15.0, rtol=1e-6)
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_half_a_cell_off_is_refused(tmp_path):
+    t = GRID.fine.affine * Affine.translation(0.5, 0.5)
+    values = np.ones((70, 142), "uint8")
+    item = make_item("a", {"h": write_cog(tmp_path / "a.tif", values, t)}, t, values.shape, hrefs="file://{}")
+    for resampling in ("exact", "nearest", "average"):
+        with pytest.raises(DataError, match=r"h of item a .*half-pixel shift"):
+            load_asset([item], asset="h", grid=GRID, resampling=resampling)
+    bare = make_item("a", {"h": tmp_path / "a.tif"}, t, values.shape, projection=False, hrefs="file://{}")
+    with pytest.raises(DataError, match="half-pixel shift"):
+        load_asset([bare], asset="h", grid=GRID, resampling="exact")
+
+
+def test_another_cell_size_or_reference_system_is_not_exact(tmp_path):
+    t = GRID.fine.affine * Affine.scale(2)
+    item = make_item("a", {"h": write_cog(tmp_path / "a.tif", np.ones((36, 72), "uint8"), t)}, t, (36, 72), hrefs="file://{}")
+    with pytest.raises(DataError, match=r"cells of 5 x 5, expected 2.5 x 2.5"):
+        load_asset([item], asset="h", grid=GRID, resampling="exact")
+    assert (load_asset([item], asset="h", grid=GRID, resampling="bilinear") == 1).all()
+    metres = Affine(1e5, 0, 4e6, 0, -1e5, 3e6)
+    path = write_cog(tmp_path / "b.tif", np.ones((9, 9), "uint8"), metres, crs="EPSG:3035")
+    other = make_item("b", {"h": path}, t, (9, 9), projection=False, bbox=[5, 40, 15, 50], hrefs="file://{}")
+    with pytest.raises(DataError, match="reference system of h of item b is ETRS89-extended / LAEA Europe"):
+        load_asset([other], asset="h", grid=GRID, resampling="exact")
+
+
+@pytest.mark.parametrize("projection", [True, False])
+def test_longitudes_of_0_to_360_are_refused(tmp_path, projection):
+    t = Affine(2.5, 0, 0, 0, -2.5, 90)
+    path = write_cog(tmp_path / "a.tif", np.ones(GRID.shape, "uint8"), t)
+    box = [-180, -90, 180, 90] if projection else None
+    item = make_item("a", {"h": path}, t, GRID.shape, projection=projection, bbox=box, hrefs="file://{}")
+    with pytest.raises(DataError, match=r"longitudes run 0..360 in h of item a .*roll them"):
+        load_asset([item], asset="h", grid=GRID, resampling="nearest")
+
+
+def test_a_nodata_value_that_only_the_catalogue_knows_is_not_interpolated(tmp_path):
+    values = np.full(GRID.shape, 10.0, "float32")
+    values[::2, ::2] = -9999
+    path = write_cog(tmp_path / "a.tif", values, GRID.fine.affine)
+    item = make_item("a", {"h": path}, GRID.fine.affine, GRID.shape, extra={"h": {"nodata": -9999}}, hrefs="file://{}")
+    with pytest.raises(DataError, match="nodata value -9999 of h is not in the files"):
+        load_asset([item], asset="h", grid=GRID, resampling="average")
+    got = load_asset([item], asset="h", grid=GRID, resampling="exact").values
+    assert np.isnan(got[::2, ::2]).all() and np.nanmin(got) == 10
+
+
+def test_codes_need_a_nodata_value_and_are_never_averaged(world):
+    items = find_items(world, collection="soil")
+    with pytest.raises(ConfigError, match="nodata value of depth is not known"):
+        load_asset(items, asset="depth", grid=GRID, resampling="nearest", dtype="uint8")
+    with pytest.raises(ConfigError, match="resampling of depth is average"):
+        load_asset(items, asset="depth", grid=GRID, resampling="average", dtype="uint8", nodata=0)
+
+
+def test_an_empty_layer_is_told_when_it_is_checked(world):
+    items = find_items(world, collection="terrain")
+    far = make_grid((-180, 77.5, -165, 90), coarse_cell=2.5, factor=1, shard=1)
+    field = load_asset(items, asset="elevation", grid=far, resampling="exact")
+    with pytest.raises(DataError, match="all nodata"):
+        check_any("elevation", field)
+
+
+def test_layers_of_two_collections_merge_exactly(world):
+    zone = load_asset(find_items(world, collection="terrain"), asset="zone", grid=GRID, resampling="exact", dtype="uint8")
+    depth = load_asset(find_items(world, collection="soil"), asset="depth", grid=GRID, resampling="average")
+    both = xr.merge([zone, depth], join="exact")
+    assert set(both) == {"zone", "depth"} and both.sizes == dict(zip(FINE_DIMS, GRID.shape, strict=True))
+    np.testing.assert_array_equal(both["zone"], ZONES)
+    np.testing.assert_array_equal(both["depth"], depth)
+    with pytest.raises(DataError, match="asset is 'depth', expected one of"):
+        load_asset(
+            [*find_items(world, collection="soil"), *find_items(world, collection="terrain")],
+            asset="depth",
+            grid=GRID,
+            resampling="average",
+        )
+    other = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=2, shard=18)
+    coarser = load_asset(find_items(world, collection="soil"), asset="depth", grid=other, resampling="average")
+    with pytest.raises(ValueError, match="exact"):
+        xr.merge([zone, coarser], join="exact")

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+
+from ai4land.errors import ConfigError
+from ai4land.legend import load_legend
+from ai4land.runfile import load_run
+from ai4land.yamlfile import LARGEST, parse_yaml, read_yaml
+
+LAUGHS = "a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+)
+
+
+def test_plain_values_and_aliases_are_read(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("years: &y [1992, 1999]\ntest: *y\nname: Köln\nnone:\n", encoding="utf-8")
+    assert read_yaml(path, what="run file") == {"years": [1992, 1999], "test": [1992, 1999], "name": "Köln", "none": None}
+    assert parse_yaml("", what="override") is None
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.system ['touch PWNED']", "!!python/name:os.system", "!!python/object:x.Y {}", "!mine 3"]
+)
+def test_tags_construct_nothing(tmp_path, monkeypatch, tag):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.yaml"
+    path.write_text(f"name: {tag}\n")
+    with pytest.raises(
+        ConfigError, match=r"(?s)run file .*a\.yaml is not plain YAML: could not determine a constructor .*remove its tags"
+    ):
+        load_run(path)
+    with pytest.raises(ConfigError, match=r"legend file .*a\.yaml is not plain YAML"):
+        load_legend(path)
+    with pytest.raises(ConfigError, match=r"(?s)override .name=!.* is not plain YAML"):
+        load_run("demo.yaml", [f"name={tag}"])
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_a_billion_laughs_are_refused(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(LAUGHS)
+    assert path.stat().st_size < 1000
+    with pytest.raises(ConfigError, match=r"run file .*a\.yaml stands for more than 100000 values with its aliases"):
+        load_run(path)
+    with pytest.raises(ConfigError, match="stands for more than 100000 values"):
+        load_legend(path)
+
+
+def test_an_alias_to_itself_and_endless_levels_are_refused():
+    for text in ("&a [*a]", "a: &a {b: *a}", "[" * 50_000):
+        with pytest.raises(ConfigError, match="override has too many levels, or an alias that leads to itself"):
+            parse_yaml(text, what="override")
+
+
+def test_large_files_are_refused_unread(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("#" * LARGEST + "\nname: a\n")
+    with pytest.raises(ConfigError, match=rf"run file .*a\.yaml has {LARGEST + 9} bytes, expected at most {LARGEST}"):
+        load_run(path)
+
+
+def test_what_is_no_yaml_is_told(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not YAML: 'utf-8' codec"):
+        read_yaml(path, what="run file")
+    for text in ("a: [", "a: 2001-99-99", "a: *b"):
+        with pytest.raises(ConfigError, match="override is not YAML"):
+            parse_yaml(text, what="override")
