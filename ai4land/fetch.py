@@ -29,6 +29,7 @@ from ai4land.errors import ConfigError, DataError
 from ai4land.filecheck import refuse_pickle
 from ai4land.hrefs import Beyond, local_path
 from ai4land.mirror import (
+    check_ours,
     inside,
     locked,
     plain_href,
@@ -133,11 +134,12 @@ def fetch(
         If the source is not known.
     DataError
         If the catalogue can not be read, nothing is found, files are to be put in by hand and are not there, the disk is too
-        full, or another process is filling the folder.
+        full, another process is filling the folder, or the folder is not of a mirror.
     """
     mirror = Path(to)
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     folder = inside(mirror, safe_name(source))
+    check_ours(mirror, folder)
     options: dict[str, Any] = {"years": years, "bbox": bbox, "headers": headers, "modifier": modifier, "timeout": timeout}
     if catalog is None:
         plan = plan_known(load_source(source), folder=folder, **options)

@@ -226,9 +226,13 @@ def test_checksums_are_verified(server, tmp_path, algorithm):
     assert len(server.asked) == 2 and not (tmp_path / "b.bin").exists() and not (tmp_path / "b.bin.part").exists()
 
 
-def test_another_size_than_promised_is_refused(server, tmp_path):
-    with pytest.raises(DataError, match="has 300000 bytes, expected 5"):
+def test_another_size_than_promised_is_refused_at_once(server, tmp_path):
+    with pytest.raises(DataError, match=r"can not be downloaded \(it has 300000 bytes, expected 5\)"):
         get(server, tmp_path / "a.bin", size=5)
+    assert len(server.asked) == 1 and list(tmp_path.iterdir()) == []
+    (tmp_path / "b").write_bytes(b"abc")
+    with pytest.raises(DataError, match="b has 3 bytes, expected 5"):
+        verify(tmp_path / "b", name="b", size=5)
 
 
 @pytest.mark.parametrize("checksum", ["", "zz", "1220abcd", "d501100", "ff20" + "0" * 64])

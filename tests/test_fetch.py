@@ -380,6 +380,17 @@ def test_two_processes_do_not_fill_one_folder(server, tmp_path):
     assert quick("zones", to=tmp_path / "mirror", catalog=catalog).brought == 1
 
 
+def test_the_catalogue_of_somebody_else_is_not_written_over(server, tmp_path):
+    catalog = write_static(tmp_path / "site", [make_item("west", {"zone": f"{server.url}/west.tif"})])
+    before = every_text(tmp_path)
+    with pytest.raises(DataError, match=r"stac/catalog.json is another catalogue, expected that of a mirror or none"):
+        quick("zones", to=tmp_path / "site" / "stac", catalog=catalog)
+    (tmp_path / "site" / "stac" / "catalog.json").rename(tmp_path / "site" / "stac" / "c.json")
+    with pytest.raises(DataError, match="zones holds a collection that is not of a mirror"):
+        quick("zones", to=tmp_path / "site" / "stac", catalog=tmp_path / "site" / "stac" / "c.json")
+    assert sorted(every_text(tmp_path)) == sorted(before) and server.asked == []
+
+
 # -- known sources ------------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +420,24 @@ def test_files_of_a_known_source_become_items(uk, tmp_path):
     np.testing.assert_array_equal(pixels(items, "data"), VALUES)
     with pytest.raises(DataError, match="years of hildaplus-uk are 2009-2012"):
         quick("hildaplus-uk", to=tmp_path, years=[1900])
+
+
+def test_real_climate_zones_keep_their_pixels(real_data, tmp_path, monkeypatch):
+    known = load_source("koppen-geiger-0p1")
+    with serving(real_data / "global_koppen_geiger") as http:
+        given = tuple(
+            dataclasses.replace(f, href=f"{http.url}/{f.key}/../{f.key}_koppen_geiger_0p1.tif") for f in known.access.files
+        )
+        source = dataclasses.replace(known, access=dataclasses.replace(known.access, files=given))
+        monkeypatch.setattr(fetching, "load_source", lambda name: source)
+        done = quick(source.id, to=tmp_path, years=[1970, 2000])
+    assert (done.brought, done.failed) == (2, {})
+    (item,) = find_items(tmp_path / "catalog.json", collection=source.id, years=[1970])
+    bavaria = make_grid((8, 47, 14, 51), coarse_cell=1, factor=10, shard=40)
+    got = load_asset([item], asset="data", grid=bavaria, resampling="exact", dtype="uint8").values
+    path = real_data / "global_koppen_geiger" / "1961_1990_koppen_geiger_0p1.tif"
+    np.testing.assert_array_equal(got, open_raster(path, grid=bavaria, resampling="exact", dtype="uint8", nodata=0).values)
+    assert len(np.unique(got)) > 3
 
 
 def test_the_catalogue_of_a_mirror_is_valid(uk, api, tmp_path):
