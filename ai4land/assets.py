@@ -156,9 +156,12 @@ def _check_item(item: pystac.Item, asset: str, grid: Grid, resampling: str, patc
         east = box[2] if len(box) == 4 else box[3]
         check_longitudes((box[0], box[1], east, 0.0), grid, cell=1e-6, source=name)
     lattice = _lattice(item, asset)
-    if lattice is None and resampling == "exact":
+    if lattice is None and (header is None or resampling == "exact"):
         with _opened(item, asset, patch_url) as file:
-            lattice = CRS(file.crs.to_wkt()), file.transform, file.shape
+            found = None if file.crs is None else (CRS(file.crs.to_wkt()), file.transform, file.shape)
+        if found is not None:
+            check_cells(found[1], found[2], found[0], grid, source=name)
+        lattice = found if resampling == "exact" else None
     if lattice is None:
         return
     crs, transform, shape = lattice

@@ -177,14 +177,15 @@ def write_item(folder: Path, item: Mapping[str, Any], files: Mapping[str, tuple[
     folder
         Of the source.
     item
-        The item; assets that are not in ``files``, and links, are left out.
+        The item; its links, and assets that are neither in ``files`` nor were written before, are left out.
     files
         Path below the folder, and what is stored there, by asset.
     collection
         Id of the collection.
     """
     name = safe_name(str(item["id"]))
-    assets = {}
+    place = inside(folder, f"{name}/{name}.json")
+    assets = _assets_before(place)
     for key, (path, stored) in files.items():
         href = path.removeprefix(f"{name}/") if path.startswith(f"{name}/") else f"../{path}"
         assets[key] = {**item["assets"][key], "href": f"./{href}", "file:size": stored.size, "file:checksum": stored.multihash}
@@ -195,7 +196,16 @@ def write_item(folder: Path, item: Mapping[str, Any], files: Mapping[str, tuple[
     ]
     extensions = sorted({*item.get("stac_extensions", []), FILE})
     content = {**item, "stac_extensions": extensions, "collection": collection, "assets": assets, "links": links}
-    write_json(inside(folder, f"{name}/{name}.json"), content)
+    write_json(place, content)
+
+
+def _assets_before(place: Path) -> dict[str, Any]:
+    """Assets of an item that was written before, if their files are still there."""
+    try:
+        assets = json.loads(place.read_text(encoding="utf-8"))["assets"]
+        return {k: a for k, a in assets.items() if (place.parent / a["href"]).is_file()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def write_collection(folder: Path, collection: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import threading
 from contextlib import contextmanager, suppress
 from email.utils import formatdate
@@ -212,6 +213,13 @@ def test_a_dead_server_is_given_up(tmp_path):
         url = http.url
     with pytest.raises(DataError, match=rf"failed {TRIES} times without progress \(.*refused"):
         download(lambda: url, tmp_path / "a.bin", name=url, pause=0.001)
+
+
+def test_a_silent_server_is_not_waited_for_for_ever(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/a"
+        with pytest.raises(DataError, match=rf"failed {TRIES} times without progress \(.*timed out"):
+            download(lambda: url, tmp_path / "a.bin", name=url, pause=0.001, timeout=0.1)
 
 
 @pytest.mark.parametrize("algorithm", ["md5", "sha1", "sha256", "sha512"])

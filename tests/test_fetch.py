@@ -228,6 +228,20 @@ def test_a_second_run_brings_only_what_is_missing_or_damaged(api, tmp_path):
     np.testing.assert_array_equal(pixels(find_items(tmp_path / "catalog.json", collection="zones")), VALUES)
 
 
+def test_assets_that_are_fetched_later_are_added(server, tmp_path):
+    catalog = write_static(
+        tmp_path / "site", [make_item("west", {"zone": f"{server.url}/west.tif", "age": f"{server.url}/east.tif"})]
+    )
+    for asset in ("zone", "age"):
+        assert quick("zones", to=tmp_path / "mirror", catalog=catalog, assets=[asset]).brought == 1
+    (item,) = find_items(tmp_path / "mirror" / "catalog.json", collection="zones")
+    assert sorted(item.assets) == ["age", "zone"]
+    (tmp_path / "mirror" / "zones" / "west" / "age.tif").unlink()
+    quick("zones", to=tmp_path / "mirror", catalog=catalog, assets=["zone"])
+    (item,) = find_items(tmp_path / "mirror" / "catalog.json", collection="zones")
+    assert sorted(item.assets) == ["zone"]
+
+
 # -- signing, tokens ----------------------------------------------------------------------------------------------------
 
 
