@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 from collections import namedtuple
 from contextlib import contextmanager
@@ -37,7 +38,6 @@ from ai4land.grid import make_grid
 from ai4land.mirror import FILE, locked
 from ai4land.raster import open_raster
 from ai4land.sources import SourceFile, load_source
-from ai4land.wanted import signer
 
 ROOT = Path(__file__).parents[1]
 GRID = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=2, shard=18)
@@ -284,15 +284,6 @@ def test_a_token_goes_to_the_host_of_the_catalogue_only(files, tmp_path):
     assert "SECRET" not in every_text(tmp_path / "mirror") + every_text(tmp_path / "m2")
 
 
-def test_signers_are_named(monkeypatch):
-    assert signer("") is None
-    with pytest.raises(ConfigError, match="signing is 'me', expected planetary_computer"):
-        signer("me")
-    monkeypatch.setitem(sys.modules, "planetary_computer", None)
-    with pytest.raises(ConfigError, match="package planetary-computer is not installed"):
-        signer("planetary_computer")
-
-
 # -- failures and strangers ---------------------------------------------------------------------------------------------
 
 
@@ -433,6 +424,32 @@ def test_files_of_a_known_source_become_items(uk, tmp_path):
     np.testing.assert_array_equal(pixels(items, "data"), VALUES)
     with pytest.raises(DataError, match="years of hildaplus-uk are 2009-2012"):
         quick("hildaplus-uk", to=tmp_path, years=[1900])
+
+
+def test_a_known_source_of_an_api_is_signed_and_keeps_its_credits(api, tmp_path, monkeypatch):
+    url, http = api
+    known = load_source("esa-cci-lc")
+    access = dataclasses.replace(known.access, api=url, collection="zones", asset="zone")
+    monkeypatch.setattr(fetching, "load_source", lambda name: dataclasses.replace(known, access=access))
+    signing = types.ModuleType("planetary_computer")
+
+    def sign(item):
+        item.assets["zone"].href += "?sig=SECRET"
+        return item
+
+    signing.sign = sign
+    monkeypatch.setitem(sys.modules, "planetary_computer", signing)
+    http.gate = lambda request: "sig=SECRET" in request.path
+    try:
+        assert quick("esa-cci-lc", to=tmp_path, bbox=(-20, 0, -10, 10)).brought == 1
+        with pytest.raises(DataError, match="years of esa-cci-lc are 1992-2015, expected some of those asked for"):
+            quick("esa-cci-lc", to=tmp_path, years=[2020])
+    finally:
+        http.gate = None
+    (item,) = find_items(tmp_path / "catalog.json", collection="esa-cci-lc", years=[2000])
+    assert item.id == "west" and item.collection_id == "esa-cci-lc" and "SECRET" not in every_text(tmp_path)
+    about = json.loads((tmp_path / "esa-cci-lc" / "collection.json").read_text())
+    assert about["sci:doi"] == "10.24381/cds.006f2c9a" and about["ai4land:legend"] == "lccs"
 
 
 def test_real_climate_zones_keep_their_pixels(real_data, tmp_path, monkeypatch):
