@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import subprocess
+import sys
 import threading
+import time
 from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +35,9 @@ class Files(ThreadingHTTPServer):
         self.cuts: list[int] = []
         """Bytes after which the connections that come next are cut."""
         self.after_cut = lambda: None
+        self.hold = threading.Event()
+        """Set while a connection is held after the bytes of a cut."""
+        self.holds = False
         self.statuses: list[tuple[int, dict[str, str]]] = []
         self.asked: list[dict[str, str]] = []
 
@@ -76,10 +82,22 @@ class Handler(BaseHTTPRequestHandler):
         if server.cuts:
             self.wfile.write(body[: server.cuts.pop(0)])
             self.wfile.flush()
+            while server.holds and not self.gone():
+                server.hold.set()
             self.connection.close()
             server.after_cut()
         else:
             self.wfile.write(body)
+
+    def gone(self):
+        """Whether the client has gone; waits a moment for it."""
+        self.connection.settimeout(0.05)
+        try:
+            return self.connection.recv(1) == b""
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
 
     def finish(self):
         with suppress(OSError, ValueError):
@@ -132,7 +150,7 @@ def test_a_connection_that_is_cut_is_gone_on_with(server, tmp_path, by):
     assert 0 < starts[0] <= 100_000 and starts[0] < starts[1] <= 150_000
 
 
-def test_a_process_that_was_killed_is_gone_on_with(server, tmp_path):
+def test_a_download_that_was_given_up_is_gone_on_with(server, tmp_path):
     path = tmp_path / "a.bin"
     server.cuts = [100_000] + [0] * (TRIES + 2)
     with pytest.raises(DataError, match=rf"failed {TRIES} times without progress"):
@@ -141,6 +159,29 @@ def test_a_process_that_was_killed_is_gone_on_with(server, tmp_path):
     server.cuts, server.asked = [], []
     get(server, path)
     assert path.read_bytes() == CONTENT and ranges(server)[0] is not None
+
+
+def test_a_process_that_was_killed_is_gone_on_with(server, tmp_path):
+    path = tmp_path / "a.bin"
+    server.cuts, server.holds = [200_000], True
+    program = "import sys; from pathlib import Path; from ai4land.download import download; url = sys.argv[1]; "
+    program += "download(lambda: url, Path(sys.argv[2]), name=url)"
+    process = subprocess.Popen([sys.executable, "-c", program, server.url, str(path)])
+    try:
+        assert server.hold.wait(30)
+        part = tmp_path / "a.bin.part"
+        for _ in range(200):
+            if part.is_file() and part.stat().st_size > 100_000:
+                break
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait(10)
+    have = part.stat().st_size
+    assert 100_000 < have <= 200_000 and not path.exists()
+    server.holds, server.asked = False, []
+    get(server, path)
+    assert path.read_bytes() == CONTENT and ranges(server) == [f"bytes={have}-"]
 
 
 def test_a_file_that_changed_is_never_spliced(server, tmp_path):
