@@ -303,6 +303,22 @@ def fetch(
 
 
 @app.command()
+def serve(
+    cube: Annotated[str, typer.Argument(metavar="CUBE", help="Folder of a cube, or its address (http, s3 ...).")],
+    port: Annotated[int, typer.Option(help="where to listen; 0 takes a free port")] = 0,
+    host: Annotated[str, typer.Option(help="who can reach it: 0.0.0.0 means everybody")] = "127.0.0.1",
+    catalog: Annotated[Path | None, typer.Option(help="folder of its STAC catalogue (default: stac beside the cube)")] = None,
+) -> None:
+    """Show a cube in the browser: a map of every year, and its files and catalogue over HTTP.
+
+    Example: ai4land serve runs/demo/cube.zarr
+    """
+    from ai4land.serve import serve as start
+
+    start(cube, host=host, port=port, catalogue=catalog, tell=_tell)
+
+
+@app.command()
 def demo(
     overrides: Overrides = None,
     runs: Annotated[str, typer.Option(help="Folder for the results.")] = "runs",

@@ -1,0 +1,302 @@
+"""A cube opened to be looked at: its parts, legend and overviews, each map as it is stored.
+
+An :class:`Atlas` holds what a map and a page need and nothing that is read later than its metadata; maps stay where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import zarr
+from affine import Affine
+from numpy.typing import NDArray
+from pyproj import CRS, Transformer
+from pyproj.exceptions import CRSError
+
+from ai4land.cube import open_cube
+from ai4land.errors import ConfigError, DataError
+from ai4land.grid import FINE_DIMS
+
+WORLD = CRS.from_epsg(4326)
+"""Longitude and latitude in degrees."""
+EQUATOR = 360 / 256
+"""Degrees along a pixel at the equator at zoom 0."""
+MAX_ZOOM = 22
+MOST_CELLS = 40_000_000
+"""Cells that a tile may read: where a cube has no overviews, the zoom begins where tiles read no more."""
+SHARES = ("confidence", "change_probability")
+"""Variables of a cube that say how sure a class is."""
+METRES = 111_320.0
+"""Along a degree of the equator."""
+_OVERVIEW = re.compile(r"[A-Za-z0-9_]+(?:/[A-Za-z0-9_]+)*/land_cover")
+_COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A class of the legend."""
+
+    code: int
+    name: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """Class codes ``(time, latitude, longitude)`` at one resolution, the cube's own or an overview; ``index`` finds a year's map."""
+
+    codes: zarr.Array[Any]
+    index: dict[int, int]
+    transform: Affine
+
+    @property
+    def cell(self) -> float:
+        """Side of a cell in units of the reference system."""
+        return min(abs(self.transform.a), abs(self.transform.e))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One series of maps, such as a scenario.
+
+    Attributes
+    ----------
+    name
+        Of the group in the cube; empty where the cube has no parts.
+    attrs
+        Attributes of the group.
+    years
+        That can be shown, ascending.
+    legend
+        Classes, the fill left out.
+    fill
+        Code and name of cells that are not mapped.
+    levels
+        Finest first.
+    crs
+        Reference system of the cells.
+    bounds
+        West, south, east, north in degrees.
+    zooms
+        First and last zoom of tiles; beyond the last one a tile only enlarges cells.
+    shares
+        Variables of 0..1 by year, such as the confidence: stored numbers, scale and the number that stands for none.
+    """
+
+    name: str
+    attrs: dict[str, Any]
+    years: tuple[int, ...]
+    legend: tuple[Entry, ...]
+    fill: Entry
+    levels: tuple[Level, ...]
+    crs: CRS
+    bounds: tuple[float, float, float, float]
+    zooms: tuple[int, int]
+    shares: dict[str, tuple[zarr.Array[Any], float, int | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Atlas:
+    """An open cube with its parts, by name."""
+
+    path: str
+    version: str
+    attrs: dict[str, Any]
+    parts: dict[str, Part]
+
+
+def remote(path: str) -> bool:
+    """Say whether a cube lies behind an address instead of in a folder.
+
+    >>> remote("https://example.org/cube.zarr"), remote("runs/demo/cube.zarr")
+    (True, False)
+    """
+    return "://" in path
+
+
+def open_atlas(path: str) -> Atlas:
+    """Open a cube with its parts and overviews; no map is read.
+
+    Parameters
+    ----------
+    path
+        Folder of the cube, or its address (http, https, s3, gs, az); credentials come from the environment.
+
+    Raises
+    ------
+    DataError
+        If there is no cube, a year to show is lacking, or the legend is not usable.
+    ConfigError
+        If an address is given and the library for it is lacking.
+    """
+    missing = f"no cube at {path}; make one with: ai4land reconstruct RUN.yaml"
+    store = _remote_store(path) if remote(path) else Path(path)
+    try:
+        root = zarr.open_group(store, mode="r")
+        names = [""] if "land_cover" in root else sorted(name for name, group in root.groups() if "land_cover" in group)
+    except (OSError, KeyError, ValueError, zarr.errors.GroupNotFoundError) as error:
+        raise DataError(missing) from error
+    except Exception as error:  # what a remote store raises is no class of its own
+        if not remote(path):
+            raise
+        raise DataError(f"{missing} (the address answered: {error})") from error
+    if not names:
+        raise DataError(f"{path} is a Zarr group without a variable land_cover, expected a cube; {missing}")
+    parts = {name: _open_part(path, store, name, root) for name in names}
+    return Atlas(path, _version(store), dict(root.attrs), parts)
+
+
+def version_of(path: str) -> str:
+    """Digest of the metadata of a cube: another one when years were added or it was made again."""
+    return _version(_remote_store(path) if remote(path) else Path(path))
+
+
+def _version(store: Any) -> str:
+    raw = (store / "zarr.json").read_bytes() if isinstance(store, Path) else bytes(store.store.get("zarr.json").bytes())
+    return hashlib.blake2b(raw, digest_size=6).hexdigest()
+
+
+def _remote_store(path: str) -> Any:
+    try:
+        from obstore.store import from_url
+        from zarr.storage import ObjectStore
+    except ImportError as error:
+        raise ConfigError(
+            f'cube is {path}, which is read with obstore, and it is missing; run: pip install "ai4land[s3]"'
+        ) from error
+    scheme = urlsplit(path).scheme
+    if scheme not in ("http", "https", "s3", "gs", "az", "abfs"):
+        raise ConfigError(f"cube is at {scheme}://, expected a folder or http(s), s3, gs or az; copy it to one of them")
+    again: Any = {"max_retries": 2}
+    options: Any = {"timeout": "30s", "connect_timeout": "5s"}
+    own = [os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")]
+    if scheme == "http" or (scheme == "s3" and any(endpoint.startswith("http://") for endpoint in own)):
+        options["allow_http"] = True  # asked for by the address or by the user's own endpoint
+    try:
+        return ObjectStore(from_url(path.rstrip("/"), client_options=options, retry_config=again), read_only=True)
+    except Exception as error:  # obstore raises classes that are private to it
+        raise ConfigError(f"cube is {path}, expected an address that can be opened: {error}") from error
+
+
+def _open_part(path: str, store: Any, name: str, root: zarr.Group) -> Part:
+    group: zarr.Group = root[name] if name else root  # type: ignore[assignment]
+    label = f"{path}/{name}" if name else path
+    visible = open_cube(store / name)["year"].values if isinstance(store, Path) else _array(group, "year", label)[...]
+    years = tuple(sorted(int(year) for year in np.ravel(visible)))
+    if not years:
+        raise DataError(f"cube {label} has 0 finished years, expected at least one; serve it when a year is whole")
+    levels = [_level(group, label)]
+    shape = levels[0].codes.shape
+    layout = group.attrs.get("multiscales", {})
+    for entry in layout.get("layout", []) if isinstance(layout, dict) else []:
+        asset = str(entry.get("asset", "")) if isinstance(entry, dict) else ""
+        if _OVERVIEW.fullmatch(asset) and asset in group:
+            inner: Any = group[asset.removesuffix("/land_cover")]
+            levels.append(_level(inner, f"{label}/{inner.basename}"))
+    levels.sort(key=lambda level: level.cell)
+    fill, legend = _legend(levels[0].codes, label)
+    shares = {key: _share(_array(group, key, label), shape, f"{key} of {label}") for key in SHARES if key in group}
+    crs = _crs(group, label)
+    bounds = _bounds(levels[0], crs)
+    shown = tuple(year for year in years if year in levels[0].index)
+    return Part(name, dict(group.attrs), shown, legend, fill, tuple(levels), crs, bounds, _zooms(levels, crs, bounds), shares)
+
+
+def _array(group: zarr.Group, name: str, label: str) -> zarr.Array[Any]:
+    array = group.get(name)
+    if not isinstance(array, zarr.Array):
+        raise DataError(f"{label} has no variable {name}, expected land_cover, year, latitude and longitude; write it as a cube")
+    return array
+
+
+def _level(group: zarr.Group, label: str) -> Level:
+    """Take the codes of one group as they are stored, and where they lie."""
+    codes = _array(group, "land_cover", label)
+    names = codes.metadata.dimension_names if codes.metadata.zarr_format == 3 else None
+    if names != ("time", *FINE_DIMS):
+        raise DataError(f"land_cover of {label} has the dimensions {names}, expected {('time', *FINE_DIMS)}; write it as Zarr v3")
+    index = {int(year): i for i, year in enumerate(np.ravel(_array(group, "year", label)[...]))}
+    (north, down), (west, right) = (_axis(np.asarray(_array(group, d, label)[...]), f"{d} of {label}") for d in FINE_DIMS)
+    return Level(codes, index, Affine(right, 0, west, 0, down, north))
+
+
+def _share(array: zarr.Array[Any], shape: tuple[int, ...], label: str) -> tuple[zarr.Array[Any], float, int | None]:
+    if array.shape != shape:
+        raise DataError(f"{label} has the shape {array.shape}, expected that of land_cover {shape}")
+    scale, empty = array.attrs.get("scale_factor", 1.0), array.attrs.get("_FillValue")
+    return array, float(scale) if isinstance(scale, int | float) else 1.0, empty if isinstance(empty, int) else None
+
+
+def _axis(centres: NDArray[np.float64], label: str) -> tuple[float, float]:
+    """Start and step of the cells along an axis, from their centres."""
+    if centres.size < 2:
+        raise DataError(f"{label} has {centres.size} cells, expected at least 2")
+    step = float(centres[-1] - centres[0]) / (centres.size - 1)
+    if step == 0 or not np.allclose(np.diff(centres), step, rtol=0.01, atol=0):
+        raise DataError(f"{label} is not evenly spaced, expected cells of one size; bring the maps onto a regular grid")
+    return float(centres[0]) - step / 2, step
+
+
+def _crs(group: zarr.Group, label: str) -> CRS:
+    """Reference system of a cube; degrees where it does not say."""
+    attrs = group["spatial_ref"].attrs if "spatial_ref" in group else {}
+    text = attrs.get("crs_wkt") or attrs.get("spatial_ref")
+    try:
+        return CRS.from_user_input(text) if text else WORLD
+    except CRSError as error:
+        raise DataError(f"spatial_ref of {label} is not readable, expected a reference system as WKT: {error}") from error
+
+
+def _bounds(level: Level, crs: CRS) -> tuple[float, float, float, float]:
+    """West, south, east, north in degrees."""
+    (_, rows, cols), t = level.codes.shape, level.transform
+    (west, east), (south, north) = sorted((t.c, t.c + cols * t.a)), sorted((t.f, t.f + rows * t.e))
+    if not crs.is_geographic:
+        into = Transformer.from_crs(crs, WORLD, always_xy=True)
+        west, south, east, north = into.transform_bounds(west, south, east, north)
+    return max(west, -180.0), max(south, -90.0), min(east, 180.0), min(north, 90.0)
+
+
+def _legend(codes: zarr.Array[Any], label: str) -> tuple[Entry, tuple[Entry, ...]]:
+    """Read the CF flags; what does not fit together is refused, as a wrong colour would not be seen."""
+    if codes.dtype != np.uint8:
+        raise DataError(f"land_cover of {label} is {codes.dtype}, expected class codes as uint8")
+    flags: Any = codes.attrs.get("flag_values", [])
+    values = [int(v) for v in np.atleast_1d(flags)]
+    names = str(codes.attrs.get("flag_meanings", "")).split()
+    colours = str(codes.attrs.get("flag_colors", "")).split()
+    if not values or not len(values) == len(names) == len(colours):
+        raise DataError(
+            f"land_cover of {label} has {len(values)} flag_values, {len(names)} flag_meanings and {len(colours)} flag_colors, "
+            "expected one of each for every class; write these attributes"
+        )
+    bad = [c for c in colours if not _COLOUR.fullmatch(c)]
+    if bad:
+        raise DataError(f"flag_colors of {label} has {bad[0][:40]!r}, expected colours as #rrggbb; write them so")
+    entries = [Entry(v, n.replace("_", " "), c.lower()) for v, n, c in zip(values, names, colours, strict=True)]
+    code = int(codes.fill_value)
+    fill = next((e for e in entries if e.code == code), Entry(code, "not mapped", "#000000"))
+    return Entry(code, fill.name, fill.colour), tuple(e for e in entries if e.code != code)
+
+
+def _zooms(levels: list[Level], crs: CRS, bounds: tuple[float, float, float, float]) -> tuple[int, int]:
+    """First zoom at which a tile reads no more than ``MOST_CELLS``, and the zoom at which a cell is about four pixels wide."""
+    unit = 1.0 if crs.is_geographic else 1 / METRES
+    fine, coarse = levels[0].cell * unit, levels[-1].cell * unit
+    first = 0
+    while first < MAX_ZOOM:
+        width = min(360 / 2**first, bounds[2] - bounds[0])
+        height = min(max(width, 170 / 2**first), bounds[3] - bounds[1])
+        if (width / coarse) * (height / coarse) <= MOST_CELLS:
+            break
+        first += 1
+    last = math.ceil(math.log2(EQUATOR / fine)) + 2
+    return first, min(max(last, first), MAX_ZOOM)

@@ -1,0 +1,119 @@
+"""Listen for browsers and readers: the address, the port, the end. What is answered is in :mod:`ai4land.web`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import getpass
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ai4land.errors import ConfigError
+
+CONNECTIONS = 200
+"""Requests that are taken at once; more are answered 503."""
+
+
+def serve(
+    path: str, *, host: str = "127.0.0.1", port: int = 0, catalogue: Path | None = None, tell: Callable[[str], None] = print
+) -> None:
+    """Serve a cube until interrupted (Ctrl-C, SIGTERM).
+
+    Parameters
+    ----------
+    path
+        Folder or address of the cube.
+    host, port
+        Where to listen; port 0 takes a free one.
+    catalogue
+        Folder of its STAC catalogue; by default ``stac`` beside the cube, where there is one.
+    tell
+        Is told the address.
+
+    Raises
+    ------
+    ConfigError
+        If the port is taken, the catalogue is none, or the libraries for it are lacking.
+    DataError
+        If there is no cube, or no year of it is finished.
+    """
+    with _needed():
+        import uvicorn
+
+        from ai4land.web import make_app
+    app = make_app(path, catalogue=catalogue)
+
+    with listen(host, port) as sock:
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                server_header=False,
+                limit_concurrency=CONNECTIONS,
+                timeout_keep_alive=15,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        port = sock.getsockname()[1]
+        for line in greeting(path, host=host, port=port):
+            tell(line)
+        stops = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            server.run(sockets=[sock])
+        except KeyboardInterrupt:  # uvicorn raises the signal again when it has closed its connections
+            pass
+        finally:
+            for number, stop in stops.items():
+                signal.signal(number, stop)
+    tell("stopped")
+
+
+def greeting(path: str, *, host: str, port: int) -> list[str]:
+    """Say where the page is, how to reach it from elsewhere, and who else can."""
+    public = host not in ("127.0.0.1", "localhost", "::1")
+    near = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104
+    near = f"[{near}]" if ":" in near else near
+    lines = [f"{path} is at http://{near}:{port}/ (Ctrl-C ends it)"]
+    came = os.environ.get("SSH_CONNECTION", "").split()
+    if len(came) == 4 and not public:
+        lines.append(
+            f"from your own machine: ssh -L {port}:{near}:{port} {getpass.getuser()}@{came[2]}, then open http://127.0.0.1:{port}/"
+        )
+    if public:
+        lines.append(f"warning: --host {host} makes the cube and its catalogue public to everyone who reaches this machine")
+    return lines
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the listening socket, so that a port that is taken is known before anything starts."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port is {port}, expected 0..65535; give 0 for a free one")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"host is {host!r}, which has no address ({error.strerror}); give 127.0.0.1 or 0.0.0.0") from error
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port is {port}, which is in use on {host}; give another, or --port 0 for a free one") from error
+        raise ConfigError(f"port {port} of {host} cannot be opened ({error.strerror}); give another host or port") from error
+    return sock
+
+
+@contextlib.contextmanager
+def _needed() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f'serving needs {error.name}, which is missing; run: pip install "ai4land[serve]"') from error

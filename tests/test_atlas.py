@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import zarr
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from zarr.codecs import ZstdCodec
+
+from ai4land import cube
+from ai4land.atlas import MOST_CELLS, open_atlas, version_of
+from ai4land.errors import ConfigError, DataError
+from ai4land.grid import Window, centres, make_grid, spatial_ref
+from ai4land.legend import load_legend
+
+HILDA = load_legend("hildaplus")
+FLAGS = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in HILDA.flag_attrs().items()}
+CODES = HILDA.codes
+WORLD = GeoBox((64, 128), Affine(2.8125, 0, -180, 0, -2.8125, 90), "EPSG:4326")
+
+
+def some_codes(shape=(3, 64, 128), *, seed=0, fill=True):
+    """Random codes in blocks of 4 x 4 cells, some of them the fill code."""
+    rng = np.random.default_rng(seed)
+    choice = np.concatenate([CODES, [HILDA.fill.code]]) if fill else CODES
+    small = rng.choice(choice, (shape[0], -(-shape[1] // 4), -(-shape[2] // 4))).astype(np.uint8)
+    return small.repeat(4, 1).repeat(4, 2)[:, : shape[1], : shape[2]]
+
+
+def write_maps(path, *, codes, years=(2000, 2001, 2005), box=WORLD, flags=FLAGS, levels=None, attrs=None, group="", shard=32):
+    """Write a small cube: sharded ``land_cover`` and ``confidence`` with their coordinates, and overviews as given: factor to codes."""
+    root = zarr.open_group(path, mode="a", zarr_format=3)
+    root = root.require_group(group) if group else root
+    layout = [{"asset": "land_cover"}]
+
+    def write(parent, codes, box, years, extra):
+        def array(name, data, dims, chunks=None, shards=None, **more):
+            made = parent.create_array(
+                name,
+                shape=data.shape,
+                dtype=data.dtype,
+                chunks=chunks or data.shape,
+                shards=shards,
+                dimension_names=dims,
+                compressors=ZstdCodec(level=1),
+                **more,
+            )
+            made[...] = data
+
+        plane = {"chunks": (1, shard // 2, shard // 2), "shards": (1, shard, shard)}
+        dims = ("time", "latitude", "longitude")
+        about = {"grid_mapping": "spatial_ref", "coordinates": "year"}
+        array("land_cover", codes, dims, fill_value=HILDA.fill.code, attributes={**about, **flags}, **plane)
+        for name, values in zip(dims[1:], centres(box), strict=True):
+            array(name, values, (name,))
+        times = np.array([cube.days_since_1970(y, 7, 2) for y in years], np.int32)
+        array("time", times, ("time",), attributes={"units": "days since 1970-01-01", "calendar": "proleptic_gregorian"})
+        array("year", np.array(years, np.int32), ("time",))
+        array("spatial_ref", np.int32(0).reshape(()), (), attributes=cube._plain(spatial_ref(box).attrs))
+        for name, data in extra.items():
+            array(name, data, dims, attributes={**about, "scale_factor": 1 / 250, "_FillValue": 255}, fill_value=255, **plane)
+
+    sure = np.where(codes == HILDA.fill.code, 255, 200).astype(np.uint8)
+    write(root, codes, box, years, {"confidence": sure})
+    for number, (factor, (seen, when)) in enumerate((levels or {}).items(), 1):
+        name = f"overviews/{number}"
+        write(root.require_group(name), seen, box.zoom_out(factor), when, {})
+        layout.append({"asset": f"{name}/land_cover", "derived_from": "land_cover", "transform": {"scale": [factor, factor]}})
+    if levels:
+        root.attrs["multiscales"] = {"layout": layout}
+    root.attrs.update({"title": "Maps for a test", "source": "made up", "license": "CC-BY-4.0", **(attrs or {})})
+    zarr.consolidate_metadata(path)
+    return path
+
+
+def only(path):
+    (part,) = open_atlas(str(path)).parts.values()
+    return part
+
+
+def test_a_cube_of_the_writer_itself_is_opened(tmp_path):
+    grid = make_grid((-180, -90, 180, 90), coarse_cell=45.0, factor=8, shard=16)
+    path = tmp_path / "cube.zarr"
+    cube.create(path, grid=grid, legend=HILDA, years=[1999, 2000], identity={}, title="t", source="s", totals="exact")
+    assert Window(0, 0, 16, 16) in grid.shards()
+    cube.finish(path)
+    part = only(path)
+    assert part.years == (1999, 2000) and part.attrs["title"] == "t" and part.bounds == (-180, -90, 180, 90)
+    assert [e.code for e in part.legend] == CODES.tolist() and part.fill.code == HILDA.fill.code
+    assert [e.name for e in part.legend] == [n.replace("_", " ") for n in HILDA.names]
+    assert [e.colour for e in part.legend] == [c.colour.lower() for c in HILDA.classes]
+    assert set(part.shares) == {"confidence", "change_probability"}
+
+
+def test_levels_come_from_the_layout_finest_first(tmp_path):
+    codes = some_codes()
+    path = write_maps(
+        tmp_path / "c.zarr",
+        codes=codes,
+        levels={16: (codes[:, ::16, ::16], (2000, 2001, 2005)), 4: (codes[:2, ::4, ::4], (2000, 2001))},
+    )
+    levels = only(path).levels
+    assert [level.codes.shape for level in levels] == [(3, 64, 128), (2, 16, 32), (3, 4, 8)]
+    assert [level.cell for level in levels] == [2.8125, 11.25, 45.0]
+    assert [sorted(level.index) for level in levels] == [[2000, 2001, 2005], [2000, 2001], [2000, 2001, 2005]]
+
+
+def test_a_layout_that_is_not_ours_counts_for_nothing(tmp_path):
+    layout = {"layout": [{"asset": "land_cover"}, {"asset": "../other/land_cover"}, {"asset": "overviews/9/land_cover"}, {}]}
+    path = write_maps(tmp_path / "c.zarr", codes=some_codes(), attrs={"multiscales": layout})
+    assert len(only(path).levels) == 1
+
+
+def test_parts_are_child_groups(tmp_path):
+    path = tmp_path / "c.zarr"
+    for name in ("ssp126", "historical"):
+        write_maps(path, codes=some_codes(), group=name, attrs={"title": name})
+    zarr.open_group(path, mode="a").create_group("notes")
+    atlas = open_atlas(str(path))
+    assert list(atlas.parts) == ["historical", "ssp126"] and atlas.parts["ssp126"].attrs["title"] == "ssp126"
+
+
+def test_a_region_keeps_its_bounds_and_its_projection(tmp_path):
+    box = GeoBox((64, 64), Affine(1000, 0, 4_300_000, 0, -1000, 3_100_000), "EPSG:3035")
+    part = only(write_maps(tmp_path / "c.zarr", codes=some_codes((3, 64, 64)), box=box))
+    west, south, east, north = part.bounds
+    assert 9 < west < east < 11.5 and 50 < south < north < 52 and not part.crs.is_geographic
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        ({"flag_colors": " ".join(["red"] * 8)}, "expected colours as #rrggbb"),
+        ({"flag_colors": "#000000"}, "1 flag_colors, expected one of each"),
+        ({"flag_meanings": ""}, "0 flag_meanings"),
+        ({"flag_values": []}, "0 flag_values"),
+    ],
+)
+def test_a_legend_that_does_not_fit_is_refused(tmp_path, spoil, text):
+    path = write_maps(tmp_path / "c.zarr", codes=some_codes(), flags={**FLAGS, **spoil})
+    with pytest.raises(DataError, match=text):
+        open_atlas(str(path))
+
+
+def test_codes_of_another_type_are_refused(tmp_path):
+    path = write_maps(tmp_path / "c.zarr", codes=some_codes().astype(np.int16))
+    with pytest.raises(DataError, match="int16, expected class codes as uint8"):
+        open_atlas(str(path))
+
+
+def test_what_is_no_cube_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no cube at .*ai4land reconstruct"):
+        open_atlas(str(tmp_path / "none.zarr"))
+    (tmp_path / "some").mkdir()
+    with pytest.raises(DataError, match="no cube at"):
+        open_atlas(str(tmp_path / "some"))
+    (tmp_path / "file.zarr").write_text("{}")
+    with pytest.raises(DataError, match="no cube at"):
+        open_atlas(str(tmp_path / "file.zarr"))
+    (tmp_path / "torn.zarr").mkdir()
+    (tmp_path / "torn.zarr" / "zarr.json").write_text("{")
+    with pytest.raises(DataError, match="no cube at"):
+        open_atlas(str(tmp_path / "torn.zarr"))
+    zarr.open_group(tmp_path / "store.zarr", mode="w").create_array("height", shape=(4,), dtype="f4")
+    with pytest.raises(DataError, match="without a variable land_cover"):
+        open_atlas(str(tmp_path / "store.zarr"))
+
+
+def test_a_cube_without_a_finished_year_is_refused(tmp_path):
+    path = write_maps(tmp_path / "c.zarr", codes=np.zeros((0, 64, 128), np.uint8), years=())
+    with pytest.raises(DataError, match="0 finished years, expected at least one"):
+        open_atlas(str(path))
+
+
+def test_addresses_that_cannot_be_a_cube_are_refused():
+    with pytest.raises(ConfigError, match="cube is at ftp://, expected a folder or http"):
+        open_atlas("ftp://example.org/cube.zarr")
+    with pytest.raises(DataError, match=r"no cube at http://127\.0\.0\.1:9/x"):
+        open_atlas("http://127.0.0.1:9/x")
+
+
+def test_zoom_begins_where_a_tile_reads_little_enough(tmp_path):
+    path = tmp_path / "big.zarr"
+    side = 0.01
+    box = GeoBox((18000, 36000), Affine(side, 0, -180, 0, -side, 90), "EPSG:4326")
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    about = {"grid_mapping": "spatial_ref", **FLAGS}
+    dims = ("time", "latitude", "longitude")
+    group.create_array(
+        "land_cover",
+        shape=(1, *box.shape),
+        dtype="u1",
+        chunks=(1, 450, 450),
+        fill_value=0,
+        dimension_names=dims,
+        attributes=about,
+    )
+    for name, values in (*zip(dims[1:], centres(box), strict=True), ("time", np.zeros(1, "i4"))):
+        group.create_array(name, data=values, dimension_names=(name,))
+    group.create_array("year", data=np.array([2000], "i4"), dimension_names=("time",))
+    group.create_array("spatial_ref", shape=(), dtype="i4", attributes=cube._plain(spatial_ref(box).attrs))
+    part = only(path)
+    first, last = part.zooms
+    assert (360 / 2**first / side) ** 2 <= MOST_CELLS < (360 / 2 ** (first - 1) / side) * (180 / 2 ** (first - 1) / side) * 2
+    assert 2 <= side / (360 / 256 / 2**last) <= 8
+
+
+def test_the_version_changes_with_the_cube(tmp_path):
+    path = write_maps(tmp_path / "c.zarr", codes=some_codes())
+    before = version_of(str(path))
+    assert open_atlas(str(path)).version == before
+    zarr.open_group(path, mode="r+").attrs["title"] = "another"
+    assert version_of(str(path)) != before
