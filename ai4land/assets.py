@@ -7,7 +7,8 @@ off, longitudes of 0..360, a nodata value that only the catalogue knows, a file 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ import xarray as xr
 from affine import Affine
 from numpy.typing import DTypeLike
 from odc.geo.crs import CRS
+from pyproj.exceptions import CRSError
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.filecheck import check_blocks, check_file
@@ -124,14 +126,26 @@ def _one_layer(item: pystac.Item, parsed: Any, index: int) -> int:
     return 0
 
 
+@contextmanager
+def _described(item: pystac.Item, asset: str) -> Iterator[None]:
+    """Turn what goes wrong with the fields of an asset into a DataError that names it."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, CRSError) as error:
+        raise DataError(
+            f"fields of {asset} of item {item.id} can not be read ({error}), expected those of STAC 1.1; correct the catalogue"
+        ) from error
+
+
 def _stated(item: pystac.Item, asset: str, key: Literal["nodata", "scale", "offset"]) -> float | None:
     """Value that the catalogue states for the first band of an asset (STAC 1.1 ``bands``, or the raster extension)."""
     fields = item.assets[asset].extra_fields
-    for place in (*fields.get("bands", [])[:1], *fields.get("raster:bands", [])[:1], fields):
-        for name in (key, f"raster:{key}"):
-            value = place.get(name)
-            if value is not None and not np.isnan(float(value)):
-                return float(value)
+    with _described(item, asset):
+        for place in (*fields.get("bands", [])[:1], *fields.get("raster:bands", [])[:1], fields):
+            for name in (key, f"raster:{key}"):
+                value = place.get(name)
+                if value is not None and not np.isnan(float(value)):
+                    return float(value)
     return None
 
 
@@ -142,7 +156,9 @@ def _lattice(item: pystac.Item, asset: str) -> tuple[CRS, Affine, tuple[int, int
     if code is None or "proj:transform" not in fields:
         return None
     shape = fields.get("proj:shape")
-    return CRS(code), Affine(*fields["proj:transform"][:6]), None if shape is None else (int(shape[0]), int(shape[1]))
+    with _described(item, asset):
+        transform = Affine(*(float(v) for v in fields["proj:transform"][:6]))
+        return CRS(code), transform, None if shape is None else (int(shape[0]), int(shape[1]))
 
 
 def _check_item(item: pystac.Item, asset: str, grid: Grid, resampling: str, patch_url: Callable[[str], str] | None) -> None:
@@ -156,9 +172,12 @@ def _check_item(item: pystac.Item, asset: str, grid: Grid, resampling: str, patc
         east = box[2] if len(box) == 4 else box[3]
         check_longitudes((box[0], box[1], east, 0.0), grid, cell=1e-6, source=name)
     lattice = _lattice(item, asset)
-    if lattice is None and resampling == "exact":
+    if lattice is None and (header is None or resampling == "exact"):
         with _opened(item, asset, patch_url) as file:
-            lattice = CRS(file.crs.to_wkt()), file.transform, file.shape
+            found = None if file.crs is None else (CRS(file.crs.to_wkt()), file.transform, file.shape)
+        if found is not None:
+            check_cells(found[1], found[2], found[0], grid, source=name)
+        lattice = found if resampling == "exact" else None
     if lattice is None:
         return
     crs, transform, shape = lattice

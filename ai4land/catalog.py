@@ -89,18 +89,17 @@ def find_items(
     reach = Reach.of(catalog, beyond=beyond)
     with _reading(catalog):
         found = _search(str(catalog), collection, boxes, wanted, CatalogIO(reach, headers=headers, timeout=timeout))
-    kept = {i.id: i for i in found if _meets(i, boxes) and _within(i, wanted)}
-    if not kept:
+        kept = {i.id: i for i in found if _meets(i, boxes) and _within(i, wanted)}
+        items = [item for _, item in sorted(kept.items())]
+        for item in items:
+            _absolute(item, reach)
+    if not items:
         raise DataError(
             f"collection {collection} of {catalog} has no item that meets bbox {bbox} and years {_span(wanted)} "
             f"({len(found)} in all), expected some; change them"
         )
-    items = []
-    for _, item in sorted(kept.items()):
-        _absolute(item, reach)
-        items.append((modifier(item) if modifier else None) or item)
     _log.info("%s: %d items of %s", catalog, len(items), collection)
-    return items
+    return items if modifier is None else [modifier(item) or item for item in items]
 
 
 def find_collection(

@@ -99,7 +99,9 @@ def download(
             before = part.stat().st_size if part.is_file() else 0
             wait: float | None = None
             try:
-                wanted = _receive(session, address(), part, note, name=name, headers=headers, timeout=timeout, stop=stop)
+                wanted = _receive(
+                    session, address(), part, note, name=name, size=size, headers=headers, timeout=timeout, stop=stop
+                )
                 have = part.stat().st_size
                 if wanted is not None and have != wanted:
                     raise requests.ConnectionError(f"{have} of {wanted} bytes arrived")
@@ -187,6 +189,7 @@ def _receive(
     note: Path,
     *,
     name: str,
+    size: int | None,
     headers: Mapping[str, str] | None,
     timeout: float,
     stop: threading.Event,
@@ -222,6 +225,9 @@ def _receive(
             length = answer.headers.get("Content-Length", "")
             whole, mode = (int(length) if length.isdigit() else None), "wb"
             note.unlink(missing_ok=True)
+        if size is not None and whole not in (None, size):
+            _discard(part, note)
+            raise _Refused(f"it has {whole} bytes, expected {size}", again=False)
         with part.open(mode) as out:
             if mode == "wb" and validator:
                 note.write_text(json.dumps({"name": name, "validator": validator}), encoding="utf-8")

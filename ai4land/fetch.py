@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import requests
 
@@ -27,8 +26,9 @@ from ai4land.config import expand_years
 from ai4land.download import Stored, copy, download, verify
 from ai4land.errors import ConfigError, DataError
 from ai4land.filecheck import refuse_pickle
-from ai4land.hrefs import Beyond, local_path
+from ai4land.hrefs import Beyond, local_path, origin
 from ai4land.mirror import (
+    check_ours,
     inside,
     locked,
     plain_href,
@@ -112,7 +112,9 @@ def fetch(
     modifier
         Signs an item, just before each of its assets is downloaded. What it gives is not stored.
     token
-        Bearer token, sent to the host of the catalogue and to ``token_hosts``, and never stored.
+        Bearer token, sent to the origin of the catalogue (scheme, host and port) and to ``token_hosts``, and never stored.
+    token_hosts
+        Further hosts that it is for, by https; or origins, as ``http://127.0.0.1:8000``.
     beyond
         How far the catalogue may reach; see :func:`ai4land.catalog.find_items`.
     threads
@@ -133,24 +135,26 @@ def fetch(
         If the source is not known.
     DataError
         If the catalogue can not be read, nothing is found, files are to be put in by hand and are not there, the disk is too
-        full, or another process is filling the folder.
+        full, another process is filling the folder, or the folder is not of a mirror.
     """
     mirror = Path(to)
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     folder = inside(mirror, safe_name(source))
+    check_ours(mirror, folder)
+    years = None if years is None else sorted(set(years))
     options: dict[str, Any] = {"years": years, "bbox": bbox, "headers": headers, "modifier": modifier, "timeout": timeout}
     if catalog is None:
         plan = plan_known(load_source(source), folder=folder, **options)
     else:
         plan = plan_stac(source, catalog=str(catalog), collection=source, assets=assets, beyond=beyond, **options)
     _check_names(plan)
-    allowed = {*plan.hosts, *token_hosts}
+    allowed = {plan.origin, *(host if "://" in host else f"https://{host}" for host in token_hosts)}
 
     def bring(file: Wanted, path: Path) -> Stored:
         local = local_path(file.href)
         if local is not None:
             return copy(local, path, name=file.href, size=file.size, checksum=file.checksum)
-        own = headers if urlparse(file.href).netloc in allowed else {}
+        own = headers if origin(file.href) in allowed else {}
         options: dict[str, Any] = {"headers": own, "timeout": timeout, "pause": pause, "stop": stop}
         return download(file.address, path, name=plain_href(file.href), size=file.size, checksum=file.checksum, **options)
 
@@ -160,9 +164,6 @@ def fetch(
         write_collection(folder, {**plan.collection, "id": plan.source})
     write_catalog(mirror)
     return result
-
-
-# -- bringing -----------------------------------------------------------------------------------------------------------
 
 
 def fetch_all(
@@ -236,6 +237,9 @@ def _box(text: str) -> Bounds:
             f"--bbox is {text!r}, expected west,south,east,north in degrees; for example 8.9,47.2,13.9,50.6"
         ) from error
     return west, south, east, north
+
+
+# -- bringing -----------------------------------------------------------------------------------------------------------
 
 
 def _check_names(plan: Plan) -> None:
@@ -337,7 +341,7 @@ def _size_of(file: Wanted, *, allowed: set[str], headers: Mapping[str, str]) -> 
     if local is not None:
         return local.stat().st_size if local.is_file() else None
     try:
-        own = dict(headers) if urlparse(file.href).netloc in allowed else {}
+        own = dict(headers) if origin(file.href) in allowed else {}
         answer = requests.head(file.address(), headers={**own, "Accept-Encoding": "identity"}, timeout=20, allow_redirects=True)
         length = answer.headers.get("Content-Length", "")
         return int(length) if answer.ok and length.isdigit() else None

@@ -52,15 +52,15 @@ class Reach:
         Its address, for messages.
     root
         The folder that a local catalogue has to stay in; None for a remote one.
-    host
-        Host and port of a remote one.
+    origin
+        Of a remote one: scheme, host and port.
     beyond
         What else it may reach.
     """
 
     catalog: str
     root: Path | None
-    host: str
+    origin: str
     beyond: Beyond = "none"
 
     @classmethod
@@ -72,7 +72,7 @@ class Reach:
         href = str(catalog)
         path = local_path(href)
         if path is None:
-            return cls(href, None, urlparse(href).netloc, beyond)
+            return cls(href, None, origin(href), beyond)
         folder = path.resolve().parent
         if path.name != "catalog.json" and (folder.parent / "catalog.json").is_file():
             folder = folder.parent
@@ -124,6 +124,16 @@ def local_path(href: str) -> Path | None:
     return None if "://" in href else Path(href)
 
 
+def origin(href: str) -> str:
+    """Scheme, host and port of a URL: what a token is for.
+
+    >>> origin("https://a.org:8443/stac/catalog.json")
+    'https://a.org:8443'
+    """
+    parts = urlparse(href)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
 def _inside(path: Path, root: Path) -> bool:
     try:
         return path.resolve().is_relative_to(root)
@@ -139,7 +149,7 @@ class CatalogIO(StacApiIO):
     reach
         What it may point to.
     headers
-        HTTP headers, sent to the host of the catalogue only.
+        HTTP headers, sent to the origin of the catalogue only.
     timeout
         Of one request, in seconds.
     """
@@ -177,7 +187,7 @@ class CatalogIO(StacApiIO):
         self._count()
         verb = (method or "GET").upper()
         json, params = (parameters, None) if verb in ("POST", "PUT", "PATCH") else (None, parameters)
-        own = self._own if urlparse(href).netloc == self.reach.host else {}
+        own = self._own if origin(href) == self.reach.origin else {}
         try:
             with self.session.request(
                 verb, href, headers={**own, **(headers or {})}, timeout=self.timeout, stream=True, json=json, params=params

@@ -30,6 +30,7 @@ PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
 _KEPT_LINKS = ("license", "cite-as", "about", "via", "describedby", "derived_from")
 _OWN = ("collection.json", "manifest.json", "catalog.json")
 _LONGEST_NAME = 100
+_ID = "ai4land-mirror"
 
 
 def safe_name(text: str) -> str:
@@ -68,6 +69,26 @@ def inside(folder: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{path} leads to {path.resolve()}, expected a place below {folder}; remove the link")
     return path
+
+
+def check_ours(mirror: Path, folder: Path) -> None:
+    """Refuse to write over the catalogue of somebody else.
+
+    Parameters
+    ----------
+    mirror, folder
+        The mirror, and the folder of a source in it.
+
+    Raises
+    ------
+    DataError
+        If either holds a catalogue that is not of a mirror.
+    """
+    catalog = mirror / "catalog.json"
+    if catalog.is_file() and f'"id": "{_ID}"' not in catalog.read_text(encoding="utf-8", errors="replace"):
+        raise DataError(f"{catalog} is another catalogue, expected that of a mirror or none; choose another folder")
+    if (folder / "collection.json").is_file() and not (folder / "manifest.json").is_file():
+        raise DataError(f"{folder} holds a collection that is not of a mirror, expected none; choose another folder")
 
 
 @contextmanager
@@ -156,14 +177,15 @@ def write_item(folder: Path, item: Mapping[str, Any], files: Mapping[str, tuple[
     folder
         Of the source.
     item
-        The item; assets that are not in ``files``, and links, are left out.
+        The item; its links, and assets that are neither in ``files`` nor were written before, are left out.
     files
         Path below the folder, and what is stored there, by asset.
     collection
         Id of the collection.
     """
     name = safe_name(str(item["id"]))
-    assets = {}
+    place = inside(folder, f"{name}/{name}.json")
+    assets = _assets_before(place)
     for key, (path, stored) in files.items():
         href = path.removeprefix(f"{name}/") if path.startswith(f"{name}/") else f"../{path}"
         assets[key] = {**item["assets"][key], "href": f"./{href}", "file:size": stored.size, "file:checksum": stored.multihash}
@@ -174,7 +196,16 @@ def write_item(folder: Path, item: Mapping[str, Any], files: Mapping[str, tuple[
     ]
     extensions = sorted({*item.get("stac_extensions", []), FILE})
     content = {**item, "stac_extensions": extensions, "collection": collection, "assets": assets, "links": links}
-    write_json(inside(folder, f"{name}/{name}.json"), content)
+    write_json(place, content)
+
+
+def _assets_before(place: Path) -> dict[str, Any]:
+    """Assets of an item that was written before, if their files are still there."""
+    try:
+        assets = json.loads(place.read_text(encoding="utf-8"))["assets"]
+        return {k: a for k, a in assets.items() if (place.parent / a["href"]).is_file()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def write_collection(folder: Path, collection: Mapping[str, Any]) -> None:
@@ -203,7 +234,7 @@ def write_catalog(mirror: Path) -> Path:
         content = {
             "type": "Catalog",
             "stac_version": "1.1.0",
-            "id": "ai4land-mirror",
+            "id": _ID,
             "title": "Mirror of inputs",
             "description": "Files fetched by AI4Land, with the catalogue that they are read by.",
             "links": links,

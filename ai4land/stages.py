@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ai4land import cube, ledger
+from ai4land import cube, ledger, sources
 from ai4land.align import open_store
 from ai4land.checkpoint import check_fits, load_model
 from ai4land.claim import claim
@@ -86,6 +86,7 @@ def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callab
             totals=STATEMENTS[method_of(run, reference)],
             land=land_of(source),
             years_a_shard=r.years_a_shard,
+            attrs=credit_attrs(run),
         )
         blocks = plan_blocks(
             store_path, years=years, reference=reference, done=ledger.recorded(path), years_a_shard=r.years_a_shard
@@ -128,6 +129,15 @@ def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callab
     if card.training.get("fingerprint") == fingerprint_of(run, card.split):
         run.save(run.folder / "config.yaml")
     return cubes_of(run)["cube"][0]
+
+
+def credit_attrs(run: RunConfig) -> dict[str, str]:
+    """Say in attributes of a cube what it is made from: its licence, and whom it is owed to."""
+    found = sources.credits_of(run.sources)
+    if not found:
+        return {}
+    owed = [f"{s.title}: {s.citation or ', '.join(s.providers)} ({s.licence})" for s in found]
+    return {"license": sources.licence_of(run.sources), "attribution": "; ".join(owed)}
 
 
 def run_of(place: Place, file: Path | None = None) -> RunConfig:

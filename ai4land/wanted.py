@@ -23,7 +23,7 @@ import requests
 
 from ai4land.catalog import Modifier, find_collection, find_items
 from ai4land.errors import ConfigError, DataError
-from ai4land.hrefs import Beyond
+from ai4land.hrefs import Beyond, origin
 from ai4land.mirror import file_item, safe_name
 from ai4land.raster import Bounds
 from ai4land.sources import InputSource, SourceFile, catalog_path
@@ -64,12 +64,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Plan:
-    """A source: its id, what its collection says, its items, and the hosts that may see the user's token."""
+    """A source: its id, what its collection says, its items, and the origin that may see the user's token."""
 
     source: str
     collection: dict[str, Any]
     things: list[Thing]
-    hosts: tuple[str, ...] = ()
+    origin: str = ""
 
 
 def plan_known(
@@ -114,7 +114,7 @@ def plan_known(
         sign = modifier or signer(access.signing)
         options: dict[str, Any] = {"years": wanted, "bbox": bbox, "headers": headers, "modifier": sign, "timeout": timeout}
         plan = plan_stac(source.id, catalog=access.api, collection=access.collection, assets=[access.asset], **options)
-        return Plan(source.id, own, plan.things, plan.hosts)
+        return Plan(source.id, own, plan.things, plan.origin)
     if access.kind == "manual":
         return Plan(source.id, own, _by_hand(source, folder))
     files = [f for f in access.files if f.years is None or any(f.years[0] <= y <= f.years[1] for y in wanted)]
@@ -196,7 +196,11 @@ def plan_stac(
     items = find_items(catalog, collection=collection, bbox=bbox, years=years, headers=headers, timeout=timeout, beyond=beyond)
     things = []
     for item in items:
-        keys = list(assets) or [k for k, a in item.assets.items() if "data" in (a.roles or [])] or list(item.assets)
+        keys = (
+            list(assets)
+            or [k for k, a in item.assets.items() if isinstance(a.roles, list) and "data" in a.roles]
+            or list(item.assets)
+        )
         lacking = sorted(set(keys) - set(item.assets))
         if lacking:
             raise DataError(f"assets are {lacking}, expected some of {sorted(item.assets)} of item {item.id}; choose some")
@@ -208,11 +212,16 @@ def plan_stac(
             asset = item.assets[key]
             more = asset.extra_fields
             name = f"{place}/{safe_name(key + _suffix(asset.href))}"
+            checksum = more.get("file:checksum")
             files[key] = Wanted(
-                name, asset.href, partial(_signed, item, key, modifier), _whole(more.get("file:size")), more.get("file:checksum")
+                name,
+                asset.href,
+                partial(_signed, item, key, modifier),
+                _whole(more.get("file:size")),
+                None if checksum is None else str(checksum),
             )
         things.append(Thing(partial(_as_found, content), files))
-    return Plan(source, about, things, (urlparse(catalog).netloc,))
+    return Plan(source, about, things, origin(catalog))
 
 
 def _as_found(content: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,7 @@ from ai4land.practice import practice_grid, practice_network, save_practice_mode
 from ai4land.predict import Source, predict
 from ai4land.quotas import add_change
 from ai4land.reconstruct import Job, quantise, reconstruct_block, run_blocks
-from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE
+from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, YEARS_A_SHARD
 from ai4land.train import Schedule, fit
 from ai4land.unet import UNet, interpolate
 
@@ -361,17 +362,19 @@ def naive_cube(s: Setting, path: Path, model: UNet) -> None:
         da.store(parts, targets, regions=regions, lock=False, return_stored=False, num_workers=1)
 
 
-def new_cube(s: Setting, path: Path) -> None:
-    """Make an empty cube."""
-    about = {"title": "benchmark", "source": "benchmark", "totals": "not imposed"}
+def new_cube(s: Setting, path: Path, *, years_a_shard: int = YEARS_A_SHARD) -> Path:
+    """Make an empty cube in the place of one that may be there; all its years are to be seen."""
+    shutil.rmtree(path, ignore_errors=True)
+    about = {"title": "benchmark", "source": "benchmark", "totals": "not imposed", "years_a_shard": years_a_shard}
     cube.create(path, grid=s.grid, legend=s.legend, years=s.size.mapped, identity={}, **about)
+    for name, document in cube.public_documents(cube.template_of(path), len(s.size.mapped)).items():
+        (path / name / "zarr.json").write_bytes(cube.encode(document))
+    return path
 
 
 def reconstruct_rows(s: Setting) -> list[Row]:
     """Time a block against the network's bare forward on the same windows, and against the naive way to the same cube."""
     paths = {name: s.folder / f"{name}.zarr" for name in ("float32", "bfloat16", "naive")}
-    for path in paths.values():
-        new_cube(s, path)
     model, windows = network(s), s.grid.shards()
     blocks = [Block(w, s.size.mapped) for w in windows]
     wanted = [[torch.from_numpy(coarse_channels(s, w, year))[None] for year in s.size.mapped] for w in windows]
@@ -388,17 +391,20 @@ def reconstruct_rows(s: Setting) -> list[Row]:
                 x[:, last - fine.shape[1] : last] = fine
                 folded.head(folded.trunk(x))
 
-    def ours(precision: Precision) -> None:
+    def ours(job: Job) -> None:
         # As a worker does it: some blocks in hand at once.
-        job = s.job(paths[precision], precision)
         with ThreadPoolExecutor(ReconstructConfig(reference=None, years=[2000], threads=CORES).hands) as hands:
             list(hands.map(partial(reconstruct_block, job=job), blocks))
 
-    arms: dict[str, Arm] = {"naive": lambda: partial(naive_cube, s, paths["naive"], model)}
+    def begin(precision: Precision) -> Callable[[], None]:
+        return partial(ours, s.job(new_cube(s, paths[precision]), precision))
+
+    # Each in the shards that it writes at once: some years, and a year.
+    arms: dict[str, Arm] = {"naive": lambda: partial(naive_cube, s, new_cube(s, paths["naive"], years_a_shard=1), model)}
     for name in DTYPES:
         arms[f"bare {name}"] = partial(partial, bare, name)
-        arms[f"ours {name}"] = partial(partial, ours, name)
-        ours(name)
+        arms[f"ours {name}"] = partial(begin, name)
+        begin(name)()
     check_same(s, model, year=s.size.mapped[-1])
     seconds = alternate(arms, rounds=s.size.rounds)
     check_cubes(paths["float32"], paths["naive"])

@@ -8,6 +8,7 @@ import rasterio
 import xarray as xr
 from affine import Affine
 
+from ai4land import raster
 from ai4land.assets import load_asset
 from ai4land.catalog import find_items
 from ai4land.errors import ConfigError, DataError
@@ -144,3 +145,36 @@ def test_layers_of_two_collections_merge_exactly(world):
     coarser = load_asset(find_items(world, collection="soil"), asset="depth", grid=other, resampling="average")
     with pytest.raises(ValueError, match="exact"):
         xr.merge([zone, coarser], join="exact")
+
+
+def test_a_file_without_a_stated_shape_is_looked_at_before_it_is_read(tmp_path, monkeypatch):
+    path = write_cog(tmp_path / "a.tif", np.ones((36, 72), "uint8"), GRID.fine.affine * Affine.scale(2))
+    item = make_item("a", {"h": path}, GRID.fine.affine, (36, 72), projection=False, hrefs="file://{}")
+    assert load_asset([item], asset="h", grid=GRID, resampling="nearest").shape == GRID.shape
+    monkeypatch.setattr(raster, "MOST_CELLS", 100)
+    for patch in (None, lambda href: href):
+        with pytest.raises(
+            DataError, match=r"h of item a has 324 cells under a shard of 36 x 36 cells of the grid, expected at most 100"
+        ):
+            load_asset([item], asset="h", grid=GRID, resampling="nearest", patch_url=patch)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"proj:transform": [1, 2]},
+        {"proj:transform": "abcdef"},
+        {"proj:code": "EPSG:nonsense"},
+        {"proj:shape": [None, 3]},
+        {"proj:shape": 3},
+        {"bands": "many"},
+        {"bands": {"nodata": 1}},
+        {"bands": [{"nodata": "none at all"}]},
+        {"bands": [7]},
+    ],
+)
+def test_fields_of_an_asset_that_make_no_sense_are_named(tmp_path, fields):
+    path = write_cog(tmp_path / "a.tif", np.ones(GRID.shape, "uint8"), GRID.fine.affine)
+    item = make_item("a", {"h": path}, GRID.fine.affine, GRID.shape, extra={"h": fields}, hrefs="file://{}")
+    with pytest.raises(DataError, match="fields of h of item a can not be read"):
+        load_asset([item], asset="h", grid=GRID, resampling="nearest")

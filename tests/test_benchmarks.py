@@ -112,16 +112,7 @@ def test_comparison_is_refused_unless_both_ways_give_the_same_map(bench, setting
 def test_cubes_with_another_class_are_refused(bench, setting):
     paths = [setting.folder / f"{name}.zarr" for name in "ab"]
     for path in paths:
-        bench.cube.create(
-            path,
-            grid=setting.grid,
-            legend=setting.legend,
-            years=setting.size.mapped,
-            identity={},
-            title="t",
-            source="t",
-            totals="t",
-        )
+        bench.new_cube(setting, path, years_a_shard=1)
         for window in setting.grid.shards():
             bench.reconstruct_block(bench.Block(window, setting.size.mapped), setting.job(path))
     bench.check_cubes(*paths)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import subprocess
+import sys
 import threading
+import time
 from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,6 +35,9 @@ class Files(ThreadingHTTPServer):
         self.cuts: list[int] = []
         """Bytes after which the connections that come next are cut."""
         self.after_cut = lambda: None
+        self.hold = threading.Event()
+        """Set while a connection is held after the bytes of a cut."""
+        self.holds = False
         self.statuses: list[tuple[int, dict[str, str]]] = []
         self.asked: list[dict[str, str]] = []
 
@@ -75,10 +82,22 @@ class Handler(BaseHTTPRequestHandler):
         if server.cuts:
             self.wfile.write(body[: server.cuts.pop(0)])
             self.wfile.flush()
+            while server.holds and not self.gone():
+                server.hold.set()
             self.connection.close()
             server.after_cut()
         else:
             self.wfile.write(body)
+
+    def gone(self):
+        """Whether the client has gone; waits a moment for it."""
+        self.connection.settimeout(0.05)
+        try:
+            return self.connection.recv(1) == b""
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
 
     def finish(self):
         with suppress(OSError, ValueError):
@@ -131,7 +150,7 @@ def test_a_connection_that_is_cut_is_gone_on_with(server, tmp_path, by):
     assert 0 < starts[0] <= 100_000 and starts[0] < starts[1] <= 150_000
 
 
-def test_a_process_that_was_killed_is_gone_on_with(server, tmp_path):
+def test_a_download_that_was_given_up_is_gone_on_with(server, tmp_path):
     path = tmp_path / "a.bin"
     server.cuts = [100_000] + [0] * (TRIES + 2)
     with pytest.raises(DataError, match=rf"failed {TRIES} times without progress"):
@@ -140,6 +159,29 @@ def test_a_process_that_was_killed_is_gone_on_with(server, tmp_path):
     server.cuts, server.asked = [], []
     get(server, path)
     assert path.read_bytes() == CONTENT and ranges(server)[0] is not None
+
+
+def test_a_process_that_was_killed_is_gone_on_with(server, tmp_path):
+    path = tmp_path / "a.bin"
+    server.cuts, server.holds = [200_000], True
+    program = "import sys; from pathlib import Path; from ai4land.download import download; url = sys.argv[1]; "
+    program += "download(lambda: url, Path(sys.argv[2]), name=url)"
+    process = subprocess.Popen([sys.executable, "-c", program, server.url, str(path)])
+    try:
+        assert server.hold.wait(30)
+        part = tmp_path / "a.bin.part"
+        for _ in range(200):
+            if part.is_file() and part.stat().st_size > 100_000:
+                break
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait(10)
+    have = part.stat().st_size
+    assert 100_000 < have <= 200_000 and not path.exists()
+    server.holds, server.asked = False, []
+    get(server, path)
+    assert path.read_bytes() == CONTENT and ranges(server) == [f"bytes={have}-"]
 
 
 def test_a_file_that_changed_is_never_spliced(server, tmp_path):
@@ -214,6 +256,13 @@ def test_a_dead_server_is_given_up(tmp_path):
         download(lambda: url, tmp_path / "a.bin", name=url, pause=0.001)
 
 
+def test_a_silent_server_is_not_waited_for_for_ever(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/a"
+        with pytest.raises(DataError, match=rf"failed {TRIES} times without progress \(.*timed out"):
+            download(lambda: url, tmp_path / "a.bin", name=url, pause=0.001, timeout=0.1)
+
+
 @pytest.mark.parametrize("algorithm", ["md5", "sha1", "sha256", "sha512"])
 def test_checksums_are_verified(server, tmp_path, algorithm):
     prefix = {"md5": "d50110", "sha1": "1114", "sha256": "1220", "sha512": "1340"}[algorithm]
@@ -226,9 +275,13 @@ def test_checksums_are_verified(server, tmp_path, algorithm):
     assert len(server.asked) == 2 and not (tmp_path / "b.bin").exists() and not (tmp_path / "b.bin.part").exists()
 
 
-def test_another_size_than_promised_is_refused(server, tmp_path):
-    with pytest.raises(DataError, match="has 300000 bytes, expected 5"):
+def test_another_size_than_promised_is_refused_at_once(server, tmp_path):
+    with pytest.raises(DataError, match=r"can not be downloaded \(it has 300000 bytes, expected 5\)"):
         get(server, tmp_path / "a.bin", size=5)
+    assert len(server.asked) == 1 and list(tmp_path.iterdir()) == []
+    (tmp_path / "b").write_bytes(b"abc")
+    with pytest.raises(DataError, match="b has 3 bytes, expected 5"):
+        verify(tmp_path / "b", name="b", size=5)
 
 
 @pytest.mark.parametrize("checksum", ["", "zz", "1220abcd", "d501100", "ff20" + "0" * 64])

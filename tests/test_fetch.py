@@ -11,13 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlparse
 
 import numpy as np
 import pystac
@@ -38,7 +38,6 @@ from ai4land.grid import make_grid
 from ai4land.mirror import FILE, locked
 from ai4land.raster import open_raster
 from ai4land.sources import SourceFile, load_source
-from ai4land.wanted import signer
 
 ROOT = Path(__file__).parents[1]
 GRID = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=2, shard=18)
@@ -228,6 +227,20 @@ def test_a_second_run_brings_only_what_is_missing_or_damaged(api, tmp_path):
     np.testing.assert_array_equal(pixels(find_items(tmp_path / "catalog.json", collection="zones")), VALUES)
 
 
+def test_assets_that_are_fetched_later_are_added(server, tmp_path):
+    catalog = write_static(
+        tmp_path / "site", [make_item("west", {"zone": f"{server.url}/west.tif", "age": f"{server.url}/east.tif"})]
+    )
+    for asset in ("zone", "age"):
+        assert quick("zones", to=tmp_path / "mirror", catalog=catalog, assets=[asset]).brought == 1
+    (item,) = find_items(tmp_path / "mirror" / "catalog.json", collection="zones")
+    assert sorted(item.assets) == ["age", "zone"]
+    (tmp_path / "mirror" / "zones" / "west" / "age.tif").unlink()
+    quick("zones", to=tmp_path / "mirror", catalog=catalog, assets=["zone"])
+    (item,) = find_items(tmp_path / "mirror" / "catalog.json", collection="zones")
+    assert sorted(item.assets) == ["zone"]
+
+
 # -- signing, tokens ----------------------------------------------------------------------------------------------------
 
 
@@ -266,18 +279,9 @@ def test_a_token_goes_to_the_host_of_the_catalogue_only(files, tmp_path):
         done = quick("zones", to=tmp_path / "mirror", catalog=catalog, token="SECRET")
         assert done.brought == 2 and {t for _, t in own.asked} == {"Bearer SECRET"} and {t for _, t in foreign.asked} == {None}
         foreign.asked.clear()
-        quick("zones", to=tmp_path / "m2", catalog=catalog, token="SECRET", token_hosts=[urlparse(foreign.url).netloc])
+        quick("zones", to=tmp_path / "m2", catalog=catalog, token="SECRET", token_hosts=[foreign.url])
         assert {t for _, t in foreign.asked} == {"Bearer SECRET"}
     assert "SECRET" not in every_text(tmp_path / "mirror") + every_text(tmp_path / "m2")
-
-
-def test_signers_are_named(monkeypatch):
-    assert signer("") is None
-    with pytest.raises(ConfigError, match="signing is 'me', expected planetary_computer"):
-        signer("me")
-    monkeypatch.setitem(sys.modules, "planetary_computer", None)
-    with pytest.raises(ConfigError, match="package planetary-computer is not installed"):
-        signer("planetary_computer")
 
 
 # -- failures and strangers ---------------------------------------------------------------------------------------------
@@ -380,6 +384,17 @@ def test_two_processes_do_not_fill_one_folder(server, tmp_path):
     assert quick("zones", to=tmp_path / "mirror", catalog=catalog).brought == 1
 
 
+def test_the_catalogue_of_somebody_else_is_not_written_over(server, tmp_path):
+    catalog = write_static(tmp_path / "site", [make_item("west", {"zone": f"{server.url}/west.tif"})])
+    before = every_text(tmp_path)
+    with pytest.raises(DataError, match=r"stac/catalog.json is another catalogue, expected that of a mirror or none"):
+        quick("zones", to=tmp_path / "site" / "stac", catalog=catalog)
+    (tmp_path / "site" / "stac" / "catalog.json").rename(tmp_path / "site" / "stac" / "c.json")
+    with pytest.raises(DataError, match="zones holds a collection that is not of a mirror"):
+        quick("zones", to=tmp_path / "site" / "stac", catalog=tmp_path / "site" / "stac" / "c.json")
+    assert sorted(every_text(tmp_path)) == sorted(before) and server.asked == []
+
+
 # -- known sources ------------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +424,50 @@ def test_files_of_a_known_source_become_items(uk, tmp_path):
     np.testing.assert_array_equal(pixels(items, "data"), VALUES)
     with pytest.raises(DataError, match="years of hildaplus-uk are 2009-2012"):
         quick("hildaplus-uk", to=tmp_path, years=[1900])
+
+
+def test_a_known_source_of_an_api_is_signed_and_keeps_its_credits(api, tmp_path, monkeypatch):
+    url, http = api
+    known = load_source("esa-cci-lc")
+    access = dataclasses.replace(known.access, api=url, collection="zones", asset="zone")
+    monkeypatch.setattr(fetching, "load_source", lambda name: dataclasses.replace(known, access=access))
+    signing = types.ModuleType("planetary_computer")
+
+    def sign(item):
+        item.assets["zone"].href += "?sig=SECRET"
+        return item
+
+    signing.sign = sign
+    monkeypatch.setitem(sys.modules, "planetary_computer", signing)
+    http.gate = lambda request: "sig=SECRET" in request.path
+    try:
+        assert quick("esa-cci-lc", to=tmp_path, bbox=(-20, 0, -10, 10)).brought == 1
+        with pytest.raises(DataError, match="years of esa-cci-lc are 1992-2015, expected some of those asked for"):
+            quick("esa-cci-lc", to=tmp_path, years=[2020])
+    finally:
+        http.gate = None
+    (item,) = find_items(tmp_path / "catalog.json", collection="esa-cci-lc", years=[2000])
+    assert item.id == "west" and item.collection_id == "esa-cci-lc" and "SECRET" not in every_text(tmp_path)
+    about = json.loads((tmp_path / "esa-cci-lc" / "collection.json").read_text())
+    assert about["sci:doi"] == "10.24381/cds.006f2c9a" and about["ai4land:legend"] == "lccs"
+
+
+def test_real_climate_zones_keep_their_pixels(real_data, tmp_path, monkeypatch):
+    known = load_source("koppen-geiger-0p1")
+    with serving(real_data / "global_koppen_geiger") as http:
+        given = tuple(
+            dataclasses.replace(f, href=f"{http.url}/{f.key}/../{f.key}_koppen_geiger_0p1.tif") for f in known.access.files
+        )
+        source = dataclasses.replace(known, access=dataclasses.replace(known.access, files=given))
+        monkeypatch.setattr(fetching, "load_source", lambda name: source)
+        done = quick(source.id, to=tmp_path, years=[1970, 2000])
+    assert (done.brought, done.failed) == (2, {})
+    (item,) = find_items(tmp_path / "catalog.json", collection=source.id, years=[1970])
+    bavaria = make_grid((8, 47, 14, 51), coarse_cell=1, factor=10, shard=40)
+    got = load_asset([item], asset="data", grid=bavaria, resampling="exact", dtype="uint8").values
+    path = real_data / "global_koppen_geiger" / "1961_1990_koppen_geiger_0p1.tif"
+    np.testing.assert_array_equal(got, open_raster(path, grid=bavaria, resampling="exact", dtype="uint8", nodata=0).values)
+    assert len(np.unique(got)) > 3
 
 
 def test_the_catalogue_of_a_mirror_is_valid(uk, api, tmp_path):

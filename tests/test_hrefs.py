@@ -264,6 +264,27 @@ def test_what_is_no_catalogue_is_told(tmp_path, text):
         find_items(tmp_path / "c.json", collection="zones")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id": 7},
+        {"bbox": "everywhere", "geometry": {"type": "Point", "coordinates": [0, 0]}},
+        {"assets": {"zone": {"href": 5}}},
+        {"assets": {"zone": {}}},
+        {"assets": [1]},
+        {"properties": None},
+        {"properties": {"datetime": "yesterday"}},
+    ],
+)
+def test_items_that_make_no_sense_are_refused(tmp_path, fields):
+    (tmp_path / "stac").mkdir()
+    (tmp_path / "stac" / "c.json").write_text(json.dumps(with_items("./item.json", "./fine.json")))
+    (tmp_path / "stac" / "item.json").write_text(json.dumps({**ITEM, **fields}))
+    (tmp_path / "stac" / "fine.json").write_text(json.dumps({**ITEM, "id": "fine"}))
+    with pytest.raises(DataError):
+        find_items(tmp_path / "stac" / "c.json", collection="zones", bbox=(0, 0, 1, 1), years=[2000], beyond="hosts")
+
+
 # -- retries and headers ------------------------------------------------------------------------------------------------
 
 

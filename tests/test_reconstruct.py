@@ -16,7 +16,7 @@ from ai4land.align import open_store
 from ai4land.checkpoint import Card, save_model
 from ai4land.cube import Block
 from ai4land.ensemble import Ensemble
-from ai4land.errors import DataError, MismatchError
+from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.features import fit_spec
 from ai4land.forward import Forward
 from ai4land.grid import Window, tiles
@@ -33,6 +33,8 @@ from ai4land.reconstruct import (
     run_blocks,
     years_between,
 )
+from ai4land.runfile import load_run
+from ai4land.stages import credit_attrs
 from ai4land.template import FRACTION_SCALE
 from ai4land.unet import UNet
 from tests.conftest import write_tiny_store
@@ -399,3 +401,12 @@ def test_model_that_changes_under_way_is_refused(tiny_store, tmp_path):
     job = job_for(tiny_store, tmp_path / "c.zarr", tmp_path, "0" * 64)
     with pytest.raises(MismatchError, match="changed while the job ran"):
         reconstruct_block(plan_blocks(tiny_store.path, years_a_shard=PAIR, years=[2000], reference=2001)[0], job)
+
+
+def test_a_cube_says_whom_it_is_owed_to(tmp_path):
+    attrs = credit_attrs(load_run("uk.yaml", [f"runs={tmp_path}"]))
+    assert attrs["license"] == "other" or attrs["license"].startswith("CC-")
+    assert "Winkler" in attrs["attribution"] and "CC-BY-4.0" in attrs["attribution"]
+    assert credit_attrs(load_run("demo.yaml", [f"runs={tmp_path}"])) == {}
+    with pytest.raises(ConfigError, match="nowhere"):
+        credit_attrs(load_run("demo.yaml", [f"runs={tmp_path}", "sources=[nowhere]"]))
