@@ -1,13 +1,14 @@
 """A cube on the web: its files, its catalogue, map tiles, and a page to look at it.
 
-======================================  =========================================================================
-``/``                                   the page (``ai4land/page``): works without internet, loads nothing from elsewhere
-``/info.json``                          title, parts, years, classes with colours, bounds, zooms
-``/tiles/{year}/{z}/{x}/{y}.png``       a map tile; ``?part=`` names the part of a cube that has parts
-``/point.json``, ``/series.json``       the class of a cell in one year, and in all (``?lon=&lat=&year=&part=``)
-``/cube/…`` and ``/<name of cube>/…``   the files of the cube, with ranges; a remote cube is redirected to where it lies
-``/stac/…``                             the catalogue, so that its links to ``../<name of cube>`` hold
-======================================  =========================================================================
+=======================================  =========================================================================
+``/``                                    the page (``ai4land/page``): works without internet, loads nothing from elsewhere
+``/info.json``                           title, parts, years, classes with colours, bounds, zooms
+``/tiles/{year}/{z}/{x}/{y}.png``        a map tile; ``?part=`` names the part of a cube that has parts
+``/point.json``, ``/series.json``        the class of a cell in one year, and in all (``?lon=&lat=&year=&part=``)
+``/cube/…`` and ``/<name of cube>/…``    the files of the cube, with ranges; a remote cube is redirected to where it lies
+``/stac/…``                              the catalogue, so that its links to ``../<name of cube>`` hold
+``/model.json``, ``/model.safetensors``  what a catalogue beside the cube says of the model
+=======================================  =========================================================================
 
 Everything is read-only and public to whoever reaches the port, also to other pages of the same browser (CORS): the loopback is the default.
 """
@@ -52,11 +53,14 @@ CATALOGUE_TYPES = {
     ".json": "application/json",
     ".geojson": "application/geo+json",
     ".parquet": "application/vnd.apache.parquet",
+    ".tif": "image/tiff; application=geotiff; profile=cloud-optimized",
     ".png": "image/png",
     ".jpg": "image/jpeg",
     ".webp": "image/webp",
 }
 """What of a catalogue is served: nothing that a browser would run."""
+MODEL_FILE = re.compile(r"model\.(?:json|safetensors)")
+"""What a catalogue beside a cube refers to besides the cube: the model, as weights and card."""
 PAGE_TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
@@ -97,6 +101,9 @@ def make_app(path: str, *, catalogue: Path | None = None) -> Starlette:
         endings = "|".join(re.escape(ending) for ending in CATALOGUE_TYPES)
         kept = re.compile(rf"(?:[A-Za-z0-9_][\w.+~@=,-]*/)*[A-Za-z0-9_][\w.+~@=,-]*(?:{endings})", re.ASCII)
         routes.append(Route("/stac/{path:path}", folder_endpoint(catalogue, kept, CATALOGUE_TYPES)))
+        if folder and catalogue.resolve().parent == folder.resolve().parent:
+            model = folder_endpoint(folder.resolve().parent, MODEL_FILE, {})
+            routes += [Route("/model.json", model), Route("/model.safetensors", model)]
     if _PLAIN_NAME.fullmatch(name) and name not in ("cube", "stac", "tiles"):
         routes.append(Route(f"/{name}/{{path:path}}", cube))
     routes.append(Route("/{path:path}", folder_endpoint(page, re.compile(r"[a-z]+\.(?:js|css|svg)"), PAGE_TYPES, "index.html")))
@@ -163,7 +170,7 @@ def folder_endpoint(folder: Path, allowed: re.Pattern[str], types: dict[str, str
     static = StaticFiles(directory=folder)
 
     async def endpoint(request: Request) -> Response:
-        path = request.path_params["path"]
+        path = request.path_params.get("path", request.url.path.lstrip("/"))
         if index is not None and path == "":
             path = index
         elif not allowed.fullmatch(path):

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import numpy as np
 import pystac
@@ -24,10 +25,12 @@ from PIL import Image
 from ai4land.atlas import open_atlas
 from ai4land.cube import open_cube
 from ai4land.errors import ConfigError, DataError
+from ai4land.publish import publish
 from ai4land.serve import listen
 from ai4land.tiles import point, series, tile
 from ai4land.web import make_app
 from tests.test_atlas import HILDA, some_codes, write_maps
+from tests.test_publish import make_run
 
 
 @contextlib.contextmanager
@@ -280,6 +283,28 @@ def test_the_catalogue_leads_to_the_cube(url):
     href = collection.assets["cube"].get_absolute_href()
     assert href == f"{url}/cube.zarr"
     assert ask(f"{href}/zarr.json")[2] == ask(f"{url}/cube/zarr.json")[2]
+
+
+def test_every_link_of_a_published_run_is_answered(tmp_path):
+    """A catalogue by :mod:`ai4land.publish`, followed from page to page as a browser of catalogues does."""
+    run = make_run(tmp_path, sources=["hildaplus-v2"])
+    publish(run, cog=[2004])
+    with running(make_app(str(run.folder / "cube.zarr"))) as (url, _):
+        todo, seen = [f"{url}/stac/catalog.json"], {}
+        while todo:
+            address = todo.pop()
+            if address in seen or not address.startswith(url):
+                continue
+            status, headers, body = ask(f"{address}/zarr.json" if address.endswith(".zarr") else address)
+            seen[address] = headers["content-type"]
+            assert status == 200, address
+            if "/stac/" in address and address.endswith(".json"):
+                about = json.loads(body)
+                hrefs = [link["href"] for link in about["links"]] + [a["href"] for a in about.get("assets", {}).values()]
+                todo += [urljoin(address, href) for href in hrefs]
+        assert {f"{url}/cube.zarr", f"{url}/model.safetensors", f"{url}/model.json"} <= set(seen) and len(seen) > 10
+        assert [kind.split(";")[0] for address, kind in seen.items() if address.endswith(".tif")] == ["image/tiff"]
+        assert ask(f"{url}/config.yaml")[0] == 404
 
 
 def test_a_cube_without_a_catalogue_has_none(tmp_path):
