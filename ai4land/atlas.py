@@ -143,7 +143,11 @@ def open_atlas(path: str) -> Atlas:
     names = [""] if "land_cover" in root else sorted(name for name, group in root.groups() if "land_cover" in group)
     if not names:
         raise DataError(f"{path} is a Zarr group without a variable land_cover, expected a cube; {_MAKE}")
-    parts = {name: _open_part(path, name, root) for name in names}
+    begun = {name: root[name] if name else root for name in names}
+    shown = [name for name, group in begun.items() if _years(group, path)]  # type: ignore[arg-type]
+    if not shown:
+        raise DataError(f"cube {path} has 0 finished years, expected at least one; serve it when a year is whole")
+    parts = {name: _open_part(path, name, root) for name in shown}
     return Atlas(path, _version(root), dict(root.attrs), parts)
 
 
@@ -176,9 +180,6 @@ def _root(path: str) -> zarr.Group:
 def _open_part(path: str, name: str, root: zarr.Group) -> Part:
     group: zarr.Group = root[name] if name else root  # type: ignore[assignment]
     label = f"{path}/{name}" if name else path
-    years = tuple(sorted(int(year) for year in np.ravel(_array(group, "year", label)[...])))
-    if not years:
-        raise DataError(f"cube {label} has 0 finished years, expected at least one; serve it when a year is whole")
     levels = [_level(group, label)]
     shape = levels[0].codes.shape
     layout = group.attrs.get("multiscales", {})
@@ -192,7 +193,7 @@ def _open_part(path: str, name: str, root: zarr.Group) -> Part:
     shares = {key: _share(_array(group, key, label), shape, f"{key} of {label}") for key in SHARES if key in group}
     crs = _crs(group, label)
     bounds = _bounds(levels[0], crs)
-    shown = tuple(year for year in years if year in levels[0].index)
+    shown = tuple(sorted(levels[0].index))
     return Part(name, dict(group.attrs), shown, legend, fill, tuple(levels), crs, bounds, _zooms(levels, crs, bounds), shares)
 
 
@@ -203,13 +204,17 @@ def _array(group: zarr.Group, name: str, label: str) -> zarr.Array[Any]:
     return array
 
 
+def _years(group: zarr.Group, label: str) -> list[int]:
+    return [int(year) for year in np.ravel(_array(group, "year", label)[...])]
+
+
 def _level(group: zarr.Group, label: str) -> Level:
     """Take the codes of one group as they are stored, and where they lie."""
     codes = _array(group, "land_cover", label)
     names = codes.metadata.dimension_names if codes.metadata.zarr_format == 3 else None
     if names != ("time", *FINE_DIMS):
         raise DataError(f"land_cover of {label} has the dimensions {names}, expected {('time', *FINE_DIMS)}; write it as Zarr v3")
-    index = {int(year): i for i, year in enumerate(np.ravel(_array(group, "year", label)[...]))}
+    index = {year: i for i, year in enumerate(_years(group, label))}
     (north, down), (west, right) = (_axis(np.asarray(_array(group, d, label)[...]), f"{d} of {label}") for d in FINE_DIMS)
     return Level(codes, index, Affine(right, 0, west, 0, down, north))
 

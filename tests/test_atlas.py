@@ -210,9 +210,17 @@ def test_what_is_no_cube_is_refused(tmp_path):
 
 
 def test_a_cube_without_a_finished_year_is_refused(tmp_path):
-    path = write_maps(tmp_path / "c.zarr", codes=np.zeros((0, 64, 128), np.uint8), years=())
+    grid = make_grid((-180, -90, 180, 90), coarse_cell=45.0, factor=8, shard=16)
+    path = tmp_path / "cube.zarr"
+    cube.create(path, grid=grid, legend=HILDA, years=[1999, 2000], identity={}, title="t", source="s", totals="exact")
     with pytest.raises(DataError, match="0 finished years, expected at least one"):
         open_atlas(str(path))
+
+
+def test_a_part_without_a_finished_year_waits_for_it(tmp_path):
+    path = write_maps(tmp_path / "c.zarr", codes=some_codes(), group="historical")
+    write_maps(path, codes=some_codes((0, 64, 128)), years=(), group="ssp126")
+    assert list(open_atlas(str(path)).parts) == ["historical"]
 
 
 def test_an_address_that_does_not_answer_is_said_soon():
