@@ -5,14 +5,13 @@ An :class:`Atlas` holds what a map and a page need and nothing that is read late
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
+import json
 import math
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import zarr
@@ -21,9 +20,9 @@ from numpy.typing import NDArray
 from pyproj import CRS, Transformer
 from pyproj.exceptions import CRSError
 
-from ai4land.cube import open_cube
-from ai4land.errors import ConfigError, DataError
+from ai4land.errors import DataError
 from ai4land.grid import FINE_DIMS
+from ai4land.stores import folder_of, open_place
 
 WORLD = CRS.from_epsg(4326)
 """Longitude and latitude in degrees."""
@@ -32,11 +31,14 @@ EQUATOR = 360 / 256
 MAX_ZOOM = 22
 MOST_CELLS = 40_000_000
 """Cells that a tile may read: where a cube has no overviews, the zoom begins where tiles read no more."""
+PATIENCE = dt.timedelta(seconds=5)
+"""What a request of a remote cube may take with all its tries: someone waits for it."""
 SHARES = ("confidence", "change_probability")
 """Variables of a cube that say how sure a class is."""
 METRES = 111_320.0
 """Along a degree of the equator."""
 _OVERVIEW = re.compile(r"[A-Za-z0-9_]+(?:/[A-Za-z0-9_]+)*/land_cover")
+_MAKE = "make one with: ai4land reconstruct RUN.yaml"
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
 
 
@@ -119,7 +121,7 @@ def remote(path: str) -> bool:
     >>> remote("https://example.org/cube.zarr"), remote("runs/demo/cube.zarr")
     (True, False)
     """
-    return "://" in path
+    return folder_of(path) is None
 
 
 def open_atlas(path: str) -> Atlas:
@@ -128,69 +130,53 @@ def open_atlas(path: str) -> Atlas:
     Parameters
     ----------
     path
-        Folder of the cube, or its address (http, https, s3, gs, az); credentials come from the environment.
+        Folder of the cube, or its URL; credentials come from the environment.
 
     Raises
     ------
     DataError
         If there is no cube, a year to show is lacking, or the legend is not usable.
     ConfigError
-        If an address is given and the library for it is lacking.
+        If the URL is of no known kind, or the library for it is lacking.
     """
-    missing = f"no cube at {path}; make one with: ai4land reconstruct RUN.yaml"
-    store = _remote_store(path) if remote(path) else Path(path)
-    try:
-        root = zarr.open_group(store, mode="r")
-        names = [""] if "land_cover" in root else sorted(name for name, group in root.groups() if "land_cover" in group)
-    except (OSError, KeyError, ValueError, zarr.errors.GroupNotFoundError) as error:
-        raise DataError(missing) from error
-    except Exception as error:  # what a remote store raises is no class of its own
-        if not remote(path):
-            raise
-        raise DataError(f"{missing} (the address answered: {error})") from error
+    root = _root(path)
+    names = [""] if "land_cover" in root else sorted(name for name, group in root.groups() if "land_cover" in group)
     if not names:
-        raise DataError(f"{path} is a Zarr group without a variable land_cover, expected a cube; {missing}")
-    parts = {name: _open_part(path, store, name, root) for name in names}
-    return Atlas(path, _version(store), dict(root.attrs), parts)
+        raise DataError(f"{path} is a Zarr group without a variable land_cover, expected a cube; {_MAKE}")
+    parts = {name: _open_part(path, name, root) for name in names}
+    return Atlas(path, _version(root), dict(root.attrs), parts)
 
 
 def version_of(path: str) -> str:
     """Digest of the metadata of a cube: another one when years were added or it was made again."""
-    return _version(_remote_store(path) if remote(path) else Path(path))
+    return _version(_root(path))
 
 
-def _version(store: Any) -> str:
-    raw = (store / "zarr.json").read_bytes() if isinstance(store, Path) else bytes(store.store.get("zarr.json").bytes())
-    return hashlib.blake2b(raw, digest_size=6).hexdigest()
+def _version(root: zarr.Group) -> str:
+    about = json.dumps(root.metadata.to_dict(), sort_keys=True, default=str)
+    return hashlib.blake2b(about.encode(), digest_size=6).hexdigest()
 
 
-def _remote_store(path: str) -> Any:
+def _root(path: str) -> zarr.Group:
+    store = open_place(path, read_only=True, give_up=PATIENCE)
     try:
-        from obstore.store import from_url
-        from zarr.storage import ObjectStore
-    except ImportError as error:
-        raise ConfigError(
-            f'cube is {path}, which is read with obstore, and it is missing; run: pip install "ai4land[s3]"'
-        ) from error
-    scheme = urlsplit(path).scheme
-    if scheme not in ("http", "https", "s3", "gs", "az", "abfs"):
-        raise ConfigError(f"cube is at {scheme}://, expected a folder or http(s), s3, gs or az; copy it to one of them")
-    again: Any = {"max_retries": 2}
-    options: Any = {"timeout": "30s", "connect_timeout": "5s"}
-    own = [os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")]
-    if scheme == "http" or (scheme == "s3" and any(endpoint.startswith("http://") for endpoint in own)):
-        options["allow_http"] = True  # asked for by the address or by the user's own endpoint
-    try:
-        return ObjectStore(from_url(path.rstrip("/"), client_options=options, retry_config=again), read_only=True)
-    except Exception as error:  # obstore raises classes that are private to it
-        raise ConfigError(f"cube is {path}, expected an address that can be opened: {error}") from error
+        root = zarr.open_group(store, mode="r", zarr_format=3)
+    except (FileNotFoundError, NotADirectoryError, KeyError, ValueError) as error:
+        raise DataError(f"no cube at {path}; {_MAKE}") from error
+    except Exception as error:  # what a remote store raises is of no common class
+        if not remote(path):
+            raise
+        said = " ".join(str(error).split())
+        raise DataError(f"no cube at {path}; {_MAKE} (the address answered: {said[:300]})") from error
+    if root.metadata.consolidated_metadata is None:
+        raise DataError(f"no whole cube at {path}: its metadata are not consolidated; {_MAKE}")
+    return root
 
 
-def _open_part(path: str, store: Any, name: str, root: zarr.Group) -> Part:
+def _open_part(path: str, name: str, root: zarr.Group) -> Part:
     group: zarr.Group = root[name] if name else root  # type: ignore[assignment]
     label = f"{path}/{name}" if name else path
-    visible = open_cube(store / name)["year"].values if isinstance(store, Path) else _array(group, "year", label)[...]
-    years = tuple(sorted(int(year) for year in np.ravel(visible)))
+    years = tuple(sorted(int(year) for year in np.ravel(_array(group, "year", label)[...])))
     if not years:
         raise DataError(f"cube {label} has 0 finished years, expected at least one; serve it when a year is whole")
     levels = [_level(group, label)]

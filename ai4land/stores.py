@@ -55,8 +55,8 @@ def inside(place: Place, name: str) -> Place:
     return f"{str(place).rstrip('/')}/{name}" if folder is None else folder / name
 
 
-def open_place(place: Place, *, read_only: bool = False) -> Store:
-    """Open a place as a Zarr store.
+def open_place(place: Place, *, read_only: bool = False, give_up: dt.timedelta = _GIVE_UP) -> Store:
+    """Open a place as a Zarr store; all tries of a request together take no longer than ``give_up``.
 
     The credentials, region and endpoint of an object store come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, …).
 
@@ -68,11 +68,11 @@ def open_place(place: Place, *, read_only: bool = False) -> Store:
     folder = folder_of(place)
     if folder is not None:
         return LocalStore(folder, read_only=read_only)
-    return _remote(str(place), read_only)
+    return _remote(str(place), read_only, give_up)
 
 
 @lru_cache(maxsize=64)
-def _remote(url: str, read_only: bool) -> Store:
+def _remote(url: str, read_only: bool, give_up: dt.timedelta) -> Store:
     scheme = url.split("://")[0]
     try:
         if scheme in _OBSTORE:
@@ -84,7 +84,7 @@ def _remote(url: str, read_only: bool) -> Store:
                 "client_options": {"timeout": _REQUEST, "connect_timeout": dt.timedelta(seconds=5), "allow_http": plain},
                 "retry_config": {
                     "max_retries": 60,
-                    "retry_timeout": _GIVE_UP,
+                    "retry_timeout": give_up,
                     "backoff": {
                         "init_backoff": dt.timedelta(milliseconds=100),
                         "max_backoff": dt.timedelta(seconds=3),

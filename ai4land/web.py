@@ -39,6 +39,7 @@ from starlette.staticfiles import StaticFiles
 from ai4land import tiles
 from ai4land.atlas import Atlas, Part, open_atlas, remote, version_of
 from ai4land.errors import ConfigError
+from ai4land.stores import folder_of
 
 THREADS = 4
 """Tiles that are drawn at once."""
@@ -79,11 +80,11 @@ def make_app(path: str, *, catalogue: Path | None = None) -> Starlette:
     catalogue
         As in :func:`ai4land.serve.serve`.
     """
-    far = remote(path)
-    catalogue = _catalogue(path, catalogue, far=far)
+    folder = folder_of(path)
+    catalogue = _catalogue(folder, catalogue)
     maps = _Maps(open_atlas(path), catalogue)
-    name = urlsplit(path).path.rstrip("/").rpartition("/")[2] if far else Path(path).resolve().name
-    cube = _redirect(path) if far else folder_endpoint(Path(path), CUBE_FILE, {})
+    name = folder.resolve().name if folder else urlsplit(path).path.rstrip("/").rpartition("/")[2]
+    cube = folder_endpoint(folder, CUBE_FILE, {}) if folder else _redirect(path)
     page = Path(str(files("ai4land").joinpath("page")))
     routes = [
         Route("/info.json", maps.info),
@@ -109,8 +110,8 @@ def make_app(path: str, *, catalogue: Path | None = None) -> Starlette:
     return Starlette(routes=routes, middleware=[Middleware(_Secure), cors])
 
 
-def _catalogue(path: str, given: Path | None, *, far: bool) -> Path | None:
-    folder = given or (None if far else Path(path).resolve().parent / "stac")
+def _catalogue(cube: Path | None, given: Path | None) -> Path | None:
+    folder = given or (cube.resolve().parent / "stac" if cube else None)
     if folder is None or (given is None and not folder.is_dir()):
         return None
     if _entry(folder) is None:

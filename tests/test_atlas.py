@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import io
+import json
+
 import numpy as np
 import pytest
 import zarr
 from affine import Affine
 from odc.geo.geobox import GeoBox
+from PIL import Image
 from zarr.codecs import ZstdCodec
 
 from ai4land import cube
 from ai4land.atlas import MOST_CELLS, open_atlas, version_of
 from ai4land.errors import ConfigError, DataError
-from ai4land.grid import Window, centres, make_grid, spatial_ref
+from ai4land.grid import centres, make_grid, spatial_ref
 from ai4land.legend import load_legend
+from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, days_since_1970
+from ai4land.tiles import point, tile
 
 HILDA = load_legend("hildaplus")
 FLAGS = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in HILDA.flag_attrs().items()}
@@ -25,6 +31,10 @@ def some_codes(shape=(3, 64, 128), *, seed=0, fill=True):
     choice = np.concatenate([CODES, [HILDA.fill.code]]) if fill else CODES
     small = rng.choice(choice, (shape[0], -(-shape[1] // 4), -(-shape[2] // 4))).astype(np.uint8)
     return small.repeat(4, 1).repeat(4, 2)[:, : shape[1], : shape[2]]
+
+
+def plain(attrs):
+    return json.loads(json.dumps(attrs, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)))
 
 
 def write_maps(path, *, codes, years=(2000, 2001, 2005), box=WORLD, flags=FLAGS, levels=None, attrs=None, group="", shard=32):
@@ -53,10 +63,10 @@ def write_maps(path, *, codes, years=(2000, 2001, 2005), box=WORLD, flags=FLAGS,
         array("land_cover", codes, dims, fill_value=HILDA.fill.code, attributes={**about, **flags}, **plane)
         for name, values in zip(dims[1:], centres(box), strict=True):
             array(name, values, (name,))
-        times = np.array([cube.days_since_1970(y, 7, 2) for y in years], np.int32)
+        times = np.array([days_since_1970(y, 7, 2) for y in years], np.int32)
         array("time", times, ("time",), attributes={"units": "days since 1970-01-01", "calendar": "proleptic_gregorian"})
         array("year", np.array(years, np.int32), ("time",))
-        array("spatial_ref", np.int32(0).reshape(()), (), attributes=cube._plain(spatial_ref(box).attrs))
+        array("spatial_ref", np.int32(0).reshape(()), (), attributes=plain(spatial_ref(box).attrs))
         for name, data in extra.items():
             array(name, data, dims, attributes={**about, "scale_factor": 1 / 250, "_FillValue": 255}, fill_value=255, **plane)
 
@@ -73,23 +83,55 @@ def write_maps(path, *, codes, years=(2000, 2001, 2005), box=WORLD, flags=FLAGS,
     return path
 
 
+def pixels(image: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(image)).convert("RGBA"))
+
+
 def only(path):
     (part,) = open_atlas(str(path)).parts.values()
     return part
 
 
+def small_cube(path):
+    """A cube as the writer makes it, 192 x 384 cells with an overview of 48 x 96: 4 years, of which the first 3 are whole."""
+    grid = make_grid((-180, -90, 180, 90), coarse_cell=45.0, factor=48, shard=96)
+    years = [1999, 2000, 2001, 2002]
+    cube.create(path, grid=grid, legend=HILDA, years=years, identity={}, title="t", source="s", totals="exact", years_a_shard=1)
+    maps = some_codes((4, *grid.shape), seed=3)
+    for window in grid.shards():
+        for i, year in enumerate(years):
+            if year == 2002 and window.row:
+                continue
+            codes = maps[i][window.slices]
+            empty = codes == HILDA.fill.code
+            shares = (codes[None] == CODES[:, None, None]).astype(np.uint16) * FRACTION_SCALE
+            sure = np.where(empty, EMPTY, 225).astype(np.uint8)
+            arrays = {
+                "land_cover": codes,
+                "most_likely": codes,
+                "fraction": np.where(empty, FRACTION_EMPTY, shares).astype(np.uint16),
+                "confidence": sure,
+                "change_probability": sure,
+            }
+            cube.write_block(path, cube.Block(window, (year,)), {name: data[None] for name, data in arrays.items()})
+    cube.show(path)
+    return path, maps
+
+
 def test_a_cube_of_the_writer_itself_is_opened(tmp_path):
-    grid = make_grid((-180, -90, 180, 90), coarse_cell=45.0, factor=8, shard=16)
-    path = tmp_path / "cube.zarr"
-    cube.create(path, grid=grid, legend=HILDA, years=[1999, 2000], identity={}, title="t", source="s", totals="exact")
-    assert Window(0, 0, 16, 16) in grid.shards()
-    cube.finish(path)
+    path, maps = small_cube(tmp_path / "cube.zarr")
     part = only(path)
-    assert part.years == (1999, 2000) and part.attrs["title"] == "t" and part.bounds == (-180, -90, 180, 90)
+    assert part.years == (1999, 2000, 2001) and part.attrs["title"] == "t" and part.bounds == (-180, -90, 180, 90)
     assert [e.code for e in part.legend] == CODES.tolist() and part.fill.code == HILDA.fill.code
     assert [e.name for e in part.legend] == [n.replace("_", " ") for n in HILDA.names]
     assert [e.colour for e in part.legend] == [c.colour.lower() for c in HILDA.classes]
     assert set(part.shares) == {"confidence", "change_probability"}
+    assert [level.codes.shape for level in part.levels] == [(3, 192, 384), (3, 48, 96)]
+    got = np.stack([pixels(tile(part, year=year, z=0, x=0, y=0)) for year in part.years])
+    assert len(np.unique(got.reshape(-1, 4), axis=0)) == HILDA.n + 1
+    found = point(part, lon=-179.9, lat=89.9, year=2000)
+    code = int(maps[1, 0, 0])
+    assert (found["code"] or HILDA.fill.code, found["confidence"]) == (code, None if code == HILDA.fill.code else 0.9)
 
 
 def test_levels_come_from_the_layout_finest_first(tmp_path):
@@ -162,6 +204,7 @@ def test_what_is_no_cube_is_refused(tmp_path):
     with pytest.raises(DataError, match="no cube at"):
         open_atlas(str(tmp_path / "torn.zarr"))
     zarr.open_group(tmp_path / "store.zarr", mode="w").create_array("height", shape=(4,), dtype="f4")
+    zarr.consolidate_metadata(tmp_path / "store.zarr")
     with pytest.raises(DataError, match="without a variable land_cover"):
         open_atlas(str(tmp_path / "store.zarr"))
 
@@ -172,11 +215,20 @@ def test_a_cube_without_a_finished_year_is_refused(tmp_path):
         open_atlas(str(path))
 
 
-def test_addresses_that_cannot_be_a_cube_are_refused():
-    with pytest.raises(ConfigError, match="cube is at ftp://, expected a folder or http"):
-        open_atlas("ftp://example.org/cube.zarr")
+def test_an_address_that_does_not_answer_is_said_soon():
+    with pytest.raises(ConfigError, match="nothing://x cannot be opened"):
+        open_atlas("nothing://x")
     with pytest.raises(DataError, match=r"no cube at http://127\.0\.0\.1:9/x"):
         open_atlas("http://127.0.0.1:9/x")
+
+
+def test_a_cube_whose_metadata_are_not_consolidated_is_refused(tmp_path):
+    path = write_maps(tmp_path / "c.zarr", codes=some_codes())
+    document = json.loads((path / "zarr.json").read_text())
+    del document["consolidated_metadata"]
+    (path / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="its metadata are not consolidated; make one with: ai4land reconstruct"):
+        open_atlas(str(path))
 
 
 def test_zoom_begins_where_a_tile_reads_little_enough(tmp_path):
@@ -198,7 +250,8 @@ def test_zoom_begins_where_a_tile_reads_little_enough(tmp_path):
     for name, values in (*zip(dims[1:], centres(box), strict=True), ("time", np.zeros(1, "i4"))):
         group.create_array(name, data=values, dimension_names=(name,))
     group.create_array("year", data=np.array([2000], "i4"), dimension_names=("time",))
-    group.create_array("spatial_ref", shape=(), dtype="i4", attributes=cube._plain(spatial_ref(box).attrs))
+    group.create_array("spatial_ref", shape=(), dtype="i4", attributes=plain(spatial_ref(box).attrs))
+    zarr.consolidate_metadata(path)
     part = only(path)
     first, last = part.zooms
     assert (360 / 2**first / side) ** 2 <= MOST_CELLS < (360 / 2 ** (first - 1) / side) * (180 / 2 ** (first - 1) / side) * 2

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
 import pytest
 from affine import Affine
 from odc.geo.geobox import GeoBox
-from PIL import Image
 from pyproj import Transformer
 
 from ai4land.tiles import choose, point, series, tile
-from tests.test_atlas import HILDA, only, some_codes, write_maps
+from tests.test_atlas import HILDA, only, pixels, some_codes, write_maps
 
 RGB = {c.code: (*bytes.fromhex(c.colour[1:]), 255) for c in HILDA.classes}
 
@@ -24,10 +22,6 @@ def codes():
 @pytest.fixture(scope="module")
 def part(codes, tmp_path_factory):
     return only(write_maps(tmp_path_factory.mktemp("tiles") / "c.zarr", codes=codes))
-
-
-def pixels(image: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(image)).convert("RGBA"))
 
 
 def colours(codes: np.ndarray) -> np.ndarray:
