@@ -27,6 +27,7 @@ from ai4land.overviews import level_factors
 from ai4land.practice import CODES
 from ai4land.predict import Source
 from ai4land.reconstruct import mapped_part, plan_blocks, sides, sides_of, years_between
+from ai4land.stores import folder_of
 from ai4land.template import VARIABLES, depths
 from ai4land.unet import UNet
 
@@ -393,7 +394,8 @@ def _lacking(run: RunConfig, work: Work) -> list[str]:
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free
     held = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.exists() else 0
-    need = work.store + work.cubes
+    elsewhere = run.reconstruct.cube is not None and folder_of(run.reconstruct.cube) is None
+    need = work.store + (0 if elsewhere else work.cubes)
     if need <= free + held:
         return []
     return [
