@@ -329,10 +329,7 @@ def describe(atlas: Atlas, *, catalogue: Path | None = None) -> dict[str, Any]:
         "parts": [
             {
                 "name": part.name,
-                "title": text(part.attrs, "title"),
-                "source": text(part.attrs, "source"),
-                "references": text(part.attrs, "references"),
-                "license": text(part.attrs, "license"),
+                **{name: text(part.attrs, name) for name in ("title", "source", "references", "license", "attribution")},
                 "years": list(part.years),
                 "classes": [{"code": e.code, "name": e.name, "colour": e.colour} for e in part.legend],
                 "fill": part.fill.name,

@@ -22,6 +22,7 @@ from tests.test_web import running
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 YEARS = (1990, 1991, 1995, 2000)
+OWED = {"attribution": "HILDA+ by Winkler, see doi:10.1594/x; and others"}
 HOSTILE = ["<img/src=x/onerror=window.hit=1>", "<script>window.hit=2</script>", "\"'><svg/onload=window.hit=3>"]
 
 
@@ -51,7 +52,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def cube_url(tmp_path_factory) -> Iterator[str]:
-    path = write_maps(tmp_path_factory.mktemp("page") / "cube.zarr", codes=quarters(), years=YEARS)
+    path = write_maps(tmp_path_factory.mktemp("page") / "cube.zarr", codes=quarters(), years=YEARS, attrs=OWED)
     with running(make_app(str(path))) as (url, _):
         yield url
 
@@ -135,7 +136,10 @@ def test_the_page_loads_and_its_legend_is_that_of_the_cube(visit, cube_url):
     assert page.locator("#classes .class span").all_inner_texts() == [n.replace("_", " ") for n in HILDA.names]
     colours = page.locator("#classes .swatch").evaluate_all("all => all.map((e) => getComputedStyle(e).backgroundColor)")
     assert colours == [f"rgb{colour_of(c.code)}" for c in HILDA.classes]
-    assert "CC-BY-4.0" in page.locator("#credit").inner_text() and page.locator("#links a").count() == 1
+    assert "Licence: CC-BY-4.0" in page.locator("#credit").inner_text()
+    assert "Data: HILDA+ by Winkler, see doi:10.1594/x" in page.locator("#credit").inner_text()
+    assert page.locator("#credit a").evaluate_all("all => all.map((a) => a.href)") == ["https://doi.org/10.1594/x"]
+    assert page.locator("#links a").count() == 1
     drawn = {tuple(c) for c in picture(page).reshape(-1, 3)}
     assert {colour_of(c.code) for c in HILDA.classes} <= drawn
 

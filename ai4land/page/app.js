@@ -68,6 +68,14 @@ function linked(text, address) {
   return made;
 }
 
+// Web addresses and DOIs in a text as links, all else as it is.
+function withLinks(text) {
+  return text.split(/(https?:\/\/[^\s<>"';,)]+|\bdoi:10\.\d{4,9}\/[^\s<>"';,)]+)/i).map((piece, i) => {
+    const address = i % 2 ? webAddress(piece.replace(/^doi:/i, "https://doi.org/")) : null;
+    return address ? linked(piece, address) : piece;
+  });
+}
+
 async function json(path) {
   const answer = await fetch(path);
   if (!answer.ok) throw new Error(`${answer.status} ${await answer.text()}`);
@@ -145,11 +153,15 @@ function legend() {
 function credit() {
   const { part, info } = state;
   const pieces = [];
-  for (const [label, text] of [["Source", part.source], ["Licence", part.license], ["Reference", part.references]]) {
+  for (const [label, text] of [
+    ["Data", part.attribution],
+    ["Licence", part.license],
+    ["Source", part.source],
+    ["Reference", part.references],
+  ]) {
     if (!text) continue;
     const piece = element("span", `${label}: `);
-    const address = webAddress(text);
-    piece.append(address ? linked(text, address) : text);
+    piece.append(...withLinks(text));
     pieces.push(piece);
   }
   $("credit").replaceChildren(...pieces);
