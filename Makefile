@@ -21,10 +21,10 @@ test: install  ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm and not faults and not browser"
 
 test-faults: install  ## minutes of killed processes, full disks and object stores that are away
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults tests/test_faults.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults $(ONLY) tests/test_faults.py
 
 test-browser: install chromium  ## the served page in a real Chromium; installs Debian's package
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser $(ONLY) tests/test_page.py
 
 test-slurm: install slurm-packages  ## real SLURM jobs on a private cluster on this machine; installs Debian's packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(ONLY) $(SLURM_TESTS)
