@@ -20,7 +20,7 @@ import torch
 from distributed import Client, Future
 from numpy.typing import NDArray
 
-from ai4land import cube, ledger
+from ai4land import ledger
 from ai4land.crowd import TRIES, outcomes
 from ai4land.cube import Block, time_shards
 from ai4land.errors import DataError, MismatchError, StoreError
@@ -31,6 +31,7 @@ from ai4land.predict import Source, predict
 from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, YEARS_A_SHARD
 from ai4land.totals import Method, Totals
 from ai4land.walk import Published, walk
+from ai4land.writer import Writer
 
 _log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
     if lacking:
         raise DataError(f"store {job.store} lacks the scenario of {lacking}; align anew with these years")
     inner = mapped_part(mask, w, forward.stride)
-    writer = cube.Writer(job.cube, w, token=job.token)
+    writer = Writer(job.cube, w, token=job.token)
     for side in sides(left, job.reference):
         totals = totals_of(source, w, job) if job.method != "none" else None
         walked = side

@@ -18,6 +18,7 @@ from ai4land.grid import centres, make_grid, spatial_ref
 from ai4land.legend import load_legend
 from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, days_since_1970
 from ai4land.tiles import point, tile
+from ai4land.writer import write_block
 
 HILDA = load_legend("hildaplus")
 FLAGS = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in HILDA.flag_attrs().items()}
@@ -113,7 +114,7 @@ def small_cube(path):
                 "confidence": sure,
                 "change_probability": sure,
             }
-            cube.write_block(path, cube.Block(window, (year,)), {name: data[None] for name, data in arrays.items()})
+            write_block(path, cube.Block(window, (year,)), {name: data[None] for name, data in arrays.items()})
     cube.show(path)
     return path, maps
 

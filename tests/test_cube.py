@@ -9,12 +9,13 @@ import xarray as xr
 import zarr
 
 from ai4land import cube, ledger
-from ai4land.cube import Block, Writer
+from ai4land.cube import Block
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import Window, make_grid
 from ai4land.legend import MISSING, load_legend
 from ai4land.overviews import reduce_classes
 from ai4land.template import EMPTY, FRACTION_SCALE, SCALE, VARIABLES, make_template
+from ai4land.writer import Writer, write_block
 
 GRID = make_grid((-180, -90, 180, 90), coarse_cell=45.0, factor=8, shard=16)
 LEGEND = load_legend("hildaplus")
@@ -49,7 +50,7 @@ def cells(block: Block, seed: int = 0, legend=LEGEND):
 def fill(path, windows, years=YEARS, seed=0):
     for i, window in enumerate(windows):
         block = Block(window, tuple(years))
-        cube.write_block(path, block, cells(block, seed=seed + i))
+        write_block(path, block, cells(block, seed=seed + i))
 
 
 def whole(path):
@@ -91,7 +92,7 @@ def test_years_long_past_are_written_and_read(tmp_path):
 def test_written_block_is_read_back_and_nothing_else_changes(path):
     block = Block(Window(16, 32, 16, 16), (2000, 2001, 2005, 2006))
     data = cells(block)
-    cube.write_block(path, block, data)
+    write_block(path, block, data)
     ds = whole(path)
     part = ds.isel(latitude=slice(16, 32), longitude=slice(32, 48), time=slice(4))
     assert np.array_equal(part["land_cover"].values, data["land_cover"])
@@ -101,9 +102,9 @@ def test_written_block_is_read_back_and_nothing_else_changes(path):
     assert (ds["land_cover"].isel(time=4).values == 0).all()
     digests = ledger.recorded(path)
     assert set(digests) == {(16, 32, year) for year in block.years}
-    cube.write_block(path, block, data)
+    write_block(path, block, data)
     assert ledger.recorded(path) == digests
-    cube.write_block(path, block, cells(block, seed=1))
+    write_block(path, block, cells(block, seed=1))
     assert ledger.recorded(path) != digests
     files = {name: len([p for p in path.glob(f"{name}/c/**/*") if p.is_file()]) for name in VARIABLES}
     assert files == dict.fromkeys(VARIABLES, 1) | {"fraction": 2}
@@ -128,16 +129,16 @@ def test_a_shard_is_recorded_when_all_its_years_are_there_in_any_order(path):
 def test_only_whole_shards_are_written(path, window):
     block = Block(window, (2000,))
     with pytest.raises(ValueError, match="not a whole shard"):
-        cube.write_block(path, block, cells(block))
+        write_block(path, block, cells(block))
 
 
 def test_wrong_shapes_and_types_are_refused(path):
     block = Block(Window(0, 0, 16, 16), (2000,))
     data = cells(block)
     with pytest.raises(ValueError, match=r"fraction of block .* expected uint16"):
-        cube.write_block(path, block, {**data, "fraction": data["fraction"][:, 1:]})
+        write_block(path, block, {**data, "fraction": data["fraction"][:, 1:]})
     with pytest.raises(ValueError, match="land_cover of block"):
-        cube.write_block(path, block, {**data, "land_cover": data["land_cover"].astype(np.int16)})
+        write_block(path, block, {**data, "land_cover": data["land_cover"].astype(np.int16)})
 
 
 def test_cube_of_another_configuration_is_refused_and_kept(path):
@@ -250,7 +251,7 @@ def test_overviews_hold_the_class_of_most_cells(tmp_path):
     block = Block(window, (2000, 2001))
     data = cells(block)
     codes = np.where(np.arange(96)[:, None] < 30, LEGEND.fill.code, np.sort(data["land_cover"], axis=-1)).astype(np.uint8)
-    cube.write_block(path, block, {**data, "land_cover": codes})
+    write_block(path, block, {**data, "land_cover": codes})
     cube.show(path)
     levels = zarr.open_group(path, mode="r").attrs["multiscales"]["layout"]
     assert [level["asset"] for level in levels] == ["land_cover", "overviews/1/land_cover"]

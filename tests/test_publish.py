@@ -44,6 +44,7 @@ from ai4land.grid import Window, make_grid
 from ai4land.legend import Legend, load_legend
 from ai4land.publish import publish
 from ai4land.template import FRACTION_EMPTY, SCALE
+from ai4land.writer import write_block
 from tests.test_catalog import make_item, save, write_cog
 from tests.test_checkpoint import card, network
 
@@ -77,7 +78,7 @@ def write_years(place: str | Path, window: Window, years: list[int], legend: Leg
     sure = np.full(codes.shape, SCALE, np.uint8)
     fraction = np.full((len(years), legend.n, *codes.shape[1:]), FRACTION_EMPTY, np.uint16)
     arrays = {"land_cover": codes, "most_likely": codes, "fraction": fraction, "confidence": sure, "change_probability": sure}
-    cube.write_block(place, cube.Block(window, tuple(years)), arrays)
+    write_block(place, cube.Block(window, tuple(years)), arrays)
 
 
 def make_cube(

@@ -25,6 +25,7 @@ from ai4land.reconstruct import land_of, plan_blocks
 from ai4land.rivals import Wanted
 from ai4land.template import FRACTION_EMPTY, FRACTION_SCALE
 from ai4land.unet import UNet
+from ai4land.writer import write_block
 
 YEARS = [2000, 2001, 2002, 2003]
 
@@ -79,7 +80,7 @@ def make_cube(run: RunConfig, name: str, *, observed: bool, keep: int | None = N
         codes = source.legend.decode(index)
         arrays = {"land_cover": codes, "most_likely": codes, "confidence": sure, "change_probability": sure}
         arrays["fraction"] = np.where(index[:, None] == 255, FRACTION_EMPTY, unit).astype(np.uint16)
-        cube.write_block(path, block, arrays)
+        write_block(path, block, arrays)
     cube.show(path)
 
 

@@ -20,6 +20,7 @@ from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.grid import Window, make_grid
 from ai4land.stores import delete, inside, names, read, write
 from ai4land.verify import strike, verify
+from ai4land.writer import Writer
 
 
 @pytest.fixture(params=["folder", "s3", "memory"])
@@ -85,7 +86,7 @@ def test_years_of_one_pixel_are_few_reads(bucket, s3):
     place, window, years = inside(bucket, "years.zarr"), Window(0, 0, 512, 512), list(range(1900, 1920))
     cube.create(place, identity={}, land=[window], **{**ABOUT, "grid": grid, "years": years, "years_a_shard": 10})
     made = cells(cube.Block(window, (1900,)))
-    writer = cube.Writer(place, window)
+    writer = Writer(place, window)
     for year in years:
         made["land_cover"] = np.roll(made["land_cover"], 1, axis=-1)
         writer.add(year, {name: a[0] for name, a in made.items()})
@@ -179,7 +180,7 @@ def test_a_claim_that_nobody_renews_is_taken_over_and_its_tasks_write_no_more(bu
     cube.create(path, identity={}, land=PAIRS, **ABOUT)
     dead = {"token": "t", "host": "elsewhere", "pid": 1, "since": "2026", "beat": 3}
     write(ledger.ledger_path(path), ledger.CLAIM, claims.json.dumps(dead).encode())
-    orphan = cube.Writer(path, PAIRS[0], token="t")
+    orphan = Writer(path, PAIRS[0], token="t")
     check_claim(path, "t")
     with claim(path, tell=told.append):
         assert "was held by process 1 on elsewhere; looking for up to" in told[0]
