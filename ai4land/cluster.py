@@ -25,12 +25,17 @@ SETTINGS = {
     "distributed.worker.profile.interval": "500ms",
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.system-monitor.interval": "2s",
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
     "distributed.scheduler.worker-saturation": 1.0,
     "distributed.scheduler.allowed-failures": 0,
 }
 """Dask's own settings are for tasks of milliseconds; a block takes seconds to minutes. Workers leave it to the C library when to give
 memory back, as a year asks for the sizes of the year before (in one arena, so that what is kept stays small), and are looked at twice a
-second in place of a hundred times. What both gain is ``worker_settings`` of the benchmarks. A worker gets no block before it has a thread for it, so that one that dies takes
+second in place of a hundred times. What both gain is ``worker_settings`` of the benchmarks. They hold no data of Dask's that it could put aside: a worker that it
+paused for its memory would wait for ever, so memory is left to SLURM and the kernel. A worker gets no block before it has a thread for it, so that one that dies takes
 along what it had in hand and no more; whether that is tried again is up to who submitted it, not to the scheduler."""
 
 

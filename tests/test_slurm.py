@@ -129,6 +129,18 @@ def test_a_job_that_would_never_run_is_refused_with_its_directive(jobs, settings
 
 
 @pytest.mark.slurm
+def test_a_worker_that_needs_more_memory_than_was_thought_is_not_paused(jobs):
+    """Dask would pause it at 80 % of what its job asks for, and have it wait for ever, as there is nothing to put aside."""
+    with jobs(1, memory=4e7) as client:
+        client.wait_for_workers(1, timeout=60)
+        (info,) = workers_of(client).values()
+        until(lambda: next(iter(workers_of(client).values()))["metrics"]["memory"] > info["memory_limit"])
+        time.sleep(1.0)  # some looks of Dask at its memory
+        assert client.submit(sum, [1, 2]).result(timeout=30) == 3
+        assert client.run(lambda dask_worker: dask_worker.status.name).popitem()[1] == "running"
+
+
+@pytest.mark.slurm
 def test_a_stranger_without_the_certificate_is_refused(jobs):
     with jobs(1) as client:
         client.wait_for_workers(1, timeout=60)
