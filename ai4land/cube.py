@@ -111,7 +111,10 @@ def create(
         "Conventions": "CF-1.11",
         "title": title,
         "source": source,
-        "history": history(identity.get("model")) if found is None else found["attributes"]["history"],
+        # What the ledger says counts before what the cube says: it has a checksum.
+        "history": history(identity.get("model"))
+        if found is None
+        else (kept["documents"][""] if kept else found)["attributes"]["history"],
         "references": legend.references,
         **(attrs or {}),
         "ai4land_identity": about,

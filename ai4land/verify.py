@@ -112,7 +112,7 @@ def _lacking(place: Place, template: dict[str, object], there: set[str]) -> Iter
 
 
 def strike(place: Place, damages: list[Damage]) -> set[ledger.Key]:
-    """Take what is damaged from the ledger and out of the cube, so that it is done again; nobody may be writing.
+    """Take what is damaged from the ledger and out of the cube, metadata too, so that it is done again; nobody may be writing.
 
     Returns
     -------
@@ -122,6 +122,6 @@ def strike(place: Place, damages: list[Damage]) -> set[ledger.Key]:
     keys = {key for damage in damages for key in damage.keys}
     ledger.strike(place, keys)
     for damage in damages:
-        if "/c/" in damage.name:
+        if not damage.name.startswith("shard "):
             delete(place, damage.name)
     return keys

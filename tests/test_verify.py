@@ -94,6 +94,18 @@ def test_what_is_struck_is_to_be_done_again(path):
     assert verify(path) == [] and len(json.loads((path / "zarr.json").read_text())) > 1
 
 
+@pytest.mark.parametrize("word", [b"created by", b'"legend": "hilda', b'"shape"', b"flag_meanings"])
+def test_damaged_metadata_are_written_again_from_the_ledger(path, word):
+    before = {p: p.read_bytes() for p in objects(path)}
+    whole = (path / "zarr.json").read_bytes()
+    assert word in whole
+    (path / "zarr.json").write_bytes(whole.replace(word, word[:-1] + b"X", 1))
+    strike(path, verify(path))
+    cube.create(path, identity={}, land=PAIRS, **ABOUT)
+    cube.show(path)
+    assert {p: p.read_bytes() for p in objects(path)} == before and verify(path) == []
+
+
 def test_a_cube_without_its_ledger_cannot_be_told(path):
     (ledger.ledger_path(path) / "template.json").unlink()
     with pytest.raises(DataError, match="has no whole template"):
