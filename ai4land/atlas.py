@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pyproj import CRS, Transformer
 from pyproj.exceptions import CRSError
 
+from ai4land.describe import Flag
 from ai4land.errors import DataError
 from ai4land.grid import FINE_DIMS
 from ai4land.stores import folder_of, open_place
@@ -40,15 +41,6 @@ METRES = 111_320.0
 _OVERVIEW = re.compile(r"[A-Za-z0-9_]+(?:/[A-Za-z0-9_]+)*/land_cover")
 _MAKE = "make one with: ai4land reconstruct RUN.yaml"
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A class of the legend."""
-
-    code: int
-    name: str
-    colour: str
 
 
 @dataclass(frozen=True)
@@ -96,8 +88,8 @@ class Part:
     name: str
     attrs: dict[str, Any]
     years: tuple[int, ...]
-    legend: tuple[Entry, ...]
-    fill: Entry
+    legend: tuple[Flag, ...]
+    fill: Flag
     levels: tuple[Level, ...]
     crs: CRS
     bounds: tuple[float, float, float, float]
@@ -256,7 +248,7 @@ def _bounds(level: Level, crs: CRS) -> tuple[float, float, float, float]:
     return max(west, -180.0), max(south, -90.0), min(east, 180.0), min(north, 90.0)
 
 
-def _legend(codes: zarr.Array[Any], label: str) -> tuple[Entry, tuple[Entry, ...]]:
+def _legend(codes: zarr.Array[Any], label: str) -> tuple[Flag, tuple[Flag, ...]]:
     """Read the CF flags; what does not fit together is refused, as a wrong colour would not be seen."""
     if codes.dtype != np.uint8:
         raise DataError(f"land_cover of {label} is {codes.dtype}, expected class codes as uint8")
@@ -272,10 +264,10 @@ def _legend(codes: zarr.Array[Any], label: str) -> tuple[Entry, tuple[Entry, ...
     bad = [c for c in colours if not _COLOUR.fullmatch(c)]
     if bad:
         raise DataError(f"flag_colors of {label} has {bad[0][:40]!r}, expected colours as #rrggbb; write them so")
-    entries = [Entry(v, n.replace("_", " "), c.lower()) for v, n, c in zip(values, names, colours, strict=True)]
+    entries = [Flag(v, n.replace("_", " "), c.lower()) for v, n, c in zip(values, names, colours, strict=True)]
     code = int(codes.fill_value)
-    fill = next((e for e in entries if e.code == code), Entry(code, "not mapped", "#000000"))
-    return Entry(code, fill.name, fill.colour), tuple(e for e in entries if e.code != code)
+    fill = next((e for e in entries if e.code == code), Flag(code, "not mapped", "#000000"))
+    return Flag(code, fill.name, fill.colour), tuple(e for e in entries if e.code != code)
 
 
 def _zooms(levels: list[Level], crs: CRS, bounds: tuple[float, float, float, float]) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from ai4land.ensemble import Ensemble
 from ai4land.errors import DataError, MismatchError
 from ai4land.features import FeatureSpec
 from ai4land.legend import Legend
+from ai4land.stores import write_atomically
 from ai4land.unet import UNet
 
 WEIGHTS = "model.safetensors"
@@ -65,20 +65,6 @@ class Card(BaseModel):
     split: str
     store: str
     training: dict[str, Any]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_model(folder: Path, members: list[dict[str, torch.Tensor]], card: Card) -> Card:

@@ -18,8 +18,6 @@ from ai4land.inputs import Tell
 _log = logging.getLogger(__name__)
 LICENCE = re.compile(r"^[\w\-.+]+$")
 """What STAC takes as a licence: an SPDX identifier or ``other``."""
-_ASKS = {"CC0-1.0": 0, "CC-PDM-1.0": 0, "CC-BY-4.0": 1, "CC-BY-SA-4.0": 2}
-"""Licences of which each holds for a mix with those that ask for less."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,4 @@ def licence_of(run: RunConfig, m: Map, credits: Sequence[Credit]) -> str:
     if not run.sources:
         said = str(m.attrs.get("license", ""))
         return said if LICENCE.match(said) else "other"
-    every = {sources.licence_of(run.sources), *(c.licence for c in credits[len(set(run.sources)) :])}
-    if len(every) == 1:
-        return every.pop()
-    return max(sorted(every), key=_ASKS.__getitem__) if every <= _ASKS.keys() else "other"
+    return sources.mix({sources.licence_of(run.sources), *(c.licence for c in credits[len(set(run.sources)) :])})

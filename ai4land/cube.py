@@ -201,9 +201,6 @@ def show(place: Place) -> list[int]:
     return years
 
 
-finish = show
-
-
 def visible(document: Mapping[str, Any], count: int) -> dict[str, Any]:
     """Cut the metadata of an array to its first years."""
     made = deepcopy(dict(document))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ai4land import cube, ledger, plot
-from ai4land.checkpoint import load_card, write_atomically
+from ai4land.checkpoint import load_card
 from ai4land.config import RunConfig
 from ai4land.cost import STATIC_BYTES, Rates, Work, count, estimate, network_of
 from ai4land.errors import DataError, MismatchError
@@ -26,6 +26,7 @@ from ai4land.reconstruct import plan_blocks
 from ai4land.rivals import RIVALS, Wanted, coarse_slices, rival_maps
 from ai4land.splits import TEST, VALIDATION, Scored, Split, load_split
 from ai4land.stages import method_of
+from ai4land.stores import write_atomically
 from ai4land.totals import STATEMENTS
 
 _log = logging.getLogger(__name__)

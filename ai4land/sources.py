@@ -8,7 +8,7 @@ its states) and ``ai4land:access`` (how to get it). The years of the files are i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -188,9 +188,13 @@ def licence_of(names: Iterable[str]) -> str:
     >>> licence_of(["hildaplus-v2", "chelsa-bioclim"]), licence_of(["hildaplus-v2", "luh2-v2h"]), licence_of(["esa-cci-lc", "luh2-v2h"])
     ('CC-BY-4.0', 'CC-BY-SA-4.0', 'other')
     """
-    licences = {source.licence for source in credits_of(names)}
+    return mix({source.licence for source in credits_of(names)})
+
+
+def mix(licences: Set[str]) -> str:
+    """Say the licence of a mix, by the rule of :func:`licence_of`."""
     if len(licences) == 1:
-        return licences.pop()
+        return next(iter(licences))
     if licences and licences <= {*_FREE, _BY}:
         return _BY
     return _SHARE_ALIKE if _SHARE_ALIKE in licences and licences <= {*_FREE, _BY, _SHARE_ALIKE} else OTHER

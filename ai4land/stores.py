@@ -8,6 +8,7 @@ brought to the disk under another name and moved into place, an object store doe
 from __future__ import annotations
 
 import datetime as dt
+import glob
 import os
 import uuid
 from collections.abc import Iterator
@@ -129,20 +130,24 @@ def write(place: Place, name: str, data: bytes) -> None:
         if folder is None:
             sync(open_place(place).set(name, cpu.Buffer.from_bytes(data)))
             return
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
-        try:
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-            _to_disk(path.parent)
-        except BaseException:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise
+        write_atomically(folder / name, data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old or the new content, never half of it, also after the machine has failed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _to_disk(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def _to_disk(folder: Path) -> None:
@@ -168,8 +173,12 @@ def names(place: Place, prefix: str = "") -> list[str]:
     """List the objects below a place, by their sorted names in it, what is being written left out."""
     folder = folder_of(place)
     if folder is not None:
-        found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix != ".partial")
-        return sorted(name for name in found if name.startswith(prefix))
+        inner, _, start = prefix.rpartition("/")
+        tops = (folder / inner).glob(f"{glob.escape(start)}*")
+        found = (
+            p for top in tops for p in ([top] if top.is_file() else top.rglob("*")) if p.is_file() and p.suffix != ".partial"
+        )
+        return sorted(p.relative_to(folder).as_posix() for p in found)
 
     async def listed(store: Store) -> list[str]:
         return [key async for key in store.list_prefix(prefix)]

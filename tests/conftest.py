@@ -19,10 +19,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import dask
 import numpy as np
+import pystac
 import pytest
 import xarray as xr
 from distributed import Client
 from proxy import Proxy
+from pystac.stac_io import DefaultStacIO
+from pystac.validation.stac_validator import JsonSchemaSTACValidator
 from scipy import ndimage
 
 from ai4land import stores
@@ -42,6 +45,25 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real test data not found at {folder}; set AI4LAND_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="module")
+def schemas() -> Iterator[JsonSchemaSTACValidator]:
+    """A validator of STAC that finds the extensions' schemas in a folder, from ``AI4LAND_STAC_SCHEMAS`` or beside the project; skips where it is absent."""
+    folder = Path(os.environ.get("AI4LAND_STAC_SCHEMAS", ROOT.parent / "shared" / "stac-schemas"))
+    if not folder.is_dir():
+        pytest.skip(f"STAC schemas not found at {folder}; set AI4LAND_STAC_SCHEMAS")
+
+    class Offline(DefaultStacIO):
+        def read_text_from_href(self, href, **more):
+            if href.startswith("https://"):
+                return (folder / href.split("://")[1].split("#")[0]).read_text(encoding="utf-8")
+            return super().read_text_from_href(href, **more)
+
+    before = pystac.StacIO.default
+    pystac.StacIO.set_default(Offline)
+    yield JsonSchemaSTACValidator()
+    pystac.StacIO.default = before
 
 
 @dataclass(frozen=True)

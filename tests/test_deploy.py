@@ -19,7 +19,7 @@ import yaml
 from ai4land.cluster import SETTINGS
 from ai4land.errors import ConfigError
 from ai4land.slurm import slurm
-from tests.conftest import start_slurm, until
+from tests.conftest import squeue, start_slurm, until
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 MN5 = DEPLOY / "mn5"
@@ -327,7 +327,8 @@ def test_slurm_takes_the_batch_file(machine, file):
 def test_slurm_takes_the_jobs_of_dask(machine, tmp_path, name):
     shape = {"threads": 1, "cores": 1, "memory": 1e9, "folder": tmp_path, "settings": SETTINGS, "tell": print}
     with configuration(MN5 / f"jobqueue-{name}.yaml"), slurm(1, **shape):
-        pass
+        until(lambda: len(squeue("%i")) == 1)
+    assert not squeue("%i", "-t", "RUNNING,PENDING")
 
 
 def sbatch(*arguments: object, **environment: str) -> str:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -25,7 +24,6 @@ import zarr
 from matplotlib.image import imread
 from moto.server import ThreadedMotoServer
 from obstore.store import HTTPStore
-from pystac.stac_io import DefaultStacIO
 from pystac.validation import JsonSchemaSTACValidator, validate_dict
 from pystac_client import Client
 from starlette.applications import Starlette
@@ -133,24 +131,6 @@ def make_run(folder: Path, *, legend: Legend = HILDA, model: bool = True, **chan
     weights = save_model(run.folder, [net.state_dict()], card(net)).weights if model else ""
     make_cube(run.folder / "cube.zarr", years=YEARS, legend=legend, model=weights)
     return run
-
-
-@pytest.fixture(scope="module")
-def schemas() -> Iterator[JsonSchemaSTACValidator]:
-    folder = Path(os.environ.get("AI4LAND_STAC_SCHEMAS", ROOT.parent / "shared" / "stac-schemas"))
-    if not folder.is_dir():
-        pytest.skip(f"STAC schemas not found at {folder}; set AI4LAND_STAC_SCHEMAS")
-
-    class Offline(DefaultStacIO):
-        def read_text_from_href(self, href, **more):
-            if href.startswith("https://"):
-                return (folder / href.split("://")[1].split("#")[0]).read_text(encoding="utf-8")
-            return super().read_text_from_href(href, **more)
-
-    before = pystac.StacIO.default
-    pystac.StacIO.set_default(Offline)
-    yield JsonSchemaSTACValidator()
-    pystac.StacIO.default = before
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import pystac
 import pytest
 import yaml
-from pystac.stac_io import DefaultStacIO
-from pystac.validation import JsonSchemaSTACValidator, validate_dict
+from pystac.validation import validate_dict
 from pystac.validation.stac_validator import STACValidator
 
 from ai4land.errors import ConfigError
@@ -22,22 +20,6 @@ FILE_EXTENSION = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
 DOCUMENTS = sorted(catalog_path().parent.rglob("*.json"))
 HASHES = {"1220": 32, "d50110": 16}
 """Prefixes of multihashes (code and length): SHA-256 and MD5; bytes of each."""
-
-
-@pytest.fixture(scope="module")
-def schemas():
-    folder = Path(os.environ.get("AI4LAND_STAC_SCHEMAS", ROOT.parent / "shared" / "stac-schemas"))
-    if not folder.is_dir():
-        pytest.skip(f"STAC schemas not found at {folder}; set AI4LAND_STAC_SCHEMAS")
-
-    class Offline(DefaultStacIO):
-        def read_text_from_href(self, href, **_):
-            return (folder / href.split("://")[1].split("#")[0]).read_text(encoding="utf-8")
-
-    before = pystac.StacIO.default
-    pystac.StacIO.set_default(Offline)
-    yield JsonSchemaSTACValidator()
-    pystac.StacIO.default = before
 
 
 def read(path):

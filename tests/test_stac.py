@@ -10,7 +10,6 @@ from ai4land.describe import read_map
 from ai4land.grid import make_grid
 from ai4land.stac import classes, collection, credit_fields, item, plain, year_end, year_start
 from tests.test_describe import make
-from tests.test_publish import schemas  # noqa: F401 a fixture
 
 
 def test_a_collection_says_what_the_cube_says(tmp_path):
@@ -66,7 +65,7 @@ def test_plain_text_has_no_markup(text):
 
 
 @pytest.mark.parametrize("crs", ["EPSG:3035", "+proj=laea +lat_0=50 +lon_0=9 +x_0=4000000 +y_0=3000000 +datum=WGS84 +type=crs"])
-def test_objects_of_a_projected_grid_are_valid(tmp_path, crs, schemas):  # noqa: F811 the fixture
+def test_objects_of_a_projected_grid_are_valid(tmp_path, crs, schemas):
     grid = make_grid((4e6, 2e6, 4.2e6, 2.2e6), coarse_cell=50_000, factor=4, shard=8, origin=(0.0, 6e6), crs=crs)
     m = read_map(make(tmp_path / "c.zarr", grid=grid, years=(850, 900)), id="a", title="A")
     about = collection(m, credits=[], licence="other", cube="c", root="c", assets={})
