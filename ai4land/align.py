@@ -1,8 +1,9 @@
 """One analysis-ready store: maps, static layers and coarse states on one grid, with exact coordinates.
 
-Zarr v3, sharded. Fine arrays have the shards of the grid; the coarse states stay coarse. The store is written beside its
-place and moved there when it is whole, so a store that exists is complete. It says in its attributes what it was made
-from (``identity``), and a store made from anything else is refused.
+Zarr v3, sharded. Fine arrays have the shards of the grid and are made shard by shard, on Dask where there are workers: no
+layer is ever in memory whole. The coarse states stay coarse. The store is written beside its place and moved there when it
+is whole, so a store that exists is complete. It says in its attributes what it was made from (``identity``), and a store made
+from anything else is refused.
 """
 
 from __future__ import annotations
@@ -12,34 +13,50 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import rasterio
 import xarray as xr
 import zarr
+from distributed import Client
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
+from ai4land.crowd import each
 from ai4land.errors import DataError, MismatchError
-from ai4land.gaps import check_finite, fill_gaps
-from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid
+from ai4land.gaps import fill_far, fill_near, stand_ins
+from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window
 from ai4land.legend import Legend
 from ai4land.template import chunk_side
 
 _log = logging.getLogger(__name__)
+_CACHE = 256
+"""MB that GDAL keeps of the files that a worker reads; its own measure is a share of the memory of the machine."""
+_OVERHEAD = 1.5e9
+"""Bytes of a worker beside the layers of its block: libraries, GDAL's cache, a strip of a source."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A static map to be read: ``read()`` gives it on the fine grid, NaN where it has no value."""
+    """A static map: ``read(window)`` gives its cells on the fine grid, NaN where it has no value.
+
+    Workers read it too, so that ``read`` must be picklable where there are any.
+    """
 
     name: str
     categorical: bool
-    read: Callable[[], xr.DataArray]
+    read: Callable[[Window], NDArray[np.float32]]
+
+
+def of_array(values: NDArray[Any]) -> Callable[[Window], NDArray[Any]]:
+    """Make what reads windows of an array that is in memory."""
+    return lambda window: values[window.slices]
 
 
 def write_store(
@@ -47,12 +64,12 @@ def write_store(
     *,
     grid: Grid,
     legend: Legend,
-    mask: NDArray[np.bool_],
-    maps: Iterable[tuple[int, NDArray[np.uint8]]],
-    observed_years: list[int],
+    mask: Callable[[Window], NDArray[np.bool_]],
+    maps: Mapping[int, Callable[[Window], NDArray[np.uint8]]],
     coarse: xr.DataArray,
-    layers: list[Layer],
+    layers: Sequence[Layer],
     identity: dict[str, Any],
+    client: Client | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """Write the analysis-ready store.
@@ -60,85 +77,229 @@ def write_store(
     Parameters
     ----------
     path
-        Of the store to make.
+        Of the store to make; workers must see it under the same name.
     grid, legend
         Of the run.
     mask
-        Fine cells that are mapped.
+        From a window to its cells that are mapped.
     maps
-        Year and class codes on the fine grid, for each of ``observed_years`` in order.
+        From the observed years, ascending, to what reads a window of the year's map as class codes.
     coarse
         Scenario, ``(year, state, coarse_latitude, coarse_longitude)`` on ``grid.coarse``.
     layers
-        Static maps. Gaps inside the mask are filled from the nearest cell that has a value.
+        Static maps. Gaps inside the mask are filled from the nearest cell that has a value within a coarse cell's breadth,
+        beyond it from the nearest coarse cell that has one (:mod:`ai4land.gaps`).
     identity
         What the store is made from: plain values.
+    client
+        Of the workers that do the shards; this process does one after the other if None.
     progress
         Called with a line about each step.
 
     Raises
     ------
     DataError
-        If a layer has no value in the mask, or a map has no class there.
+        If no cell is mapped, a layer has no value in the mask, or a map has no class there.
+    WorkerError
+        If workers die so that a shard is never done.
     """
     tell = progress or _log.info
+    if list(maps) != sorted(maps):
+        raise DataError(f"maps come in the order {list(maps)}, expected ascending years; sort them")
     part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     _sweep(path)
     part.parent.mkdir(parents=True, exist_ok=True)
-    group = zarr.create_group(part, zarr_format=3)
-    side, shape, shard = chunk_side(grid), grid.shape, grid.shard
-
-    def create(name: str, lead: tuple[int, ...], dims: tuple[str, ...], dtype: str, fill: float, whole: int) -> Any:
-        return group.create_array(
-            name,
-            shape=(*lead, *shape),
-            dtype=dtype,
-            chunks=(*lead[:whole], *(1,) * (len(lead) - whole), side, side),
-            shards=(*lead[:whole], *(1,) * (len(lead) - whole), shard, shard),
-            fill_value=fill,
-            dimension_names=(*dims, *FINE_DIMS),
-            compressors=ZstdCodec(level=3),
-        )
-
     try:
-        for name, values in grid.coords().items():
-            _coordinate(group, name, name, values)
-        _coordinate(group, "feature", "feature", np.array([layer.name for layer in layers]))
-        _coordinate(group, "categorical", "feature", np.array([layer.categorical for layer in layers]))
-        _coordinate(group, "year", "year", coarse["year"].values.astype(np.int64))
-        _coordinate(group, "observed_year", "observed_year", np.array(observed_years, dtype=np.int64))
-        _coordinate(group, "state", "state", coarse["state"].values.astype(str))
-        create("mask", (), (), "uint8", 0, 0)[...] = mask.astype(np.uint8)
+        _create(part, grid, legend, list(maps), coarse, layers)
         tell(f"scenario: {coarse.sizes['year']} years of {coarse.sizes['state']} states")
-        states = group.create_array(
-            "coarse",
-            shape=coarse.shape,
-            dtype="float32",
-            chunks=(1, *coarse.shape[1:]),
-            fill_value=np.nan,
-            dimension_names=("year", "state", *COARSE_DIMS),
-            compressors=ZstdCodec(level=3),
-        )
-        states[...] = coarse.values.astype(np.float32)
-        static = create("static", (len(layers),), ("feature",), "float32", np.nan, 1)
-        fields = np.empty((len(layers), *shape), dtype=np.float32)
-        for index, layer in enumerate(layers):
-            fields[index] = _static(layer, mask, grid, tell)
-        static[...] = fields
-        cover = create("land_cover", (len(observed_years),), ("observed_year",), "uint8", legend.fill.code, 0)
-        for index, (wanted, (year, codes)) in enumerate(zip(observed_years, maps, strict=True)):
-            if year != wanted:
-                raise DataError(f"maps come with year {year}, expected {wanted}; give them in the order of the years")
-            if not (codes[mask] != legend.fill.code).any():
-                raise DataError(f"map of {year} has no class on any mapped cell, expected land; look at the file")
-            cover[index] = codes
-            tell(f"land cover: {year}")
-        group.attrs.update({"grid": grid.to_dict(), "legend": legend.model_dump(mode="json"), "identity": identity})
+        _write_cover(part, grid, legend, mask, maps, client, tell)
+        _write_static(part, grid, layers, client, tell)
+        zarr.open_group(part, mode="r+").attrs.update({"identity": identity})
         if path.exists():
             shutil.rmtree(path)
         part.replace(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def block_memory(grid: Grid, layers: int) -> float:
+    """Estimate the bytes that a worker needs which does one shard at a time: its layers as read, as stored and as packed."""
+    return _OVERHEAD + 3.0 * 4 * layers * (grid.shard + 2 * grid.factor) ** 2
+
+
+def _create(part: Path, grid: Grid, legend: Legend, observed: list[int], coarse: xr.DataArray, layers: Sequence[Layer]) -> None:
+    """Write coordinates, attributes and the scenario, and lay out the fine arrays."""
+    group = zarr.create_group(part, zarr_format=3)
+    side, shard = chunk_side(grid), grid.shard
+    for name, values in grid.coords().items():
+        _coordinate(group, name, name, values)
+    _coordinate(group, "feature", "feature", np.array([layer.name for layer in layers]))
+    _coordinate(group, "categorical", "feature", np.array([layer.categorical for layer in layers]))
+    _coordinate(group, "year", "year", coarse["year"].values.astype(np.int64))
+    _coordinate(group, "observed_year", "observed_year", np.array(observed, dtype=np.int64))
+    _coordinate(group, "state", "state", coarse["state"].values.astype(str))
+    states = group.create_array(
+        "coarse",
+        shape=coarse.shape,
+        dtype="float32",
+        chunks=(1, *coarse.shape[1:]),
+        fill_value=np.nan,
+        dimension_names=("year", "state", *COARSE_DIMS),
+        compressors=ZstdCodec(level=3),
+    )
+    states[...] = coarse.values.astype(np.float32)
+    fine: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...], str, float]] = {
+        "mask": ((), (), (), "uint8", 0),
+        "static": ((len(layers),), (len(layers),), ("feature",), "float32", np.nan),
+        "land_cover": ((len(observed),), (1,), ("observed_year",), "uint8", legend.fill.code),
+    }
+    for name, (lead, depth, dims, dtype, fill) in fine.items():
+        group.create_array(
+            name,
+            shape=(*lead, *grid.shape),
+            dtype=dtype,
+            chunks=(*depth, side, side),
+            shards=(*depth, shard, shard),
+            fill_value=fill,
+            dimension_names=(*dims, *FINE_DIMS),
+            compressors=ZstdCodec(level=3),
+        )
+    group.attrs.update({"grid": grid.to_dict(), "legend": legend.model_dump(mode="json")})
+
+
+def _write_cover(
+    part: Path,
+    grid: Grid,
+    legend: Legend,
+    mask: Callable[[Window], NDArray[np.bool_]],
+    maps: Mapping[int, Callable[[Window], NDArray[np.uint8]]],
+    client: Client | None,
+    tell: Callable[[str], None],
+) -> None:
+    task = partial(_cover, store=str(part), mask=mask, maps=list(maps.values()), fill=legend.fill.code)
+    counts = np.zeros(1 + len(maps), dtype=np.int64)
+    for _, made in _shards("land cover", task, grid.shards(), client, tell):
+        counts += made
+    mapped, *classes = counts.tolist()
+    if not mapped:
+        raise DataError(
+            f"no cell is mapped in {grid.bounds}, expected some: the reference map has no class there, or the scenario no value; "
+            "look at the two, at grid.bbox and at scenario.mask"
+        )
+    for year, count in zip(maps, classes, strict=True):
+        if not count:
+            raise DataError(f"map of {year} has no class on any mapped cell, expected land; look at the file")
+        tell(f"land cover: {year}, a class on {count / mapped:.2%} of the mapped cells")
+
+
+def _write_static(part: Path, grid: Grid, layers: Sequence[Layer], client: Client | None, tell: Callable[[str], None]) -> None:
+    task = partial(_static, store=str(part), grid=grid, layers=layers)
+    stand_in = np.full((len(layers), *grid.coarse.shape), np.nan, dtype=np.float32)
+    mapped, gaps, far = 0, np.zeros(len(layers), dtype=int), np.zeros(len(layers), dtype=int)
+    later: list[Window] = []
+    for w, (cells, missing, left, values) in _shards("static layers", task, grid.shards(), client, tell):
+        mapped, gaps, far = mapped + cells, gaps + missing, far + left
+        stand_in[:, *_coarse(w, grid).slices] = values
+        if left.any():
+            later.append(w)
+    for layer, values, missing, left in zip(layers, stand_in, gaps, far, strict=True):
+        if not np.isfinite(values).any():
+            raise DataError(
+                f"static layer {layer.name} is all nodata on the mapped cells, expected values; look at its file, grid and longitudes"
+            )
+        values[:] = fill_near(values, mask=np.ones(values.shape, dtype=bool))
+        filled = f", {missing / mapped:.2%} of the cells filled from the nearest" if missing else ""
+        farther = f", {left / mapped:.2%} from farther than a coarse cell" if left else ""
+        tell(f"static layer: {layer.name}{filled}{farther}")
+    jobs = [(w, stand_in[:, *_coarse(w, grid).slices]) for w in sorted(later)]
+    for _ in _shards("static layers, gaps", partial(_far, store=str(part), factor=grid.factor), jobs, client, tell):
+        pass
+
+
+def _coarse(w: Window, grid: Grid) -> Window:
+    """Coarse cells of a shard."""
+    f = grid.factor
+    return Window(w.row // f, w.col // f, w.height // f, w.width // f)
+
+
+def _shards(
+    what: str, task: Callable[[Any], Any], items: Sequence[Any], client: Client | None, tell: Callable[[str], None]
+) -> Iterator[tuple[Any, Any]]:
+    """Do a task for every shard, and tell of each tenth of them where there are many."""
+    step = max(len(items) // 10, 10)
+    for count, outcome in enumerate(each(task, items, client=client), start=1):
+        if count % step == 0 and count < len(items):
+            tell(f"{what}: {count} of {len(items)} shards")
+        yield outcome
+
+
+# -- the tasks of a shard, done by this process or by workers ------------------------------------------------------------------
+
+
+def _cover(
+    w: Window,
+    *,
+    store: str,
+    mask: Callable[[Window], NDArray[np.bool_]],
+    maps: Sequence[Callable[[Window], NDArray[np.uint8]]],
+    fill: int,
+) -> list[int]:
+    """Write mask and maps; returns the mapped cells, and those of them that have a class, map by map."""
+    group: Any = zarr.open_group(store, mode="r+")
+    with rasterio.Env(GDAL_CACHEMAX=_CACHE):
+        inside = mask(w)
+        group["mask"][w.slices] = inside.astype(np.uint8)
+        counts = [int(inside.sum())]
+        for index, read in enumerate(maps):
+            codes = read(w)
+            group["land_cover"][index, *w.slices] = codes
+            counts.append(int(np.count_nonzero(codes[inside] != fill)))
+    return counts
+
+
+def _static(
+    w: Window, *, store: str, grid: Grid, layers: Sequence[Layer]
+) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Write the layers, their gaps filled from near by; returns the mapped cells, the gaps, those that are left, and the stand-ins."""
+    group: Any = zarr.open_group(store, mode="r+")
+    inside = np.asarray(group["mask"][w.slices], dtype=bool)
+    outer = _around(w, grid.factor, grid.shape) if inside.any() else w
+    top, left = w.row - outer.row, w.col - outer.col
+    own = slice(top, top + w.height), slice(left, left + w.width)
+    needs = np.zeros((outer.height, outer.width), dtype=bool)
+    needs[own] = inside
+    fields = np.empty((len(layers), w.height, w.width), dtype=np.float32)
+    gaps, far = np.zeros((2, len(layers)), dtype=np.int64)
+    values = np.empty((len(layers), w.height // grid.factor, w.width // grid.factor), dtype=np.float32)
+    with rasterio.Env(GDAL_CACHEMAX=_CACHE):
+        for k, layer in enumerate(layers):
+            field = layer.read(outer).astype(np.float32, copy=False)
+            gaps[k] = np.count_nonzero(needs & ~np.isfinite(field))
+            values[k] = stand_ins(field[own], mask=inside, factor=grid.factor)
+            fields[k] = fill_near(field, mask=needs, reach=grid.factor)[own]
+            far[k] = np.count_nonzero(inside & ~np.isfinite(fields[k]))
+    group["static"][:, *w.slices] = fields
+    return int(inside.sum()), gaps, far, values
+
+
+def _far(job: tuple[Window, NDArray[np.float32]], *, store: str, factor: int) -> None:
+    """Fill what is left of the gaps of a shard."""
+    w, stand_in = job
+    group: Any = zarr.open_group(store, mode="r+")
+    inside = np.asarray(group["mask"][w.slices], dtype=bool)
+    fields = np.asarray(group["static"][:, *w.slices])
+    for field, values in zip(fields, stand_in, strict=True):
+        field[:] = fill_far(field, mask=inside, stand_in=values, factor=factor)
+    group["static"][:, *w.slices] = fields
+
+
+def _around(w: Window, margin: int, shape: tuple[int, int]) -> Window:
+    """Grow a window by a margin, as far as the grid goes."""
+    row, col = max(w.row - margin, 0), max(w.col - margin, 0)
+    return Window(row, col, min(w.row + w.height + margin, shape[0]) - row, min(w.col + w.width + margin, shape[1]) - col)
+
+
+# -- the store as a whole ------------------------------------------------------------------------------------------------------
 
 
 def _sweep(path: Path) -> None:
@@ -148,19 +309,6 @@ def _sweep(path: Path) -> None:
         pid = left.name.removeprefix(mark).removesuffix(".part")
         if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _static(layer: Layer, mask: NDArray[np.bool_], grid: Grid, tell: Callable[[str], None]) -> NDArray[np.float32]:
-    field = np.asarray(layer.read().values, dtype=np.float32)
-    if not np.isfinite(field[mask]).any():
-        raise DataError(
-            f"static layer {layer.name} is all nodata on the mapped cells, expected values; look at its file, grid and longitudes"
-        )
-    field, share = fill_gaps(field, mask=mask)
-    check_finite(layer.name, field, mask=mask, grid=grid)
-    filled = f", {share:.2%} of the cells filled from the nearest" if share else ""
-    tell(f"static layer: {layer.name}{filled}")
-    return field
 
 
 def _coordinate(group: zarr.Group, name: str, dim: str, values: NDArray[Any]) -> None:

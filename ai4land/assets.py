@@ -23,9 +23,10 @@ from pyproj.exceptions import CRSError
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.filecheck import check_blocks, check_file
-from ai4land.grid import FINE_DIMS, Grid
+from ai4land.grid import FINE_DIMS, Grid, Window
 from ai4land.hrefs import local_path
-from ai4land.raster import Resampling, check_cells, check_lattice, check_longitudes, same_crs
+from ai4land.lattice import check_cells, check_lattice, check_longitudes, same_crs
+from ai4land.raster import Resampling
 from ai4land.rasterfile import reading
 
 
@@ -38,6 +39,7 @@ def load_asset(
     dtype: DTypeLike = "float32",
     nodata: float | None = None,
     patch_url: Callable[[str], str] | None = None,
+    window: Window | None = None,
 ) -> xr.DataArray:
     """Merge one asset of all items into one layer on the fine cells of the grid.
 
@@ -60,6 +62,8 @@ def load_asset(
         Of the result for whole numbers; of the files for floats, where the catalogue does not say. NaN is no value.
     patch_url
         Called with the href of every asset before it is read, for signing.
+    window
+        Cells of the grid to load; all of it if None.
 
     Returns
     -------
@@ -94,11 +98,12 @@ def load_asset(
     if mark is not None and resampling not in ("exact", "nearest"):
         _check_marked(items[0], asset, mark, patch_url)
     fill = float("nan") if mark is None or kind.kind == "f" else mark if given is None else given
+    box = grid.fine if window is None else grid.fine[window.slices]
     names = [str(d) for d in grid.fine.dimensions]
     loaded = odc.stac.load(
         items,
         bands=[asset],
-        geobox=grid.fine,
+        geobox=box,
         resampling="nearest" if resampling == "exact" else resampling,
         dtype=kind.name,
         nodata=fill,
@@ -108,8 +113,8 @@ def load_asset(
         use_overviews=False,
     )
     field = loaded[asset].isel(time=0, drop=True)
-    if field.odc.geobox != grid.fine or field.dims != tuple(names):
-        raise DataError(f"{asset} was loaded on {field.odc.geobox}, expected the grid {grid.fine}; report this with the items")
+    if field.odc.geobox != box or field.dims != tuple(names):
+        raise DataError(f"{asset} was loaded on {field.odc.geobox}, expected the grid {box}; report this with the items")
     attrs: dict[str, str | int] = {k: str(field.attrs[k]) for k in ("units",) if k in field.attrs}
     if mark is not None:
         field = field.where(field != mark, np.full((), fill, dtype=kind))
@@ -117,7 +122,8 @@ def load_asset(
         field = _scaled(field, items, asset)
     else:
         attrs["nodata"] = int(fill)
-    coords = {d: grid.coords()[d] for d in FINE_DIMS}
+    along = (slice(None), slice(None)) if window is None else window.slices
+    coords = {d: grid.coords()[d][a] for d, a in zip(FINE_DIMS, along, strict=True)}
     return xr.DataArray(field.data, dims=FINE_DIMS, coords=coords, name=asset, attrs=attrs)
 
 

@@ -20,7 +20,7 @@ from pystac_client.warnings import FallbackToPystac
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.hrefs import Beyond, CatalogIO, Reach, local_path
-from ai4land.raster import Bounds
+from ai4land.lattice import Bounds
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def find_items(
     reach = Reach.of(catalog, beyond=beyond)
     with _reading(catalog):
         found = _search(str(catalog), collection, boxes, wanted, CatalogIO(reach, headers=headers, timeout=timeout))
-        kept = {i.id: i for i in found if _meets(i, boxes) and _within(i, wanted)}
+        kept = {i.id: i for i in found if meets(i, boxes) and _within(i, wanted)}
         items = [item for _, item in sorted(kept.items())]
         for item in items:
             _absolute(item, reach)
@@ -200,7 +200,8 @@ def _collection(root: pystac.Catalog, api: bool, catalog: str, collection: str) 
     return every[collection]
 
 
-def _meets(item: pystac.Item, boxes: list[Bounds]) -> bool:
+def meets(item: pystac.Item, boxes: list[Bounds]) -> bool:
+    """Whether an item touches one of some boxes; one without a box, and no boxes, count as yes."""
     if not boxes or item.bbox is None:
         return True
     box = item.bbox if len(item.bbox) == 4 else [*item.bbox[:2], *item.bbox[3:5]]

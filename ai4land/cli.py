@@ -167,9 +167,9 @@ def align(run: RunFile, overrides: Overrides = None) -> None:
 
     Example: ai4land align pipelines/bavaria.yaml
     """
-    from ai4land import inputs
+    from ai4land.alignment import align as make
 
-    _out.print(str(inputs.align(load_run(run, overrides or []), tell=_tell)), soft_wrap=True)
+    _out.print(str(make(load_run(run, overrides or []), tell=_tell)), soft_wrap=True)
 
 
 @app.command()

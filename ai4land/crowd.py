@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any, TypeVar
 
 from distributed import Client, Future, KilledWorker, as_completed
 
-from ai4land.errors import WorkerError
+from ai4land.errors import AI4LandError, WorkerError
 
 _log = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ _HOPELESS = 10
 """Tasks that lose their workers again and again before any one succeeds, until all are given up."""
 
 T = TypeVar("T", bound=Hashable)
+Item = TypeVar("Item")
 
 
 def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]], *, client: Client) -> Iterator[tuple[T, Any]]:
@@ -81,3 +83,46 @@ def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]]
             )
         if aside and ended.is_empty():
             submit(aside.pop())
+
+
+def each(task: Callable[[Item], Any], items: Sequence[Item], *, client: Client | None = None) -> Iterator[tuple[Item, Any]]:
+    """Do a task for every item and give each with its result, as they end.
+
+    Parameters
+    ----------
+    task, items
+        Picklable where there are workers. A task may be done twice.
+    client
+        Of the workers; this process does one item after the other if None.
+
+    Raises
+    ------
+    AI4LandError
+        The first that a task raises; what is left is cancelled.
+    WorkerError
+        If workers die so that an item is never done.
+    """
+    if client is None:
+        for item in items:
+            yield item, task(item)
+        return
+
+    def submit(number: int, priority: int = 0) -> Future[Any]:
+        return client.submit(_caught, task, items[number], retries=TRIES - 1, priority=priority, pure=False)
+
+    futures = {submit(number): number for number in range(len(items))}
+    try:
+        for number, outcome in outcomes(futures, partial(submit, priority=1), client=client):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            yield items[number], outcome
+    finally:
+        client.cancel(list(futures))
+
+
+def _caught(task: Callable[[Item], Any], item: Item) -> Any:
+    """Give an error of ours as a result, so that Dask does not try again what no other try would mend."""
+    try:
+        return task(item)
+    except AI4LandError as error:
+        return error

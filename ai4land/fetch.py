@@ -27,6 +27,7 @@ from ai4land.download import Stored, copy, download, verify
 from ai4land.errors import ConfigError, DataError
 from ai4land.filecheck import refuse_pickle
 from ai4land.hrefs import Beyond, local_path, origin
+from ai4land.lattice import Bounds
 from ai4land.mirror import (
     check_ours,
     inside,
@@ -39,7 +40,6 @@ from ai4land.mirror import (
     write_item,
     write_json,
 )
-from ai4land.raster import Bounds
 from ai4land.sources import credits_of, load_source
 from ai4land.wanted import Plan, Wanted, plan_known, plan_stac
 

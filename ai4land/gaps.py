@@ -1,16 +1,20 @@
-"""Cells without a value: finding them, and filling them from the nearest one that has a value."""
+"""Cells without a value: finding them, and filling them from near and from afar.
+
+Coarse land-only fields lack cells along the coasts, and whole islands. :func:`fill_near` takes the nearest cell that has a
+value, of those within reach, so that a block of the grid needs no more than a margin of that breadth. What lies farther
+takes the value that stands for the nearest coarse cell that has one (:func:`stand_ins`, :func:`fill_far`): that needs the
+coarse grid alone. Neither depends on how the grid is cut into blocks.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any, overload
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from ai4land.errors import DataError
-from ai4land.grid import FINE_DIMS, Grid
 
 
 def check_any(name: str, field: xr.DataArray, *, nodata: float = math.nan) -> None:
@@ -20,88 +24,88 @@ def check_any(name: str, field: xr.DataArray, *, nodata: float = math.nan) -> No
         raise DataError(f"{name} is all nodata on the grid, expected values; look at the file's nodata value, bounds and layer")
 
 
-def check_finite(
-    name: str, field: xr.DataArray | NDArray[Any], mask: NDArray[np.bool_] | xr.DataArray, *, grid: Grid | None = None
-) -> None:
-    """Raise DataError if NaN or infinity is left inside ``mask``, with the count and the place of the first cell.
-
-    The place comes from the coordinates of ``field``, or from ``grid`` if it is a plain array; rows and columns otherwise.
-    """
-    bad = ~np.isfinite(np.asarray(field)) & np.asarray(mask)
-    if not bad.any():
-        return
-    row, col = (int(v) for v in np.argwhere(bad)[0])
-    place = f"row {row}, column {col}"
-    coords = field.coords if isinstance(field, xr.DataArray) else None if grid is None else grid.coords()
-    if coords is not None and all(d in coords for d in FINE_DIMS):
-        lat, lon = (float(np.asarray(coords[d])[i]) for d, i in zip(FINE_DIMS, (row, col), strict=True))
-        place = f"{FINE_DIMS[1]} {lon:.5g}, {FINE_DIMS[0]} {lat:.5g}"
-    raise DataError(
-        f"{name} is NaN or infinite in {int(bad.sum())} of {int(np.asarray(mask).sum())} cells of the mask (first at {place}), "
-        "expected a value in each; fill the gaps, or take a layer that covers the region"
-    )
-
-
-@overload
-def fill_gaps(
-    field: xr.DataArray, *, mask: NDArray[np.bool_] | xr.DataArray, max_distance: int | None = None
-) -> tuple[xr.DataArray, float]: ...
-
-
-@overload
-def fill_gaps(
-    field: NDArray[Any], *, mask: NDArray[np.bool_] | xr.DataArray, max_distance: int | None = None
-) -> tuple[NDArray[Any], float]: ...
-
-
-def fill_gaps(
-    field: xr.DataArray | NDArray[Any], *, mask: NDArray[np.bool_] | xr.DataArray, max_distance: int | None = None
-) -> tuple[xr.DataArray | NDArray[Any], float]:
+def fill_near(field: NDArray[np.float32], *, mask: NDArray[np.bool_], reach: float = math.inf) -> NDArray[np.float32]:
     """Fill missing cells inside ``mask`` with the nearest valid value.
-
-    Coarse land-only fields lack cells along the coasts. Distance is counted in cells, without wrapping at the dateline.
 
     Parameters
     ----------
     field
-        Floats (latitude, longitude), NaN or infinite where missing.
+        Floats (rows, columns), NaN or infinite where missing.
     mask
         Cells that need a value, same shape.
-    max_distance
-        Cells further than this from a valid one stay missing; no limit if None.
+    reach
+        Cells farther than this from a valid one stay missing. The distance is counted in cells between their middles,
+        without wrapping at the dateline.
 
     Returns
     -------
-    filled
-        Like ``field``; cells outside ``mask`` are as they were.
-    share_filled
-        Cells filled, as a share of the mask.
-
-    Raises
-    ------
-    DataError
-        If there are gaps but not one valid cell.
+    array
+        ``field`` itself if nothing is to be filled, else a filled copy; cells outside ``mask`` are as they were.
 
     Examples
     --------
-    >>> fill_gaps(np.array([[1.0, np.nan, np.nan]]), mask=np.array([[True, True, False]]))
-    (array([[ 1.,  1., nan]]), 0.5)
+    >>> fill_near(np.array([[1.0, np.nan, np.nan]]), mask=np.array([[True, True, True]]), reach=1)
+    array([[ 1.,  1., nan]])
     """
-    values, inside = np.asarray(field), np.asarray(mask)
-    valid = np.isfinite(values)
-    gaps = inside & ~valid
-    if not gaps.any():
-        return field, 0.0
-    if not valid.any():
-        raise DataError("field to fill is all NaN, expected some valid cells; look at the file's bounds and nodata value")
+    valid = np.isfinite(field)
+    gaps = mask & ~valid
+    if not gaps.any() or not valid.any():
+        return field
     from scipy import ndimage  # here, as SciPy loads slowly and training does not need it
 
     index = ndimage.distance_transform_edt(~valid, return_distances=False, return_indices=True)[:, gaps]
-    if max_distance is not None:
-        near = np.hypot(*(index - np.nonzero(gaps))) <= max_distance
-        gaps[gaps] = near
-        index = index[:, near]
-    filled = values.copy()
-    filled[gaps] = values[tuple(index)]
-    share = float(gaps.sum() / inside.sum())
-    return (field.copy(data=filled) if isinstance(field, xr.DataArray) else filled), share
+    near = np.hypot(*(index - np.nonzero(gaps))) <= reach
+    gaps[gaps] = near
+    filled = field.copy()
+    filled[gaps] = field[tuple(index[:, near])]
+    return filled
+
+
+def stand_ins(field: NDArray[np.float32], *, mask: NDArray[np.bool_], factor: int) -> NDArray[np.float32]:
+    """Find the value that stands for each coarse cell: of its valid mapped cells, that of the one nearest to its middle.
+
+    It is a value of the field, so that codes stay codes.
+
+    Parameters
+    ----------
+    field, mask
+        ``(rows, columns)``, as in :func:`fill_near`: whole coarse cells.
+    factor
+        Fine cells along one side of a coarse cell.
+
+    Returns
+    -------
+    array
+        ``(rows / factor, columns / factor)``, NaN for coarse cells without a valid mapped cell.
+
+    Examples
+    --------
+    >>> stand_ins(np.array([[1.0, 2.0], [3.0, 4.0]]), mask=np.array([[False, False], [False, True]]), factor=2)
+    array([[4.]])
+    """
+    rows, cols = (n // factor for n in field.shape)
+    middle = np.arange(factor) - (factor - 1) / 2
+    inwards = np.argsort((middle[:, None] ** 2 + middle**2).ravel(), kind="stable")
+    values = np.where(mask & np.isfinite(field), field, np.nan)
+    cells = values.reshape(rows, factor, cols, factor).transpose(0, 2, 1, 3).reshape(rows, cols, -1)[..., inwards]
+    first = np.isfinite(cells).argmax(axis=-1, keepdims=True)
+    return np.take_along_axis(cells, first, axis=-1)[..., 0]
+
+
+def fill_far(
+    field: NDArray[np.float32], *, mask: NDArray[np.bool_], stand_in: NDArray[np.float32], factor: int
+) -> NDArray[np.float32]:
+    """Fill missing cells inside ``mask`` with the values that stand for their coarse cells.
+
+    Parameters
+    ----------
+    field, mask, factor
+        As in :func:`stand_ins`.
+    stand_in
+        ``(rows / factor, columns / factor)``; see :func:`stand_ins`, itself filled by :func:`fill_near`.
+    """
+    gaps = mask & ~np.isfinite(field)
+    row, col = np.nonzero(gaps)
+    filled = field.copy()
+    filled[gaps] = stand_in[row // factor, col // factor]
+    return filled

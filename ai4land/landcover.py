@@ -1,15 +1,16 @@
 """Annual land-cover maps of any legend, one year at a time.
 
 A source is a path with ``{year}`` in it, a dict from year to path, one GeoTIFF whose band descriptions are years, or one
-NetCDF or Zarr variable with a time or year dimension. :func:`available_years` says what it holds, :func:`iter_maps` reads
-it onto the fine grid as codes of the legend: aliases are replaced and unknown codes refused before any resampling.
+NetCDF or Zarr variable with a time or year dimension. :func:`available_years` says what it holds, :func:`find_maps` gives
+each year's :class:`AnnualMap`, which reads it, or a window of it, onto the fine grid as codes of the legend: aliases are
+replaced and unknown codes refused before any resampling.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +22,12 @@ from numpy.typing import NDArray
 
 from ai4land.coarse import years_in
 from ai4land.errors import ConfigError, DataError
-from ai4land.grid import Grid
+from ai4land.grid import Grid, Window
 from ai4land.legend import Legend
 from ai4land.raster import open_raster
 from ai4land.rasterfile import is_xarray, open_dataset, pick_variable, reading
 
-_log = logging.getLogger(__name__)
-
+MapResampling = Literal["exact", "nearest", "mode"]
 MapSource = str | Path | Mapping[int, str | Path]
 _VARIABLES = ("lccs_class", "land_cover", "LULC_states")
 _YEAR = re.compile(r"(?<!\d)(\d{4})(?!\d)")
@@ -57,16 +57,51 @@ def available_years(source: MapSource, *, variable: str | None = None) -> list[i
     return sorted(_locate(source, variable))
 
 
-def iter_maps(
+@dataclass(frozen=True)
+class AnnualMap:
+    """The map of one year, read when it is asked for."""
+
+    year: int
+    path: str
+    band: int | None
+    variable: str | None
+    grid: Grid
+    legend: Legend
+    resampling: MapResampling
+
+    def read(self, window: Window | None = None) -> NDArray[np.uint8]:
+        """Read class codes on the fine cells of the grid, or of a window of it; the fill code where there is no class.
+
+        Raises
+        ------
+        DataError
+            If the map holds a code that the legend does not know, has no class on the grid (a window may have none), or
+            can not be read; see :func:`ai4land.raster.open_raster`.
+        """
+        field = open_raster(
+            self.path,
+            grid=self.grid,
+            resampling=self.resampling,
+            band=self.band,
+            variable=_variable(self.path, self.variable) if is_xarray(self.path) else None,
+            dtype=np.uint8,
+            nodata=self.legend.fill.code,
+            recode=partial(_recode, legend=self.legend, name=f"land-cover map of {self.year} ({self.path})"),
+            window=window,
+        )
+        return np.asarray(field.values, dtype=np.uint8)
+
+
+def find_maps(
     source: MapSource,
     *,
     grid: Grid,
     legend: Legend,
     years: Iterable[int] | None = None,
-    resampling: Literal["exact", "nearest", "mode"] = "exact",
+    resampling: MapResampling = "exact",
     variable: str | None = None,
-) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Read maps year by year as codes of the legend, shape ``grid.shape``.
+) -> dict[int, AnnualMap]:
+    """Find the maps of a source by year, sorted; nothing is read but where they are.
 
     Parameters
     ----------
@@ -77,21 +112,15 @@ def iter_maps(
     legend
         Of the codes. Aliases become the code they stand for; no data, NaN and cells beyond the file become the fill code.
     years
-        Those to read, sorted and each once; all if None.
+        Those wanted; all if None.
     resampling
         ``exact`` for maps on the lattice of the grid; otherwise the nearest cell, or the most frequent class, in which
         cells without a class have no vote.
 
-    Yields
-    ------
-    year, codes
-        In the order of the years.
-
     Raises
     ------
     DataError
-        If a year is not there, a map holds a code that the legend does not know, has no class on the grid, or can not be
-        read; see :func:`ai4land.raster.open_raster`. Years are checked at the call, maps when they are read.
+        If a year is not there.
     ConfigError
         If the resampling is none of these.
     """
@@ -104,35 +133,7 @@ def iter_maps(
         raise DataError(
             f"land-cover maps of {lacking} are not in {_shown(source)}, expected years out of {sorted(maps)}; choose these"
         )
-    return _read(maps, wanted, grid=grid, legend=legend, resampling=resampling, variable=variable)
-
-
-def _read(
-    maps: dict[int, tuple[str, int | None]],
-    years: list[int],
-    *,
-    grid: Grid,
-    legend: Legend,
-    resampling: Literal["exact", "nearest", "mode"],
-    variable: str | None,
-) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    fill = legend.fill.code
-    for year in years:
-        path, band = maps[year]
-        name = f"land-cover map of {year} ({path})"
-        field = open_raster(
-            path,
-            grid=grid,
-            resampling=resampling,
-            band=band,
-            variable=_variable(path, variable) if is_xarray(path) else None,
-            dtype=np.uint8,
-            nodata=fill,
-            recode=partial(_recode, legend=legend, name=name),
-        )
-        codes = np.asarray(field.values, dtype=np.uint8)
-        _log.info("%s: %.1f %% of the cells have a class", name, 100 * np.count_nonzero(codes != fill) / codes.size)
-        yield year, codes
+    return {year: AnnualMap(year, *maps[year], variable, grid, legend, resampling) for year in wanted}
 
 
 def _recode(codes: NDArray[Any], *, legend: Legend, name: str) -> NDArray[np.uint8]:

@@ -6,7 +6,7 @@ Calibration and the benchmarks time the functions of the package on them, where 
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,10 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ai4land.align import Layer, write_store
+from ai4land.align import Layer, of_array, write_store
 from ai4land.checkpoint import Card, save_model
 from ai4land.features import FeatureSpec
-from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, block_sum, make_grid
+from ai4land.grid import COARSE_DIMS, Grid, Window, block_sum, make_grid
 from ai4land.legend import MISSING, Legend
 from ai4land.unet import UNet
 
@@ -73,20 +73,19 @@ def write_practice_store(
         coords={"year": list(years), "state": [str(c) for c in legend.codes], **{d: coords[d] for d in COARSE_DIMS}},
     )
 
-    def field(scale: float, levels: int = 0) -> xr.DataArray:
+    def field(scale: float, levels: int = 0) -> Callable[[Window], NDArray[np.float32]]:
         values = noise(scale)
         values = np.digitize(values, np.linspace(-1, 1, levels - 1)).astype(np.float32) + 1 if levels else values
-        return xr.DataArray(values, dims=FINE_DIMS, coords={d: coords[d] for d in FINE_DIMS})
+        return of_array(values)
 
-    layers = [Layer(f"field{i}", False, partial(field, 2 + i)) for i in range(numbers)]
-    layers += [Layer(f"zone{i}", True, partial(field, 8, CODES)) for i in range(zones)]
+    layers = [Layer(f"field{i}", False, field(2 + i)) for i in range(numbers)]
+    layers += [Layer(f"zone{i}", True, field(8, CODES)) for i in range(zones)]
     write_store(
         path,
         grid=grid,
         legend=legend,
-        mask=mapped,
-        maps=((y, legend.decode(m)) for y, m in zip(years, index, strict=True)),
-        observed_years=list(years),
+        mask=of_array(mapped),
+        maps={y: of_array(legend.decode(m)) for y, m in zip(years, index, strict=True)},
         coarse=coarse,
         layers=layers,
         identity={"made": "to practise"},

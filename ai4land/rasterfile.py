@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from odc.geo.crs import CRS
 from pyproj import CRS as ProjCRS
 from pyproj.exceptions import CRSError
+from xarray.backends.netCDF4_ import NETCDF4_PYTHON_LOCK
 
 from ai4land.errors import DataError
 from ai4land.filecheck import check_block, check_blocks, refuse_pickle
@@ -141,7 +142,7 @@ def open_dataset(path: str | Path) -> xr.Dataset:
     refuse_pickle(name)
     with reading(name, kind="NetCDF or Zarr"):
         if Path(name).is_file():
-            with netCDF4.Dataset(name) as file:
+            with NETCDF4_PYTHON_LOCK, netCDF4.Dataset(name) as file:  # the library is not safe for threads; xarray holds it, too
                 for part in file.variables.values():
                     chunks = [] if part.dtype is str else part.chunking()
                     block = () if chunks == "contiguous" else tuple(int(c) for c in chunks or ())

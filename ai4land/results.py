@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ai4land import cube, ledger, plot
+from ai4land.alignment import align
 from ai4land.checkpoint import load_card
 from ai4land.config import RunConfig
 from ai4land.cost import STATIC_BYTES, Rates, Work, count, estimate, network_of
 from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import evaluate_years
 from ai4land.grid import Window
-from ai4land.inputs import align, cubes_of, grid_of, legend_of, split_of
+from ai4land.inputs import cubes_of, grid_of, legend_of, split_of
 from ai4land.predict import Source
 from ai4land.reconstruct import plan_blocks
 from ai4land.rivals import RIVALS, Wanted, coarse_slices, rival_maps

@@ -16,12 +16,13 @@ from typing import Any
 
 from ai4land import cube, ledger, sources
 from ai4land.align import open_store
+from ai4land.alignment import align
 from ai4land.checkpoint import check_fits, load_model
 from ai4land.claim import claim
 from ai4land.config import RunConfig, digest
 from ai4land.errors import ConfigError, DataError
 from ai4land.forward import Precision, precision_of
-from ai4land.inputs import Tell, align, crosswalk_of, cubes_of, identity_of, legend_of
+from ai4land.inputs import Tell, crosswalk_of, cubes_of, identity_of, legend_of
 from ai4land.predict import Source
 from ai4land.reconstruct import Job, land_of, plan_blocks, run_blocks
 from ai4land.runfile import load_run

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ai4land import device
 from ai4land.align import open_store
+from ai4land.alignment import align
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import Card, load_card, load_state, save_model
 from ai4land.config import HOW_TRAINED, RunConfig, digest
@@ -34,7 +35,7 @@ from ai4land.features import FeatureSpec, fit_spec
 from ai4land.forward import gate
 from ai4land.gang import Member, gang
 from ai4land.grid import Grid
-from ai4land.inputs import Tell, align, grid_of, identity_of, split_of
+from ai4land.inputs import Tell, grid_of, identity_of, split_of
 from ai4land.legend import Legend
 from ai4land.losses import class_weights
 from ai4land.splits import TRAIN, VALIDATION, Split

@@ -29,9 +29,9 @@ from pystac.validation.stac_validator import JsonSchemaSTACValidator
 from scipy import ndimage
 
 from ai4land import stores
-from ai4land.align import Layer, write_store
+from ai4land.align import Layer, of_array, write_store
 from ai4land.cluster import SETTINGS
-from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, block_sum, make_grid
+from ai4land.grid import COARSE_DIMS, Grid, block_sum, make_grid
 from ai4land.legend import Legend, load_legend
 from ai4land.slurm import slurm
 
@@ -101,18 +101,16 @@ def write_tiny_store(
         dims=("year", "state", *COARSE_DIMS),
         coords={"year": list(years), "state": [str(c) for c in legend.codes], **{d: coords[d] for d in COARSE_DIMS}},
     )
-    fine = {d: coords[d] for d in FINE_DIMS}
     layers = [
-        Layer("height", False, lambda: xr.DataArray(noise[0].astype(np.float32) * 100, dims=FINE_DIMS, coords=fine)),
-        Layer("zone", True, lambda: xr.DataArray((noise[1] > 0).astype(np.float32) + 1, dims=FINE_DIMS, coords=fine)),
+        Layer("height", False, of_array(noise[0].astype(np.float32) * 100)),
+        Layer("zone", True, of_array((noise[1] > 0).astype(np.float32) + 1)),
     ]
     write_store(
         path,
         grid=grid,
         legend=legend,
-        mask=land,
-        maps=iter(maps.items()),
-        observed_years=list(years),
+        mask=of_array(land),
+        maps={year: of_array(codes) for year, codes in maps.items()},
         coarse=coarse,
         layers=layers,
         identity={"made": "by the tests"},

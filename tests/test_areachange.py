@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ai4land.areachange import open_change
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.grid import block_sum, make_grid
-from ai4land.landcover import iter_maps
+from ai4land.landcover import find_maps
 from ai4land.legend import MISSING, load_legend
 
 GRID = make_grid((0, 40, 20, 50), coarse_cell=5, factor=10, shard=20)
@@ -216,7 +216,7 @@ def test_real_hilda_change_leads_from_one_map_to_the_other(real_data):
     folder = real_data / "uk_hilda_plus"
     grid = make_grid((-8.5, 49.5, 2, 61), coarse_cell=0.5, factor=50, shard=400)
     source = {2009: folder / "20221006_HILDA_UK_LULC_2009.tif", 2012: folder / "20230211_HILDA_UK_LULC_2012.tif"}
-    maps = dict(iter_maps(source, grid=grid, legend=LEGEND, resampling="nearest"))
+    maps = {year: m.read() for year, m in find_maps(source, grid=grid, legend=LEGEND, resampling="nearest").items()}
     area = np.broadcast_to(grid.cell_areas()[:, None] / 1e6, grid.shape)
     seen = LEGEND.encode(maps[2009]) != MISSING
     truth, start = (

@@ -8,7 +8,7 @@ import rasterio
 import xarray as xr
 from affine import Affine
 
-from ai4land import raster
+from ai4land import lattice
 from ai4land.assets import load_asset
 from ai4land.catalog import find_items
 from ai4land.errors import ConfigError, DataError
@@ -151,7 +151,7 @@ def test_a_file_without_a_stated_shape_is_looked_at_before_it_is_read(tmp_path, 
     path = write_cog(tmp_path / "a.tif", np.ones((36, 72), "uint8"), GRID.fine.affine * Affine.scale(2))
     item = make_item("a", {"h": path}, GRID.fine.affine, (36, 72), projection=False, hrefs="file://{}")
     assert load_asset([item], asset="h", grid=GRID, resampling="nearest").shape == GRID.shape
-    monkeypatch.setattr(raster, "MOST_CELLS", 100)
+    monkeypatch.setattr(lattice, "MOST_CELLS", 100)
     for patch in (None, lambda href: href):
         with pytest.raises(
             DataError, match=r"h of item a has 324 cells under a shard of 36 x 36 cells of the grid, expected at most 100"

@@ -467,13 +467,14 @@ BAD: dict[str, tuple[Change, str]] = {
     "map in 0..360": (raster(MAP.format(2002), moved(0, origin=0.0)), "longitudes run 0..360"),
     "map elsewhere": (raster(MAP.format(2004), west, "grid.bbox=[0, 0, 90, 90]"), "does not meet the grid"),
     "map is cut off": (cut(MAP.format(2004), 0.7), "HILDAplus_2004.tif is truncated"),
-    "map without land": (raster(MAP.format(2004), filled(0)), "is all nodata on the grid"),
-    "static layer is empty": (raster("static/soil_depth.tif", filled(np.nan)), "soil_depth.tif is all nodata"),
+    "map without land": (raster(MAP.format(2004), filled(0)), "no cell is mapped in (-180"),
+    "later map without land": (raster(MAP.format(2007), filled(0)), "map of 2007 has no class on any mapped cell"),
+    "static layer is empty": (raster("static/soil_depth.tif", filled(np.nan)), "static layer soil_depth is all nodata"),
     "static layer of a catalogue is empty": (
         raster("static/temperature.tif", filled(np.nan)),
         "static layer temperature is all nodata on the mapped cells",
     ),
-    "static layer is infinite": (raster("static/soil_depth.tif", filled(np.inf)), "soil_depth.tif is all nodata"),
+    "static layer is infinite": (raster("static/soil_depth.tif", filled(np.inf)), "static layer soil_depth is all nodata"),
     "static layer is cut off": (cut("static/soil_depth.tif", 0.7), "soil_depth.tif is truncated"),
     "static layer half a cell off": (
         raster("static/soil_depth.tif", moved(0.5), "static=[{name: soil, path: static/soil_depth.tif, resampling: exact}]"),

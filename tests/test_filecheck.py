@@ -14,13 +14,14 @@ import torch
 import zarr
 from affine import Affine
 
-from ai4land import raster
+from ai4land import lattice
 from ai4land.assets import load_asset
 from ai4land.checkpoint import load_state
 from ai4land.errors import DataError
 from ai4land.filecheck import MOST_BYTES, check_file
 from ai4land.grid import make_grid
-from ai4land.raster import check_cells, open_raster
+from ai4land.lattice import check_cells
+from ai4land.raster import open_raster
 from ai4land.rasterfile import open_dataset, open_layer
 
 GRID = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=2, shard=18)
@@ -147,7 +148,7 @@ def test_a_file_with_too_many_cells_under_a_row_is_refused_unread(tmp_path, monk
     ):
         pass
     assert path.stat().st_size < 10_000
-    monkeypatch.setattr(raster, "MOST_CELLS", 10**6)
+    monkeypatch.setattr(lattice, "MOST_CELLS", 10**6)
     with pytest.raises(DataError, match=r"wide.tif has 4.* cells under a row of the grid, expected at most 1e\+06"):
         open_raster(path, grid=GRID, resampling="average")
 

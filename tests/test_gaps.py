@@ -7,55 +7,69 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ai4land.errors import DataError
-from ai4land.gaps import check_any, check_finite, fill_gaps
-from ai4land.grid import FINE_DIMS, make_grid
+from ai4land.gaps import check_any, fill_far, fill_near, stand_ins
+from ai4land.grid import FINE_DIMS
 
-GRID = make_grid((-6, -4, 10, 8), coarse_cell=2.0, factor=4, shard=8, origin=(-6.0, 8.0))
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), reach=st.sampled_from([1, 1.5, 2, 3, 4, np.inf]), bad=st.sampled_from([np.nan, np.inf]))
+def test_gaps_take_a_nearest_value_within_reach_and_nothing_else_changes(seed, reach, bad):
+    random = np.random.default_rng(seed)
+    field = np.where(random.random((9, 11)) < 0.8, bad, random.random((9, 11))).astype(np.float32)
+    field[4, 5] = 0.5
+    mask = random.random(field.shape) < 0.6
+    before = field.copy()
+    filled = fill_near(field, mask=mask, reach=reach)
+    np.testing.assert_array_equal(field, before)
+    gaps, valid = mask & ~np.isfinite(field), np.argwhere(np.isfinite(field))
+    np.testing.assert_array_equal(filled[~gaps], field[~gaps])
+    for cell in np.argwhere(gaps):
+        distance = np.hypot(*(valid - cell).T)
+        if distance.min() > reach:
+            assert not np.isfinite(filled[tuple(cell)])
+            continue
+        assert filled[tuple(cell)] in field[tuple(valid[np.isclose(distance, distance.min())].T)]
+
+
+def test_what_has_no_gap_or_no_value_is_given_back():
+    field, mask = np.ones((2, 2), np.float32), np.ones((2, 2), bool)
+    assert fill_near(field, mask=mask) is field
+    field[0, 0] = np.nan
+    assert fill_near(field, mask=~mask) is field
+    empty = np.full((2, 2), np.nan, np.float32)
+    assert fill_near(empty, mask=mask) is empty
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), limit=st.one_of(st.none(), st.integers(1, 4)))
-def test_gaps_take_a_nearest_value_and_nothing_else_changes(seed, limit):
+@given(seed=st.integers(0, 10**6), factor=st.integers(1, 5))
+def test_the_valid_mapped_cell_nearest_to_the_middle_stands_for_a_coarse_cell(seed, factor):
     random = np.random.default_rng(seed)
-    field = np.where(random.random((9, 11)) < 0.7, np.nan, random.random((9, 11)))
-    field[4, 5] = 0.5
+    field = random.random((3 * factor, 2 * factor)).astype(np.float32)
+    field[random.random(field.shape) < 0.7] = random.choice([np.nan, -np.inf])
     mask = random.random(field.shape) < 0.6
-    filled, share = fill_gaps(field, mask=mask, max_distance=limit)
-    gaps, valid = mask & np.isnan(field), np.argwhere(np.isfinite(field))
-    np.testing.assert_array_equal(filled[~gaps], field[~gaps])
-    done = 0
-    for cell in np.argwhere(gaps):
-        distance = np.hypot(*(valid - cell).T)
-        if limit is not None and distance.min() > limit:
-            assert np.isnan(filled[tuple(cell)])
+    found = stand_ins(field, mask=mask, factor=factor)
+    for row, col in np.ndindex(found.shape):
+        own = slice(row * factor, (row + 1) * factor), slice(col * factor, (col + 1) * factor)
+        cells = np.argwhere(mask[own] & np.isfinite(field[own]))
+        if not cells.size:
+            assert np.isnan(found[row, col])
             continue
-        done += 1
-        nearest = valid[np.isclose(distance, distance.min())]
-        assert filled[tuple(cell)] in field[tuple(nearest.T)]
-    assert share == pytest.approx(done / mask.sum() if gaps.any() else 0.0)
+        away = np.hypot(*(cells - (factor - 1) / 2).T)
+        assert found[row, col] in field[own][tuple(cells[np.isclose(away, away.min())].T)]
 
 
-def test_gaps_of_an_array_with_coordinates_keep_them_and_need_a_value():
-    field = xr.DataArray(np.full((2, 2), np.nan), dims=FINE_DIMS, coords={"latitude": [1.0, 0.0], "longitude": [5.0, 6.0]})
-    with pytest.raises(DataError, match="all NaN"):
-        fill_gaps(field, mask=np.ones((2, 2), bool))
-    field[0, 0] = 3
-    filled, share = fill_gaps(field, mask=np.array([[True, True], [False, False]]))
-    assert filled.values[0].tolist() == [3, 3] and np.isnan(filled.values[1]).all() and share == 0.5
-    assert filled.identical(filled.assign_coords(field.coords))
+def test_far_gaps_take_what_stands_for_their_coarse_cell():
+    field = np.array([[1, np.nan, np.nan, 4], [np.inf, 2, 3, np.nan]], np.float32)
+    mask = np.array([[True, True, False, True], [True, True, True, True]])
+    filled = fill_far(field, mask=mask, stand_in=np.array([[8.0, 9.0]], np.float32), factor=2)
+    np.testing.assert_array_equal(filled, [[1, 8, np.nan, 4], [8, 2, 3, 9]])
+    assert np.isnan(field[0, 1])
 
 
-def test_cells_left_missing_are_counted_and_placed():
-    field = xr.DataArray(np.zeros(GRID.shape), dims=FINE_DIMS, coords={d: GRID.coords()[d] for d in FINE_DIMS})
-    mask = np.ones(GRID.shape, bool)
-    check_finite("bio1", field, mask)
-    field[3, 4], field[5, 6] = np.nan, np.inf
-    for given_field, grid in ((field, None), (field.values, GRID)):
-        with pytest.raises(DataError, match=r"bio1 is NaN or infinite in 2 of 768 .*longitude -3.75, latitude 6.25"):
-            check_finite("bio1", given_field, mask, grid=grid)
-    with pytest.raises(DataError, match="row 3, column 4"):
-        check_finite("bio1", field.values, mask)
-    mask[3, 4] = mask[5, 6] = False
-    check_finite("bio1", field, mask)
-    with pytest.raises(DataError, match="all nodata"):
-        check_any("bio1", field * np.nan)
+def test_empty_field_is_refused():
+    field = xr.DataArray(np.full((2, 2), np.nan), dims=FINE_DIMS)
+    with pytest.raises(DataError, match="bio1 is all nodata"):
+        check_any("bio1", field)
+    with pytest.raises(DataError, match="codes is all nodata"):
+        check_any("codes", field.fillna(7), nodata=7)
+    check_any("codes", field.fillna(7), nodata=0)

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ai4land import inputs
-from ai4land.coarse import as_scenario
 from ai4land.config import RunConfig
-from ai4land.errors import ConfigError, MismatchError
+from ai4land.errors import ConfigError
 from ai4land.legend import load_legend
 from ai4land.splits import TEST, VALIDATION, Scored
 
@@ -76,31 +75,18 @@ def test_scenario_years_are_found_without_reading_it(tmp_path: Path):
     xr.Dataset(coords=times).to_netcdf(tmp_path / "a.nc")
     xr.Dataset(coords={"year": [2001, 2003], "time": ("time", [2005])}).to_netcdf(tmp_path / "b.nc")
     luh2 = {"kind": "luh2", "paths": ["a.nc", "b.nc"], "time_units": None}
-    assert inputs._held(run_of(data=str(tmp_path), scenario=luh2)) == {2000, 2002, 2005}
-    assert inputs._held(run_of(data=str(tmp_path), scenario={"kind": "shares", "path": "b.nc", "variable": "v"})) == {2001, 2003}
+    assert inputs.held_states(run_of(data=str(tmp_path), scenario=luh2)) == {2000, 2002, 2005}
+    assert inputs.held_states(run_of(data=str(tmp_path), scenario={"kind": "shares", "path": "b.nc", "variable": "v"})) == {
+        2001,
+        2003,
+    }
     change = {"kind": "change", "base_year": 2009, "paths": {2010: "x.tif", 2011: "y.tif"}}
-    assert inputs._held(run_of(scenario=change)) == {2009, 2010, 2011}
+    assert inputs.held_states(run_of(scenario=change)) == {2009, 2010, 2011}
     years = {"files": [{"path": "b.nc", "year_dim": "year"}, {"path": "a.nc", "year": 2006}], "states": {"crop": "v"}}
     fractions = {"kind": "fractions", "crosswalk": "isimip2b_to_igbp", **years}
-    assert inputs._held(run_of(data=str(tmp_path), scenario=fractions)) == {2001, 2003, 2006}
+    assert inputs.held_states(run_of(data=str(tmp_path), scenario=fractions)) == {2001, 2003, 2006}
     run = run_of(data=str(tmp_path), scenario={**fractions, "interpolate": True})
-    assert inputs._held(run) == set(range(2001, 2007)) and "linearly" in inputs.identity_of(run)["interpolated"]
-
-
-def test_coordinates_make_maps():
-    run = run_of(static=[{"name": "north", "coordinate": "latitude"}, {"name": "east", "coordinate": "longitude"}])
-    grid = inputs.grid_of(run)
-    north, east = (inputs._layer(run, layer, grid).values for layer in run.static)
-    assert north.shape == east.shape == grid.shape and north.dtype == np.float32
-    assert (north[:, 0] == north[:, -1]).all() and (east[0] == east[-1]).all()
-    assert north[0, 0] == pytest.approx(90 - 22.5 / 16) and east[0, 0] == pytest.approx(-180 + 22.5 / 16)
-
-
-def test_mask_can_be_what_the_scenario_knows(tiny_store):
-    values = np.ones((2, 3, *tiny_store.grid.coarse.shape))
-    values[1, 2, 0, 1] = np.nan
-    known = inputs._known(as_scenario(values, years=[2000, 2001], states=["a", "b", "c"], grid=tiny_store.grid), tiny_store.grid)
-    assert known.shape == tiny_store.grid.shape and known.sum() == known.size - 64 and not known[:8, 8:16].any()
+    assert inputs.held_states(run) == set(range(2001, 2007)) and "linearly" in inputs.identity_of(run)["interpolated"]
 
 
 years = st.integers(1990, 2010)
@@ -180,8 +166,8 @@ def test_split_without_anything_to_stop_by_is_refused():
 
 def test_map_sources_are_paths_under_data():
     run = run_of(data="/somewhere", landcover={"source": {2000: "a.tif", 2001: "/else/b.tif"}, "legend": "hildaplus"})
-    assert inputs._map_source(run) == {2000: Path("/somewhere/a.tif"), 2001: Path("/else/b.tif")}
-    assert inputs._map_source(run_of(data="/somewhere")) == str(Path("/somewhere/maps/{year}.tif"))
+    assert inputs.map_source(run) == {2000: Path("/somewhere/a.tif"), 2001: Path("/else/b.tif")}
+    assert inputs.map_source(run_of(data="/somewhere")) == str(Path("/somewhere/maps/{year}.tif"))
 
 
 def test_identity_changes_with_what_the_store_is_made_from_alone():
@@ -194,18 +180,3 @@ def test_identity_changes_with_what_the_store_is_made_from_alone():
     other = run_of(static=[{"name": "slope", "path": "s.tif"}])
     changed = {k for k, v in inputs.identity_of(other).items() if inputs.identity_of(run_of())[k] != v}
     assert changed == {"static"}
-
-
-def test_store_of_other_years_is_refused(tiny_store):
-    inputs._check_years(tiny_store.path, {2000, 2003}, {2001})
-    with pytest.raises(MismatchError, match=r"lacks the land-cover maps \[1999\]"):
-        inputs._check_years(tiny_store.path, {1999, 2000}, {2001})
-    with pytest.raises(MismatchError, match=r"lacks the scenario years \[2004, 2005\]"):
-        inputs._check_years(tiny_store.path, {2000}, {2003, 2004, 2005})
-
-
-def test_locked_codes_that_the_legend_lacks_are_refused_before_anything_is_read(tmp_path):
-    run = run_of(runs=str(tmp_path), data=str(tmp_path / "nowhere"), constrain={"lock": [77, 12345]})
-    with pytest.raises(ConfigError, match=r"constrain\.lock has the codes \[12345\], expected some of \[11"):
-        inputs.align(run)
-    assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import xarray as xr
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import make_grid
-from ai4land.landcover import available_years, iter_maps
+from ai4land.landcover import available_years, find_maps
 from ai4land.legend import load_legend
 
 GRID = make_grid((-6, -4, 10, 8), coarse_cell=2.0, factor=4, shard=8, origin=(-6.0, 8.0))
@@ -36,7 +36,7 @@ def draw(legend, count: int, dtype="uint8"):
 
 
 def read(source, legend, **options):
-    return dict(iter_maps(source, grid=GRID, legend=legend, **options))
+    return {year: m.read() for year, m in find_maps(source, grid=GRID, legend=legend, **options).items()}
 
 
 def dataset(maps, time, *, name="lccs_class", dim="time", attrs=None, dtype=None):
@@ -77,12 +77,12 @@ def test_the_same_maps_come_from_every_kind_of_source(tmp_path):
 def test_maps_are_read_one_at_a_time_and_years_checked_at_once(tmp_path):
     write_tif(tmp_path / "m_2001.tif", draw(HILDA, 1))
     (tmp_path / "m_2002.tif").write_text("damaged")
-    maps = iter_maps(tmp_path / "m_{year}.tif", grid=GRID, legend=HILDA)
-    assert next(maps)[0] == 2001
+    maps = find_maps(tmp_path / "m_{year}.tif", grid=GRID, legend=HILDA)
+    assert list(maps) == [2001, 2002] and maps[2001].read().any()
     with pytest.raises(DataError, match=r"m_2002.tif is truncated"):
-        next(maps)
+        maps[2002].read()
     with pytest.raises(DataError, match=r"maps of \[1990, 2003\] are not in .* expected years out of \[2001, 2002\]"):
-        iter_maps(tmp_path / "m_{year}.tif", grid=GRID, legend=HILDA, years=[1990, 2001, 2003])
+        find_maps(tmp_path / "m_{year}.tif", grid=GRID, legend=HILDA, years=[1990, 2001, 2003])
 
 
 def test_signed_bytes_floats_with_nan_and_aliases_become_codes(tmp_path):
@@ -150,14 +150,14 @@ def test_sources_that_are_not_clear_are_refused(tmp_path):
     with pytest.raises(DataError, match="empty dict"):
         available_years({})
     with pytest.raises(ConfigError, match="expected exact, nearest or mode"):
-        iter_maps({2000: one}, grid=GRID, legend=HILDA, resampling="average")
+        find_maps({2000: one}, grid=GRID, legend=HILDA, resampling="average")
 
 
 def test_real_bavarian_maps_have_the_known_counts(real_data):
     source = real_data / "bavaria_cci_landcover" / "cci_lc_bavaria_300m_1992-2015.tif"
     grid = make_grid((8.975, 47.2694, 13.839, 50.5639), coarse_cell=100 / 360, factor=100, shard=400)
     assert available_years(source) == list(range(1992, 2016))
-    first, last = (m for _, m in iter_maps(source, grid=grid, legend=LCCS, years=[1992, 2015]))
+    first, last = (m.read() for m in find_maps(source, grid=grid, legend=LCCS, years=[1992, 2015]).values())
     assert ((first != 0) == (last != 0)).all() and np.count_nonzero(first) == 1_122_489
     assert np.count_nonzero(first == 10) == 405_819 and np.count_nonzero(first == 70) == 229_270
     assert np.count_nonzero(first != last) == 95_011
@@ -169,8 +169,9 @@ def test_real_uk_maps_need_the_nearest_cell(real_data):
     with pytest.raises(
         DataError, match=r"cells of 0.00998862433 x 0.00998834659, expected 0.01 x 0.01 .* choose resampling nearest"
     ):
-        next(iter_maps(source, grid=grid, legend=FOREST))
-    maps = dict(iter_maps(source, grid=grid, legend=FOREST, resampling="nearest"))
+        find_maps(source, grid=grid, legend=FOREST)[2009].read()
+    found = find_maps(source, grid=grid, legend=FOREST, resampling="nearest")
+    maps = {year: m.read() for year, m in found.items()}
     assert list(maps) == [2009, 2012]
     shares = []
     for year, name in ((2009, "20221006_HILDA_UK_LULC_2009.tif"), (2012, "20230211_HILDA_UK_LULC_2012.tif")):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ai4land.errors import ConfigError, DataError
-from ai4land.grid import FINE_DIMS, Grid, make_grid
+from ai4land.grid import FINE_DIMS, Grid, Window, make_grid
 from ai4land.raster import open_raster
 
 GRID = make_grid((-6, -4, 10, 8), coarse_cell=2.0, factor=4, shard=8, origin=(-6.0, 8.0))
@@ -112,6 +112,41 @@ def test_small_strips_give_the_same_result(tmp_path, monkeypatch):
     monkeypatch.setattr("ai4land.raster._STRIP_CELLS", 200)
     for resampling, want in whole.items():
         np.testing.assert_allclose(open_raster(path, grid=GRID, resampling=resampling).values, want, rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), resampling=st.sampled_from(["exact", "nearest", "mode", "bilinear", "average"]))
+def test_a_window_has_the_cells_of_the_whole(tmp_path, data, resampling):
+    row, col = (data.draw(st.integers(0, n - 1)) for n in GRID.shape)
+    window = Window(row, col, *(data.draw(st.integers(1, n - k)) for n, k in zip(GRID.shape, (row, col), strict=True)))
+    values = np.random.default_rng(3).random((90, 130)).astype("float32")
+    lattice = GRID.fine.affine * Affine.translation(-2, 3)
+    path = write_tif(tmp_path / "a.tif", values, lattice if resampling == "exact" else Affine(0.13, 0, -4.1, 0, -0.14, 8.2))
+    whole = open_raster(path, grid=GRID, resampling=resampling)
+    part = open_raster(path, grid=GRID, resampling=resampling, window=window)
+    np.testing.assert_allclose(part.values, whole.values[window.slices], rtol=2e-6)
+    for name, along in zip(FINE_DIMS, window.slices, strict=True):
+        assert np.array_equal(part[name].values, whole[name].values[along])
+
+
+def test_a_window_from_another_reference_system_is_off_by_a_fraction_of_a_cell(tmp_path):
+    there = pyproj.Transformer.from_crs("EPSG:4326", "EPSG:3035", always_xy=True)
+    grid = make_grid((0, 40, 20, 60), coarse_cell=1, factor=20, shard=100, origin=(0, 60))
+    slope = Affine(4000, 0, 2_500_000, 0, -4000, 4_500_000)
+    x, _ = np.meshgrid(*(2_500_000 + 4000 * (np.arange(700) + 0.5), np.arange(800)))
+    path = write_tif(tmp_path / "a.tif", x.astype("float32"), slope, crs="EPSG:3035")
+    for resampling in ("nearest", "bilinear", "average"):
+        for window in grid.shards()[:6]:
+            part = open_raster(path, grid=grid, resampling=resampling, window=window)
+            want, _ = there.transform(*np.meshgrid(part["longitude"].values, part["latitude"].values))
+            off = np.abs(part.values - want)[np.isfinite(part.values)] / 4000
+            assert off.size and off.max() < (0.65 if resampling == "nearest" else 0.3)
+
+
+def test_a_window_without_a_value_is_no_error(tmp_path):
+    path = write_tif(tmp_path / "a.tif", np.ones((4, 4), "float32"), GRID.fine.affine)
+    assert open_raster(path, grid=GRID, resampling="exact", window=Window(8, 8, 3, 5)).isnull().all()
+    assert (open_raster(path, grid=GRID, resampling="exact", dtype="uint8", nodata=7, window=Window(8, 8, 3, 5)) == 7).all()
 
 
 def test_bilinear_is_right_to_the_dateline(tmp_path):

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ai4land import cube, inputs, results
-from ai4land.align import Layer, open_store, write_store
+from ai4land.align import Layer, of_array, open_store, write_store
 from ai4land.checkpoint import Card, save_model
 from ai4land.config import RunConfig
 from ai4land.errors import DataError, MismatchError
 from ai4land.features import fit_spec
-from ai4land.grid import COARSE_DIMS, FINE_DIMS, block_sum
+from ai4land.grid import COARSE_DIMS, block_sum
 from ai4land.legend import load_legend
 from ai4land.predict import Source
 from ai4land.reconstruct import land_of, plan_blocks
@@ -223,16 +223,14 @@ def all_land(tmp_path_factory) -> RunConfig:
         dims=("year", "state", *COARSE_DIMS),
         coords={"year": YEARS, "state": [str(c) for c in legend.codes], **{d: coords[d] for d in COARSE_DIMS}},
     )
-    flat = xr.DataArray(np.ones(grid.shape, np.float32), dims=FINE_DIMS, coords={d: coords[d] for d in FINE_DIMS})
     write_store(
         run.folder / "store.zarr",
         grid=grid,
         legend=legend,
-        mask=np.ones(grid.shape, bool),
-        maps=zip(YEARS, legend.decode(index), strict=True),
-        observed_years=YEARS,
+        mask=of_array(np.ones(grid.shape, bool)),
+        maps={year: of_array(codes) for year, codes in zip(YEARS, legend.decode(index), strict=True)},
         coarse=coarse,
-        layers=[Layer(name, False, lambda: flat) for name in ("height", "zone")],
+        layers=[Layer(name, False, of_array(np.ones(grid.shape, np.float32))) for name in ("height", "zone")],
         identity=inputs.identity_of(run),
     )
     return run

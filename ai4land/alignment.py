@@ -1,0 +1,217 @@
+"""The stage that aligns: from a run's configuration to its analysis-ready store.
+
+Whatever can be refused is refused before anything is read at length: years that the maps or the scenario lack, a crosswalk
+without a row for a state, a split that leaks, a store of another configuration. What is large is then made shard by shard by
+the workers of the run's cluster (:mod:`ai4land.align`); a small region is done by this process before workers would be up.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pystac
+import xarray as xr
+from dask.system import CPU_COUNT
+from distributed import Client
+from distributed.system import MEMORY_LIMIT
+from numpy.typing import NDArray
+
+from ai4land import scenario
+from ai4land.align import Layer, block_memory, check_identity, write_store
+from ai4land.areachange import open_change
+from ai4land.assets import load_asset
+from ai4land.catalog import find_items, meets
+from ai4land.config import Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
+from ai4land.errors import ConfigError, MismatchError
+from ai4land.fractions import open_fractions
+from ai4land.grid import FINE_DIMS, Grid, Window, edges
+from ai4land.inputs import (
+    Tell,
+    crosswalk_of,
+    fraction_files,
+    grid_of,
+    held_states,
+    identity_of,
+    legend_of,
+    map_source,
+    mask_year,
+    needed_years,
+    split_of,
+)
+from ai4land.landcover import AnnualMap, available_years, find_maps
+from ai4land.legend import Legend
+from ai4land.luh2 import open_states
+from ai4land.predict import Source
+from ai4land.raster import open_raster
+
+_log = logging.getLogger(__name__)
+
+_SMALL = 2**28
+"""Cells of all layers and maps that this process reads in about the time that workers take to start."""
+
+
+def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
+    """Make the analysis-ready store of a run, if it is not there."""
+    path = run.folder / "store.zarr"
+    codes = legend_of(run).codes.tolist()
+    unknown = sorted(set(run.constrain.lock) - set(codes))
+    if unknown:
+        raise ConfigError(f"constrain.lock has the codes {unknown}, expected some of {codes}; mend it")
+    needed, states = needed_years(run)
+    if check_identity(path, identity_of(run)):
+        check_years(path, needed, states)
+        return path
+    grid, legend = grid_of(run), legend_of(run)
+    split_of(run, grid)
+    crosswalk = crosswalk_of(run, legend)
+    source, variable = map_source(run), run.landcover.variable
+    have = available_years(source, variable=variable)
+    lacking = sorted(needed - set(have))
+    if lacking:
+        raise ConfigError(
+            f"land-cover maps of {lacking} are needed, {run.landcover.source} has {_span(have)}; change the years or the files"
+        )
+    maps = find_maps(source, grid=grid, legend=legend, resampling=run.landcover.resampling, variable=variable)
+    coarse = _open_scenario(run, grid, legend, maps)
+    lacking = sorted(states - {int(y) for y in coarse["year"].values})
+    if lacking:
+        raise ConfigError(
+            f"scenario years {lacking} are needed, the scenario has {_span(coarse['year'].values.tolist())}; change the years or the files"
+        )
+    scenario.class_shares(coarse.isel(year=slice(0, 1)), crosswalk=crosswalk)
+    known = None
+    if isinstance(run.scenario, FractionsConfig) and run.scenario.mask:
+        known = np.isfinite(coarse.values).all(axis=(0, 1))
+    years = sorted(needed | ({y for y in have if y in run.reconstruct.years}))
+    with _workers(run, grid, len(years), tell) as client:
+        write_store(
+            path,
+            grid=grid,
+            legend=legend,
+            mask=partial(_mapped, reference=maps[mask_year(run)], known=known),
+            maps={year: maps[year].read for year in years},
+            coarse=coarse,
+            layers=[Layer(s.name, s.categorical, partial(read_layer, layer=s, run=run, grid=grid)) for s in run.static],
+            identity=identity_of(run),
+            client=client,
+            progress=tell,
+        )
+    return path
+
+
+@contextmanager
+def _workers(run: RunConfig, grid: Grid, maps: int, tell: Callable[[str], None]) -> Iterator[Client | None]:
+    """Get workers for a large store; a small one needs none."""
+    if grid.shape[0] * grid.shape[1] * (maps + len(run.static)) <= _SMALL or len(grid.shards()) == 1:
+        yield None
+        return
+    from ai4land.cluster import connect
+    from ai4land.slurm import cores_of_worker
+
+    each = block_memory(grid, len(run.static))
+    workers, threads = max(1, min(CPU_COUNT, int(0.8 * MEMORY_LIMIT / each), len(grid.shards()))), 1
+    if run.cluster != "local":
+        workers, threads = run.reconstruct.workers, run.reconstruct.cores
+        threads = cores_of_worker(threads) if run.cluster == "slurm" else threads
+    with connect(
+        run.cluster, memory=each * threads, folder=run.folder, tell=tell, workers=workers, threads=threads, cores=threads
+    ) as client:
+        yield client
+
+
+def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: dict[int, AnnualMap]) -> xr.DataArray:
+    s = run.scenario
+    years = sorted(needed_years(run, held_states(run))[1])
+    if isinstance(s, Luh2Config):
+        return open_states(
+            [run.path(p) for p in s.paths],
+            static=None if s.static is None else run.path(s.static),
+            years=years,
+            grid=grid,
+            units=s.units,
+            time_units=s.time_units,
+            cell_degrees=s.cell_degrees,
+        )
+    if isinstance(s, SharesConfig):
+        return scenario.open_shares(run.path(s.path), variable=s.variable, grid=grid, years=years)
+    if isinstance(s, FractionsConfig):
+        files = fraction_files(run, s)
+        return open_fractions(files, states=s.states, grid=grid, years=years, remainder=s.remainder, interpolate=s.interpolate)
+    if s.base_year not in maps:
+        raise ConfigError(f"scenario changes the map of {s.base_year}, which is not among the land-cover maps; add it")
+    return open_change(
+        {year: Path(run.path(p)) for year, p in s.paths.items()},
+        base=maps[s.base_year].read(),
+        base_year=s.base_year,
+        legend=legend,
+        grid=grid,
+        merge=s.merge,
+    )
+
+
+def _mapped(window: Window, *, reference: AnnualMap, known: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """Cells of a shard that are mapped: those with a class in the reference map, in coarse cells that the scenario knows."""
+    mask = reference.read(window) != reference.legend.fill.code
+    if known is not None:
+        f = reference.grid.factor
+        cells = known[window.row // f : (window.row + window.height) // f, window.col // f : (window.col + window.width) // f]
+        mask &= np.kron(cells, np.ones((f, f), dtype=bool))
+    return mask
+
+
+def read_layer(window: Window, *, layer: StaticLayer | Coordinate, run: RunConfig, grid: Grid) -> NDArray[np.float32]:
+    """Read a window of a static layer of a run, NaN where it has no value."""
+    if isinstance(layer, Coordinate):
+        along = np.asarray(grid.coords()[layer.coordinate])[window.slices[FINE_DIMS.index(layer.coordinate)]]
+        along = along[:, None] if layer.coordinate == FINE_DIMS[0] else along
+        return np.broadcast_to(along, (window.height, window.width)).astype(np.float32)
+    method: Any = layer.method
+    if layer.path is not None:
+        path = run.path(layer.path)
+        field = open_raster(path, grid=grid, resampling=method, band=layer.band, variable=layer.variable, window=window)
+        return np.asarray(field.values)
+    box = None
+    if grid.geographic:  # and a coarse cell more, for what is interpolated
+        west, south, east, north = edges(grid.fine[window.slices].buffered(grid.coarse.affine.a))
+        box = max(west, -180.0), max(south, -90.0), min(east, 180.0), min(north, 90.0)
+    items = _items(run.path(str(layer.catalog)), str(layer.collection), grid.bounds if grid.geographic else None)
+    items = [item for item in items if meets(item, [] if box is None else [box])]
+    if not items:
+        return np.full((window.height, window.width), np.nan, dtype=np.float32)
+    asset = str(layer.asset)
+    loaded = load_asset(items, asset=asset, grid=grid, resampling=method, dtype="float32", nodata=float("nan"), window=window)
+    return np.asarray(loaded.compute(scheduler="synchronous").values)  # one thread a shard: the workers have others
+
+
+@lru_cache
+def _items(catalog: str, collection: str, bbox: tuple[float, float, float, float] | None) -> list[pystac.Item]:
+    """Items of a collection on the grid, found once a process."""
+    return find_items(catalog, collection=collection, bbox=bbox)
+
+
+def check_years(path: Path, maps: set[int], states: set[int]) -> None:
+    """Refuse a store that was made for other years.
+
+    Raises
+    ------
+    MismatchError
+        If it lacks the map, or the scenario, of one of these years.
+    """
+    source = Source(path)
+    lacking = {"land-cover maps": sorted(maps - set(source.observed)), "scenario years": sorted(states - set(source.years))}
+    for what, years in lacking.items():
+        if years:
+            raise MismatchError(
+                f"store {path} was made for other years and lacks the {what} {years}; "
+                "restore the years of the run file, choose another name, or delete the store"
+            )
+
+
+def _span(years: list[int]) -> str:
+    return f"{min(years)}-{max(years)} ({len(years)} years)" if years else "none"

@@ -1,0 +1,175 @@
+"""Whether a gridded file lies where a grid needs it: lattice, longitudes, extent, number of cells, reference system."""
+
+from __future__ import annotations
+
+import math
+
+import rasterio.errors
+import rasterio.warp
+from affine import Affine
+from odc.geo.crs import CRS
+
+from ai4land.errors import ConfigError, DataError
+from ai4land.grid import Grid
+from ai4land.rasterfile import RasterLayer
+
+Bounds = tuple[float, float, float, float]
+SIZE_TOLERANCE = 1e-5
+"""Relative difference of cell sizes that counts as none."""
+OFFSET_TOLERANCE = 0.02
+"""Distance from the lattice, in cells, that counts as none."""
+_DRIFT_TOLERANCE = 0.25
+MOST_CELLS = 2**31
+"""Cells of a source that are held at once, under a row of the grid or under a shard."""
+
+
+def check_lattice(transform: Affine, grid: Grid, *, source: str, exact: bool = True) -> None:
+    """Check that a source's cells are cells of the grid's lattice.
+
+    Parameters
+    ----------
+    transform
+        From column and row to the upper-left corner of a cell, in the reference system of the grid.
+    grid
+        The target.
+    source
+        Its name for the message.
+    exact
+        If false, only a shift by half a cell at the grid's cell size is refused (the mark of a pixel-is-point file).
+
+    Raises
+    ------
+    DataError
+        If they are not.
+    """
+    a, t = grid.fine.affine, transform
+    sizes = f"cells of {t.a:.9g} x {abs(t.e):.9g}, expected {a.a:.9g} x {-a.e:.9g} as in the grid"
+    same = not (t.b or t.d) and math.isclose(t.a, a.a, rel_tol=SIZE_TOLERANCE)
+    if not (same and math.isclose(abs(t.e), -a.e, rel_tol=SIZE_TOLERANCE)):
+        if exact:
+            ways = "average or mode (classes)" if t.a < a.a * 0.67 else "nearest or bilinear"
+            raise DataError(f"{source} has {sizes}; it can not be cut without resampling, choose resampling {ways}")
+        return
+    start = ((t.c - a.c) / a.a, (t.f - a.f) / a.e)
+    off = [abs(v - round(v)) for v in start]
+    if any(abs(v - 0.5) < 0.05 for v in off):
+        raise DataError(
+            f"{source} lies {off[0]:.2f} x {off[1]:.2f} cells off the lattice of the grid, expected 0: half-pixel shift "
+            "(pixel-is-point file?); correct its corner by half a cell (gdal_translate -a_ullr, gdal_edit.py -a_ullr)"
+        )
+    drift = max(abs(t.a / a.a - 1) * grid.shape[1], abs(abs(t.e) / -a.e - 1) * grid.shape[0])
+    if exact and (max(off) > OFFSET_TOLERANCE or drift > _DRIFT_TOLERANCE):
+        raise DataError(
+            f"{source} has {sizes}, and lies {off[0]:.3g} x {off[1]:.3g} cells off its lattice, expected 0; "
+            "choose resampling nearest or bilinear, or another origin of the grid"
+        )
+
+
+def check_longitudes(bounds: Bounds, grid: Grid, *, cell: float, source: str) -> None:
+    """Refuse longitudes of 0..360 where the grid needs negative ones; ``bounds`` and ``cell`` are in degrees."""
+    west, east = bounds[0], bounds[2]
+    if west >= -cell and east > 180 + cell and grid.bounds[0] < west - 1e-6:
+        raise DataError(
+            f"longitudes run 0..360 in {source} ({west:g}..{east:g}), expected -180..180 (the grid starts at {grid.bounds[0]:g}); "
+            'roll them: ds.assign_coords(lon=(ds.lon + 180) % 360 - 180).sortby("lon"), or cdo sellonlatbox,-180,180,-90,90'
+        )
+
+
+def check_cells(transform: Affine, shape: tuple[int, int], crs: CRS, grid: Grid, *, source: str) -> None:
+    """Refuse a source with so many cells under a shard of the grid that they would fill the memory, whatever is in them.
+
+    Raises
+    ------
+    DataError
+        If it has.
+    """
+    under = float(shape[0]) * float(shape[1])
+    if grid.fine.crs is not None and same_crs(crs, grid.fine.crs) and transform.determinant:
+        under = min(under, grid.shard**2 * abs(grid.fine.affine.determinant / transform.determinant))
+    if under > MOST_CELLS:
+        raise too_many(source, under, f"a shard of {grid.shard} x {grid.shard} cells")
+
+
+def too_many(source: str, cells: float, under: str) -> DataError:
+    """Say that a source has too many cells ``under`` a part of the grid."""
+    return DataError(
+        f"{source} has {cells:.3g} cells under {under} of the grid, expected at most {MOST_CELLS:.3g}; "
+        "make it coarser (gdalwarp -tr), or check its header"
+    )
+
+
+def check_place(source: RasterLayer, grid: Grid) -> None:
+    """Refuse a source that does not meet the grid, or whose longitudes or latitudes can not be.
+
+    Raises
+    ------
+    DataError
+        If it is one.
+    """
+    box = source.bounds
+    if source.crs.geographic:
+        check_longitudes(box, grid, cell=source.transform.a, source=source.source)
+        if box[1] < -90 - source.transform.a or box[3] > 90 + source.transform.a:
+            raise DataError(f"latitudes of {source.source} run {box[1]:g}..{box[3]:g}, expected -90..90; look at its corner")
+    try:
+        there = transform_bounds(source.crs, crs_of(grid), box)
+    except rasterio.errors.RasterioError:
+        return
+    west, south, east, north = grid.bounds
+    apart = not source.wraps and there[0] < there[2] and (there[0] >= east or there[2] <= west)
+    if apart or there[1] >= north or there[3] <= south:
+        raise DataError(
+            f"{source.source} does not meet the grid: it covers {_box(there)}, expected an overlap with {_box(grid.bounds)} "
+            "(west, south, east, north); choose another file or another grid.bbox"
+        )
+
+
+def check_crs(source: RasterLayer, grid: Grid) -> None:
+    """Refuse a source in another reference system than the grid's.
+
+    Raises
+    ------
+    DataError
+        If it is.
+    """
+    if not same_crs(source.crs, crs_of(grid)):
+        raise DataError(
+            f"reference system of {source.source} is {source.crs.proj.name}, expected {crs_of(grid).proj.name} for resampling exact; "
+            "choose resampling nearest or bilinear, average or mode"
+        )
+
+
+def crs_of(grid: Grid) -> CRS:
+    """Reference system of a grid.
+
+    Raises
+    ------
+    ConfigError
+        If it has none.
+    """
+    if grid.fine.crs is None:
+        raise ConfigError("grid has no coordinate reference system, expected one; give for example crs=EPSG:4326")
+    return grid.fine.crs
+
+
+def _box(bounds: Bounds) -> str:
+    return "(" + ", ".join(f"{v:g}" for v in bounds) + ")"
+
+
+def same_crs(source: CRS, target: CRS) -> bool:
+    """Whether two reference systems are one, whatever the order of axes; degrees on an unnamed datum count as any degrees."""
+    if source == target or source.proj.equals(target.proj, ignore_axis_order=True):
+        return True
+    datum = source.proj.datum
+    unknown = datum is None or datum.name.lower().replace("_", " ").startswith(("unknown", "not specified"))
+    return bool(source.geographic and target.geographic and unknown)
+
+
+def transform_bounds(source: CRS, target: CRS, box: Bounds) -> Bounds:
+    """Find the box in the target system that holds a box of the source system."""
+    if same_crs(source, target):
+        return box
+    if source.geographic:
+        box = (box[0], max(box[1], -90.0), box[2], min(box[3], 90.0))
+    west, south, east, north = rasterio.warp.transform_bounds(source.to_wkt(), target.to_wkt(), *box, densify_pts=101)
+    return west, south, east, north

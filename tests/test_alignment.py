@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_catalog import make_item, save, write_cog
+from test_end_to_end import write_run
+from test_inputs import run_of
+
+from ai4land import alignment, inputs
+from ai4land.align import open_store
+from ai4land.alignment import align, check_years, read_layer
+from ai4land.errors import ConfigError, MismatchError
+from ai4land.grid import Window, tiles
+from ai4land.landcover import find_maps
+from ai4land.runfile import load_run
+from ai4land.synthetic import make_planet
+
+
+@pytest.fixture(scope="module")
+def planet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_planet(tmp_path_factory.mktemp("planet") / "p", coarse_cell=15.0, factor=8, years=range(2000, 2008)).folder
+
+
+def bytes_in(folder: Path) -> dict[Path, bytes]:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_workers_make_the_store_that_this_process_makes(planet, tmp_path, monkeypatch):
+    stores = []
+    for name, small in (("here", alignment._SMALL), ("workers", 0)):
+        monkeypatch.setattr(alignment, "_SMALL", small)
+        lines: list[str] = []
+        run = load_run(write_run(tmp_path / name, planet), ["grid.shard=48", "train.patch=24"])
+        stores.append(bytes_in(align(run, tell=lines.append)))
+        assert any(line.startswith("Dask dashboard") for line in lines) == (name == "workers")
+        assert [line for line in lines if line.startswith("static layer: ")][-1].startswith("static layer: soil_depth")
+    assert stores[0] == stores[1] and len(stores[0]) > 30
+
+
+@pytest.mark.parametrize("side", [24, 32, 96])
+def test_windows_of_every_layer_are_those_of_the_whole(planet, tmp_path, side):
+    run = load_run(write_run(tmp_path, planet), ["grid.shard=96"])
+    grid = inputs.grid_of(run)
+    for layer in run.static:
+        whole = read_layer(Window(0, 0, *grid.shape), layer=layer, run=run, grid=grid)
+        for w in tiles(grid.shape, side):
+            np.testing.assert_array_equal(read_layer(w, layer=layer, run=run, grid=grid), whole[w.slices])
+        assert np.isfinite(whole).any()
+
+
+def test_window_that_no_item_meets_is_empty(tmp_path):
+    run = run_of(
+        static=[{"name": "x", "catalog": "stac/catalog.json", "collection": "terrain", "asset": "height"}], data=str(tmp_path)
+    )
+    grid = inputs.grid_of(run)
+    west = np.ones((grid.shape[0], grid.shape[1] // 2), np.float32)
+    path = write_cog(tmp_path / "west.tif", west, grid.fine.affine, nodata=np.nan)
+    save(tmp_path, {"terrain": [make_item("west", {"height": path}, grid.fine.affine, west.shape)]})
+    fields = {w: read_layer(w, layer=run.static[0], run=run, grid=grid) for w in grid.shards()}
+    assert all(np.isnan(field).all() == (w.col >= 64) and np.isfinite(field).all() == (w.col < 64) for w, field in fields.items())
+
+
+def test_store_of_a_run_is_what_its_inputs_say(planet, tmp_path):
+    run = load_run(write_run(tmp_path, planet))
+    store = open_store(align(run))
+    grid, legend = inputs.grid_of(run), inputs.legend_of(run)
+    maps = {y: m.read() for y, m in find_maps(inputs.map_source(run), grid=grid, legend=legend).items()}
+    inside = maps[2004] != legend.fill.code
+    assert np.array_equal(store["mask"].values.astype(bool), inside)
+    assert store["observed_year"].values.tolist() == list(range(2000, 2008))
+    assert all(np.array_equal(store["land_cover"].sel(observed_year=y).values, maps[y]) for y in maps)
+    for layer, stored in zip(run.static, store["static"].values, strict=True):
+        field = read_layer(Window(0, 0, *grid.shape), layer=layer, run=run, grid=grid)
+        there = np.isfinite(field)
+        assert np.array_equal(stored[there], field[there]) and np.isfinite(stored[inside]).all()
+        assert np.array_equal(stored[~inside], field[~inside], equal_nan=True)
+
+
+def test_coordinates_make_maps():
+    run = run_of(static=[{"name": "north", "coordinate": "latitude"}, {"name": "east", "coordinate": "longitude"}])
+    grid = inputs.grid_of(run)
+    whole = Window(0, 0, *grid.shape)
+    north, east = (read_layer(whole, layer=layer, run=run, grid=grid) for layer in run.static)
+    part = Window(3, 8, 5, 7)
+    for layer, field in zip(run.static, (north, east), strict=True):
+        assert np.array_equal(read_layer(part, layer=layer, run=run, grid=grid), field[part.slices])
+    assert north.shape == east.shape == grid.shape and north.dtype == np.float32
+    assert (north[:, 0] == north[:, -1]).all() and (east[0] == east[-1]).all()
+    assert north[0, 0] == pytest.approx(90 - 22.5 / 16) and east[0, 0] == pytest.approx(-180 + 22.5 / 16)
+
+
+def test_mask_can_be_what_the_scenario_knows(planet, tmp_path):
+    run = load_run(write_run(tmp_path, planet))
+    grid, legend = inputs.grid_of(run), inputs.legend_of(run)
+    reference = find_maps(inputs.map_source(run), grid=grid, legend=legend)[2004]
+    known = np.random.default_rng(0).random(grid.coarse.shape) < 0.5
+    for w in grid.shards():
+        classes = reference.read(w) != legend.fill.code
+        assert np.array_equal(alignment._mapped(w, reference=reference, known=None), classes)
+        cells = np.repeat(np.repeat(known, grid.factor, 0), grid.factor, 1)[w.slices]
+        assert np.array_equal(alignment._mapped(w, reference=reference, known=known), classes & cells)
+
+
+def test_store_of_other_years_is_refused(tiny_store):
+    check_years(tiny_store.path, {2000, 2003}, {2001})
+    with pytest.raises(MismatchError, match=r"lacks the land-cover maps \[1999\]"):
+        check_years(tiny_store.path, {1999, 2000}, {2001})
+    with pytest.raises(MismatchError, match=r"lacks the scenario years \[2004, 2005\]"):
+        check_years(tiny_store.path, {2000}, {2003, 2004, 2005})
+
+
+def test_locked_codes_that_the_legend_lacks_are_refused_before_anything_is_read(tmp_path):
+    run = run_of(runs=str(tmp_path), data=str(tmp_path / "nowhere"), constrain={"lock": [77, 12345]})
+    with pytest.raises(ConfigError, match=r"constrain\.lock has the codes \[12345\], expected some of \[11"):
+        align(run)
+    assert not list(tmp_path.iterdir())
