@@ -11,7 +11,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,hpc,publish,s3,serve]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,hpc,publish,s3,serve,icechunk]"
 	touch $@
 
 demo: install  ## the whole path on a synthetic planet: a model, a cube, a table, pictures in runs/demo

@@ -3,7 +3,7 @@
 Zarr v3, sharded. Fine arrays have the shards of the grid and are made shard by shard, on Dask where there are workers: no
 layer is ever in memory whole. The coarse states stay coarse. The store is written beside its place and moved there when it
 is whole, so a store that exists is complete. It says in its attributes what it was made from (``identity``), and a store made
-from anything else is refused.
+from anything else is refused; and what it holds, in digests (:mod:`ai4land.contents`).
 """
 
 from __future__ import annotations
@@ -14,49 +14,30 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import rasterio
 import xarray as xr
 import zarr
 from distributed import Client
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
+from ai4land.contents import digest_of, joined
 from ai4land.crowd import each
 from ai4land.errors import DataError, MismatchError
-from ai4land.gaps import fill_far, fill_near, stand_ins
+from ai4land.gaps import fill_near
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window
 from ai4land.legend import Legend
+from ai4land.materialise import Layer, fill_rest, write_cover, write_static
 from ai4land.template import chunk_side
 
 _log = logging.getLogger(__name__)
-_CACHE = 256
-"""MB that GDAL keeps of the files that a worker reads; its own measure is a share of the memory of the machine."""
 _OVERHEAD = 1.5e9
 """Bytes of a worker beside the layers of its block: libraries, GDAL's cache, a strip of a source."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A static map: ``read(window)`` gives its cells on the fine grid, NaN where it has no value.
-
-    Workers read it too, so that ``read`` must be picklable where there are any.
-    """
-
-    name: str
-    categorical: bool
-    read: Callable[[Window], NDArray[np.float32]]
-
-
-def of_array(values: NDArray[Any]) -> Callable[[Window], NDArray[Any]]:
-    """Make what reads windows of an array that is in memory."""
-    return lambda window: values[window.slices]
 
 
 def write_store(
@@ -69,6 +50,7 @@ def write_store(
     coarse: xr.DataArray,
     layers: Sequence[Layer],
     identity: dict[str, Any],
+    files: Mapping[str, Sequence[Any]] | None = None,
     client: Client | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> None:
@@ -91,6 +73,8 @@ def write_store(
         beyond it from the nearest coarse cell that has one (:mod:`ai4land.gaps`).
     identity
         What the store is made from: plain values.
+    files
+        Input files, as noted by :func:`ai4land.contents.note_files`.
     client
         Of the workers that do the shards; this process does one after the other if None.
     progress
@@ -112,9 +96,10 @@ def write_store(
     try:
         _create(part, grid, legend, list(maps), coarse, layers)
         tell(f"scenario: {coarse.sizes['year']} years of {coarse.sizes['state']} states")
-        _write_cover(part, grid, legend, mask, maps, client, tell)
-        _write_static(part, grid, layers, client, tell)
-        zarr.open_group(part, mode="r+").attrs.update({"identity": identity})
+        contents = _write_cover(part, grid, legend, mask, maps, client, tell)
+        contents["static"] = _write_static(part, grid, layers, client, tell)
+        contents["coarse"] = {str(int(y)): digest_of(coarse.sel(year=y).values.astype(np.float32)) for y in coarse["year"].values}
+        zarr.open_group(part, mode="r+").attrs.update({"identity": identity, "contents": contents, "files": dict(files or {})})
         if path.exists():
             shutil.rmtree(path)
         part.replace(path)
@@ -175,11 +160,13 @@ def _write_cover(
     maps: Mapping[int, Callable[[Window], NDArray[np.uint8]]],
     client: Client | None,
     tell: Callable[[str], None],
-) -> None:
-    task = partial(_cover, store=str(part), mask=mask, maps=list(maps.values()), fill=legend.fill.code)
+) -> dict[str, Any]:
+    task = partial(write_cover, store=str(part), mask=mask, maps=list(maps.values()), fill=legend.fill.code)
     counts = np.zeros(1 + len(maps), dtype=np.int64)
-    for _, made in _shards("land cover", task, grid.shards(), client, tell):
+    digests: dict[Window, list[str]] = {}
+    for w, (made, found) in _shards("land cover", task, grid.shards(), client, tell):
         counts += made
+        digests[w] = found
     mapped, *classes = counts.tolist()
     if not mapped:
         raise DataError(
@@ -190,15 +177,19 @@ def _write_cover(
         if not count:
             raise DataError(f"map of {year} has no class on any mapped cell, expected land; look at the file")
         tell(f"land cover: {year}, a class on {count / mapped:.2%} of the mapped cells")
+    whole = [joined({w: of_shard[i] for w, of_shard in digests.items()}) for i in range(1 + len(maps))]
+    return {"mask": whole[0], "land_cover": {str(year): of_map for year, of_map in zip(maps, whole[1:], strict=True)}}
 
 
-def _write_static(part: Path, grid: Grid, layers: Sequence[Layer], client: Client | None, tell: Callable[[str], None]) -> None:
-    task = partial(_static, store=str(part), grid=grid, layers=layers)
+def _write_static(part: Path, grid: Grid, layers: Sequence[Layer], client: Client | None, tell: Callable[[str], None]) -> str:
+    task = partial(write_static, store=str(part), grid=grid, layers=layers)
     stand_in = np.full((len(layers), *grid.coarse.shape), np.nan, dtype=np.float32)
     mapped, gaps, far = 0, np.zeros(len(layers), dtype=int), np.zeros(len(layers), dtype=int)
+    digests: dict[Window, str] = {}
     later: list[Window] = []
-    for w, (cells, missing, left, values) in _shards("static layers", task, grid.shards(), client, tell):
+    for w, (cells, missing, left, values, found) in _shards("static layers", task, grid.shards(), client, tell):
         mapped, gaps, far = mapped + cells, gaps + missing, far + left
+        digests[w] = found
         stand_in[:, *_coarse(w, grid).slices] = values
         if left.any():
             later.append(w)
@@ -212,8 +203,11 @@ def _write_static(part: Path, grid: Grid, layers: Sequence[Layer], client: Clien
         farther = f", {left / mapped:.2%} from farther than a coarse cell" if left else ""
         tell(f"static layer: {layer.name}{filled}{farther}")
     jobs = [(w, stand_in[:, *_coarse(w, grid).slices]) for w in sorted(later)]
-    for _ in _shards("static layers, gaps", partial(_far, store=str(part), factor=grid.factor), jobs, client, tell):
-        pass
+    for (w, _), found in _shards(
+        "static layers, gaps", partial(fill_rest, store=str(part), factor=grid.factor), jobs, client, tell
+    ):
+        digests[w] = found
+    return joined(digests)
 
 
 def _coarse(w: Window, grid: Grid) -> Window:
@@ -231,72 +225,6 @@ def _shards(
         if count % step == 0 and count < len(items):
             tell(f"{what}: {count} of {len(items)} shards")
         yield outcome
-
-
-# -- the tasks of a shard, done by this process or by workers ------------------------------------------------------------------
-
-
-def _cover(
-    w: Window,
-    *,
-    store: str,
-    mask: Callable[[Window], NDArray[np.bool_]],
-    maps: Sequence[Callable[[Window], NDArray[np.uint8]]],
-    fill: int,
-) -> list[int]:
-    """Write mask and maps; returns the mapped cells, and those of them that have a class, map by map."""
-    group: Any = zarr.open_group(store, mode="r+")
-    with rasterio.Env(GDAL_CACHEMAX=_CACHE):
-        inside = mask(w)
-        group["mask"][w.slices] = inside.astype(np.uint8)
-        counts = [int(inside.sum())]
-        for index, read in enumerate(maps):
-            codes = read(w)
-            group["land_cover"][index, *w.slices] = codes
-            counts.append(int(np.count_nonzero(codes[inside] != fill)))
-    return counts
-
-
-def _static(
-    w: Window, *, store: str, grid: Grid, layers: Sequence[Layer]
-) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Write the layers, their gaps filled from near by; returns the mapped cells, the gaps, those that are left, and the stand-ins."""
-    group: Any = zarr.open_group(store, mode="r+")
-    inside = np.asarray(group["mask"][w.slices], dtype=bool)
-    outer = _around(w, grid.factor, grid.shape) if inside.any() else w
-    top, left = w.row - outer.row, w.col - outer.col
-    own = slice(top, top + w.height), slice(left, left + w.width)
-    needs = np.zeros((outer.height, outer.width), dtype=bool)
-    needs[own] = inside
-    fields = np.empty((len(layers), w.height, w.width), dtype=np.float32)
-    gaps, far = np.zeros((2, len(layers)), dtype=np.int64)
-    values = np.empty((len(layers), w.height // grid.factor, w.width // grid.factor), dtype=np.float32)
-    with rasterio.Env(GDAL_CACHEMAX=_CACHE):
-        for k, layer in enumerate(layers):
-            field = layer.read(outer).astype(np.float32, copy=False)
-            gaps[k] = np.count_nonzero(needs & ~np.isfinite(field))
-            values[k] = stand_ins(field[own], mask=inside, factor=grid.factor)
-            fields[k] = fill_near(field, mask=needs, reach=grid.factor)[own]
-            far[k] = np.count_nonzero(inside & ~np.isfinite(fields[k]))
-    group["static"][:, *w.slices] = fields
-    return int(inside.sum()), gaps, far, values
-
-
-def _far(job: tuple[Window, NDArray[np.float32]], *, store: str, factor: int) -> None:
-    """Fill what is left of the gaps of a shard."""
-    w, stand_in = job
-    group: Any = zarr.open_group(store, mode="r+")
-    inside = np.asarray(group["mask"][w.slices], dtype=bool)
-    fields = np.asarray(group["static"][:, *w.slices])
-    for field, values in zip(fields, stand_in, strict=True):
-        field[:] = fill_far(field, mask=inside, stand_in=values, factor=factor)
-    group["static"][:, *w.slices] = fields
-
-
-def _around(w: Window, margin: int, shape: tuple[int, int]) -> Window:
-    """Grow a window by a margin, as far as the grid goes."""
-    row, col = max(w.row - margin, 0), max(w.col - margin, 0)
-    return Window(row, col, min(w.row + w.height + margin, shape[0]) - row, min(w.col + w.width + margin, shape[1]) - col)
 
 
 # -- the store as a whole ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ the workers of the run's cluster (:mod:`ai4land.align`); a small region is done 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 import pystac
 import xarray as xr
+import zarr
 from dask.system import CPU_COUNT
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
 from numpy.typing import NDArray
 
 from ai4land import scenario
-from ai4land.align import Layer, block_memory, check_identity, write_store
+from ai4land.align import block_memory, check_identity, write_store
 from ai4land.areachange import open_change
 from ai4land.assets import load_asset
 from ai4land.catalog import find_items, meets
 from ai4land.config import Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
+from ai4land.contents import changed_files, note_files
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.fractions import open_fractions
 from ai4land.grid import FINE_DIMS, Grid, Window, edges
@@ -47,6 +49,7 @@ from ai4land.inputs import (
 from ai4land.landcover import AnnualMap, available_years, find_maps
 from ai4land.legend import Legend
 from ai4land.luh2 import open_states
+from ai4land.materialise import Layer
 from ai4land.predict import Source
 from ai4land.raster import open_raster
 
@@ -66,6 +69,7 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     needed, states = needed_years(run)
     if check_identity(path, identity_of(run)):
         check_years(path, needed, states)
+        _check_files(path)
         return path
     grid, legend = grid_of(run), legend_of(run)
     split_of(run, grid)
@@ -99,6 +103,7 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
             coarse=coarse,
             layers=[Layer(s.name, s.categorical, partial(read_layer, layer=s, run=run, grid=grid)) for s in run.static],
             identity=identity_of(run),
+            files=note_files(_paths(run, [maps[year].path for year in years])),
             client=client,
             progress=tell,
         )
@@ -193,6 +198,32 @@ def read_layer(window: Window, *, layer: StaticLayer | Coordinate, run: RunConfi
 def _items(catalog: str, collection: str, bbox: tuple[float, float, float, float] | None) -> list[pystac.Item]:
     """Items of a collection on the grid, found once a process."""
     return find_items(catalog, collection=collection, bbox=bbox)
+
+
+def _paths(run: RunConfig, maps: Iterable[str]) -> Iterator[str]:
+    """Name the files that a run reads."""
+    s = run.scenario
+    named: list[str | None] = [layer.path for layer in run.static if isinstance(layer, StaticLayer)]
+    named += [str(layer.catalog) for layer in run.static if isinstance(layer, StaticLayer) and layer.path is None]
+    if isinstance(s, Luh2Config):
+        named += [*s.paths, s.static]
+    elif isinstance(s, SharesConfig):
+        named.append(s.path)
+    else:
+        named += [f.path for f in s.files] if isinstance(s, FractionsConfig) else list(s.paths.values())
+    yield from maps
+    yield from (run.path(str(name)) for name in named if name is not None)
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a store if a file that it was made from holds something else by now."""
+    attrs: Any = zarr.open_group(path, mode="r").attrs
+    changed = changed_files(attrs.get("files", {}))
+    if changed:
+        raise MismatchError(
+            f"inputs hold something else than when store {path} was made: {', '.join(changed[:3])}{', …' if changed[3:] else ''}; "
+            "restore them, choose another name, or delete the store"
+        )
 
 
 def check_years(path: Path, maps: set[int], states: set[int]) -> None:

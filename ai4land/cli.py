@@ -275,6 +275,21 @@ def verify(
 
 
 @app.command()
+def commit(
+    cube: Annotated[str, typer.Argument(metavar="CUBE", help="Folder or s3:// URL of a cube, or of a part of one.")],
+    to: Annotated[str | None, typer.Option(help="Folder or s3:// URL of the repository (default: beside the cube).")] = None,
+) -> None:
+    """Bring an Icechunk repository up to the years of a cube: a commit a year; the shards stay where they are.
+
+    Example: ai4land commit runs/bavaria/cube.zarr
+    """
+    from ai4land import versions
+
+    versions.commit(cube, to=to, tell=_tell)
+    _out.print(str(to or versions.repository_path(cube)), soft_wrap=True)
+
+
+@app.command()
 def fetch(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Inputs, or with --catalog its collections.")],
     to: Annotated[Path, typer.Option(help="Folder of the mirror.")] = Path("inputs"),

@@ -20,6 +20,7 @@ from ai4land.alignment import align
 from ai4land.checkpoint import check_fits, load_model
 from ai4land.claim import claim
 from ai4land.config import RunConfig, digest
+from ai4land.contents import contents_of
 from ai4land.errors import ConfigError, DataError
 from ai4land.forward import Precision, precision_of
 from ai4land.inputs import Tell, crosswalk_of, cubes_of, identity_of, legend_of
@@ -72,6 +73,7 @@ def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callab
             "model": card.weights,
             "sharpness": card.sharpness,
             "store": digest(identity_of(run)),
+            "contents": _held(store_path, reference, years),
             "reference": reference,
             "constrain": run.constrain.model_dump(mode="json"),
             "precision": precision,
@@ -130,6 +132,13 @@ def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callab
     if card.training.get("fingerprint") == fingerprint_of(run, card.split):
         run.save(run.folder / "config.yaml")
     return cubes_of(run)["cube"][0]
+
+
+def _held(store: Path, reference: int | None, years: list[int]) -> str:
+    """Digest of what of a store a cube is made from: the states of the years between as well, on the way from the reference map."""
+    maps = [] if reference is None else [reference]
+    every = [*maps, *years]
+    return contents_of(store, maps=maps, states=range(min(every), max(every) + 1))
 
 
 def credit_attrs(run: RunConfig) -> dict[str, str]:

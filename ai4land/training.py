@@ -28,6 +28,7 @@ from ai4land.alignment import align
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import Card, load_card, load_state, save_model
 from ai4land.config import HOW_TRAINED, RunConfig, digest
+from ai4land.contents import contents_of
 from ai4land.ddp import ALONE, TORCHRUN, Group, job_end, torchrun_group
 from ai4land.ensemble import Ensemble, fit_sharpness
 from ai4land.errors import ConfigError, MismatchError
@@ -275,9 +276,14 @@ def _onward(progress: Callable[[int, dict[str, float]], None], done: int, step: 
 
 
 def fingerprint_of(run: RunConfig, split: str) -> str:
-    """Hash all that shapes the weights; how many workers trained them, and what these wait for, does not."""
+    """Hash all that shapes the weights, what the aligned inputs hold included; how many workers trained them, and what these wait for, does not."""
     fit = run.model_dump(mode="json", include={"model", "train", "seed"}, exclude={"train": HOW_TRAINED})
-    return digest({**identity_of(run), "split": split, "fit": digest(fit)})
+    years = set(run.split.train)
+    if run.split.validation is not None:
+        reference = run.split.validation.reference
+        years |= {*run.split.validation.years} | ({reference} if reference is not None else set())
+    held = contents_of(run.folder / "store.zarr", maps=years, states=years)
+    return digest({**identity_of(run), "contents": held, "split": split, "fit": digest(fit)})
 
 
 def _trained(run: RunConfig, fingerprint: str) -> bool:
@@ -312,7 +318,7 @@ def _differences(run: RunConfig) -> str:
         parts = {f"{name}.{k}": (old.get(k), new[k]) for k in new} if isinstance(new, dict) else {name: (old, new)}
         told = [key for key, (a, b) in parts.items() if a != b and key.removeprefix("train.") not in HOW_TRAINED]
         lines += [f"{key} is {parts[key][1]!r:.60}, was {parts[key][0]!r:.60}" for key in told]
-    return "; ".join(lines) or "the settings are the same, the package or the split is not"
+    return "; ".join(lines) or "the settings are the same; the package, the split or what the inputs hold is not"
 
 
 def _validation_batches(load: Any, split: Split, count: int, seen: dict[str, Any]) -> list[Any]:

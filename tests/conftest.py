@@ -29,10 +29,11 @@ from pystac.validation.stac_validator import JsonSchemaSTACValidator
 from scipy import ndimage
 
 from ai4land import stores
-from ai4land.align import Layer, of_array, write_store
+from ai4land.align import write_store
 from ai4land.cluster import SETTINGS
 from ai4land.grid import COARSE_DIMS, Grid, block_sum, make_grid
 from ai4land.legend import Legend, load_legend
+from ai4land.materialise import Layer, of_array
 from ai4land.slurm import slurm
 
 ROOT = Path(__file__).parents[1]

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
+import zarr
 from test_catalog import make_item, save, write_cog
 from test_end_to_end import write_run
 from test_inputs import run_of
@@ -11,6 +14,7 @@ from test_inputs import run_of
 from ai4land import alignment, inputs
 from ai4land.align import open_store
 from ai4land.alignment import align, check_years, read_layer
+from ai4land.contents import contents_of
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.grid import Window, tiles
 from ai4land.landcover import find_maps
@@ -116,3 +120,33 @@ def test_locked_codes_that_the_legend_lacks_are_refused_before_anything_is_read(
     with pytest.raises(ConfigError, match=r"constrain\.lock has the codes \[12345\], expected some of \[11"):
         align(run)
     assert not list(tmp_path.iterdir())
+
+
+def test_store_whose_files_hold_something_else_by_now_is_refused(planet, tmp_path):
+    shutil.copytree(planet, tmp_path / "planet")
+    run = load_run(write_run(tmp_path, tmp_path / "planet"))
+    store = align(run)
+    held = {p.name for p in map(Path, zarr.open_group(store, mode="r").attrs["files"])}
+    assert {"HILDAplus_2004.tif", "states.nc", "staticData_quarterdeg.nc", "soil_depth.tif", "catalog.json"} <= held
+    for path in (tmp_path / "planet").rglob("*.tif"):
+        path.touch()
+    assert align(run) == store
+    soil = tmp_path / "planet" / "static" / "soil_depth.tif"
+    with rasterio.open(soil) as file:
+        profile, values = file.profile, file.read()
+    with rasterio.open(soil, "w", **profile) as file:
+        file.write(values + 1)
+    with pytest.raises(MismatchError, match=r"inputs hold something else than .*soil_depth\.tif; restore them"):
+        align(run)
+    before = contents_of(store, maps=[2004], states=[2004])
+    shutil.rmtree(store)
+    align(run)
+    assert contents_of(store, maps=[2004], states=[2004]) != before
+
+
+def test_a_store_of_more_years_holds_the_same_of_those_it_had(planet, tmp_path):
+    run = load_run(write_run(tmp_path, planet), ["reconstruct.years=2004-2005", "grid.shard=96"])
+    before = contents_of(align(run), maps=[2004], states=range(2004, 2006))
+    shutil.rmtree(run.folder)
+    run = load_run(write_run(tmp_path, planet), ["reconstruct.years=2003-2007", "grid.shard=96"])
+    assert contents_of(align(run), maps=[2004], states=range(2004, 2006)) == before

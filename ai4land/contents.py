@@ -1,0 +1,87 @@
+"""What input files and an analysis-ready store hold, in digests: whether they are what a result was made from.
+
+A file is known by its size and samples of it, so that terabytes of inputs are no matter of hours. A store is known by every value in
+it, part by part, so that what was made from some of its years stays good when it is made anew with more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+_SAMPLE, _SAMPLES = 2**16, 64
+_BYTES = 16
+
+
+def digest_of(*arrays: NDArray[Any]) -> str:
+    """Digest of values, their types and shapes."""
+    made = hashlib.blake2b(digest_size=_BYTES)
+    for values in arrays:
+        made.update(f"{values.dtype.str}{values.shape}".encode())
+        made.update(np.ascontiguousarray(values).data)
+    return made.hexdigest()
+
+
+def joined(digests: Mapping[Any, str]) -> str:
+    """Digest of digests by name, whatever the order they came in."""
+    made = hashlib.blake2b(digest_size=_BYTES)
+    for name, found in sorted(digests.items()):
+        made.update(f"{name}={found};".encode())
+    return made.hexdigest()
+
+
+def contents_of(path: Path, *, maps: Iterable[int], states: Iterable[int]) -> str:
+    """Digest of what a store holds: the mask, the static layers, and the land-cover maps and coarse states of some years.
+
+    Parameters
+    ----------
+    path
+        Of the analysis-ready store.
+    maps, states
+        Years; those that it lacks count as lacking.
+    """
+    attrs: Any = zarr.open_group(path, mode="r").attrs
+    held: dict[str, Any] = attrs.get("contents", {})
+    parts = {name: held.get(name, "") for name in ("mask", "static")}
+    for name, years in (("land_cover", maps), ("coarse", states)):
+        parts |= {f"{name} {year}": held.get(name, {}).get(str(year), "") for year in years}
+    return joined(parts)
+
+
+def sample_of(path: Path) -> str:
+    """Digest of a file's size and of 64 samples spread evenly over it, 4 MB in all; of a smaller file all of it."""
+    size = path.stat().st_size
+    made = hashlib.blake2b(str(size).encode(), digest_size=_BYTES)
+    with path.open("rb") as file:
+        if size <= _SAMPLE * _SAMPLES:
+            made.update(file.read())
+        else:
+            for number in range(_SAMPLES):
+                file.seek((size - _SAMPLE) * number // (_SAMPLES - 1))
+                made.update(file.read(_SAMPLE))
+    return made.hexdigest()
+
+
+def note_files(paths: Iterable[str]) -> dict[str, tuple[int, int, str]]:
+    """Note size, time of the last change and digest of those of the paths that are files of this machine, by absolute path."""
+    files = {Path(p).resolve() for p in paths if "://" not in p and Path(p).is_file()}
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns, sample_of(p)) for p in sorted(files)}
+
+
+def changed_files(noted: Mapping[str, Iterable[Any]]) -> list[str]:
+    """List the files that hold something else than was noted; those that are gone, or were only touched, do not count."""
+    found = []
+    for name, (size, at, sample) in noted.items():
+        path = Path(name)
+        if not path.is_file():
+            continue
+        now = path.stat()
+        if now.st_size != size or (now.st_mtime_ns != at and sample_of(path) != sample):
+            found.append(name)
+    return found

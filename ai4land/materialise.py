@@ -1,0 +1,111 @@
+"""What is done of one shard of the analysis-ready store, by this process or by a worker.
+
+Mask and land-cover maps first; then the static layers, read with a margin from which gaps near by are filled; at last, where there are any,
+the gaps that lie farther from a value. A shard is written by one task at a time, whole, so that a task may be done twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import rasterio
+import zarr
+from numpy.typing import NDArray
+
+from ai4land.contents import digest_of
+from ai4land.gaps import fill_far, fill_near, stand_ins
+from ai4land.grid import Grid, Window
+
+_CACHE = 256
+"""MB that GDAL keeps of the files that a worker reads; its own measure is a share of the memory of the machine."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A static map: ``read(window)`` gives its cells on the fine grid, NaN where it has no value.
+
+    Workers read it too, so that ``read`` must be picklable where there are any.
+    """
+
+    name: str
+    categorical: bool
+    read: Callable[[Window], NDArray[np.float32]]
+
+
+def of_array(values: NDArray[Any]) -> Callable[[Window], NDArray[Any]]:
+    """Make what reads windows of an array that is in memory."""
+    return lambda window: values[window.slices]
+
+
+def write_cover(
+    w: Window,
+    *,
+    store: str,
+    mask: Callable[[Window], NDArray[np.bool_]],
+    maps: Sequence[Callable[[Window], NDArray[np.uint8]]],
+    fill: int,
+) -> tuple[list[int], list[str]]:
+    """Write mask and maps; returns the mapped cells, and those of them that have a class, map by map, and the digests."""
+    group: Any = zarr.open_group(store, mode="r+")
+    with rasterio.Env(GDAL_CACHEMAX=_CACHE):
+        inside = mask(w)
+        group["mask"][w.slices] = inside.astype(np.uint8)
+        counts, digests = [int(inside.sum())], [digest_of(inside)]
+        for index, read in enumerate(maps):
+            codes = read(w)
+            group["land_cover"][index, *w.slices] = codes
+            counts.append(int(np.count_nonzero(codes[inside] != fill)))
+            digests.append(digest_of(codes))
+    return counts, digests
+
+
+def write_static(
+    w: Window, *, store: str, grid: Grid, layers: Sequence[Layer]
+) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], str]:
+    """Write the layers, their gaps filled from near by.
+
+    Returns
+    -------
+    tuple
+        The mapped cells; layer by layer the gaps, those that are left and the stand-ins; the digest of what is written.
+    """
+    group: Any = zarr.open_group(store, mode="r+")
+    inside = np.asarray(group["mask"][w.slices], dtype=bool)
+    outer = _around(w, grid.factor, grid.shape) if inside.any() else w
+    top, left = w.row - outer.row, w.col - outer.col
+    own = slice(top, top + w.height), slice(left, left + w.width)
+    needs = np.zeros((outer.height, outer.width), dtype=bool)
+    needs[own] = inside
+    fields = np.empty((len(layers), w.height, w.width), dtype=np.float32)
+    gaps, far = np.zeros((2, len(layers)), dtype=np.int64)
+    values = np.empty((len(layers), w.height // grid.factor, w.width // grid.factor), dtype=np.float32)
+    with rasterio.Env(GDAL_CACHEMAX=_CACHE):
+        for k, layer in enumerate(layers):
+            field = layer.read(outer).astype(np.float32, copy=False)
+            gaps[k] = np.count_nonzero(needs & ~np.isfinite(field))
+            values[k] = stand_ins(field[own], mask=inside, factor=grid.factor)
+            fields[k] = fill_near(field, mask=needs, reach=grid.factor)[own]
+            far[k] = np.count_nonzero(inside & ~np.isfinite(fields[k]))
+    group["static"][:, *w.slices] = fields
+    return int(inside.sum()), gaps, far, values, digest_of(fields)
+
+
+def fill_rest(job: tuple[Window, NDArray[np.float32]], *, store: str, factor: int) -> str:
+    """Fill what is left of the gaps of a shard; returns the digest of all its layers."""
+    w, stand_in = job
+    group: Any = zarr.open_group(store, mode="r+")
+    inside = np.asarray(group["mask"][w.slices], dtype=bool)
+    fields = np.asarray(group["static"][:, *w.slices])
+    for field, values in zip(fields, stand_in, strict=True):
+        field[:] = fill_far(field, mask=inside, stand_in=values, factor=factor)
+    group["static"][:, *w.slices] = fields
+    return digest_of(fields)
+
+
+def _around(w: Window, margin: int, shape: tuple[int, int]) -> Window:
+    """Grow a window by a margin, as far as the grid goes."""
+    row, col = max(w.row - margin, 0), max(w.col - margin, 0)
+    return Window(row, col, min(w.row + w.height + margin, shape[0]) - row, min(w.col + w.width + margin, shape[1]) - col)

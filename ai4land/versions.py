@@ -1,0 +1,222 @@
+"""An Icechunk repository over a cube: a commit a year, and no byte of a shard copied.
+
+The repository has the cube's metadata, and of every shard the name of its file or object (a virtual chunk), so that it costs
+next to nothing beside the cube. Whoever opens it sees whole commits only, and can go back to each: a snapshot's time axis has
+the years up to its own. The shards stay where they are: a cube that is moved needs a new repository.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlparse
+
+import xarray as xr
+from zarr.core.buffer import cpu
+from zarr.core.sync import sync
+
+from ai4land import ledger
+from ai4land.config import digest
+from ai4land.cube import encode, public_documents, template_of, whole_years
+from ai4land.errors import ConfigError, DataError, MismatchError
+from ai4land.stores import Place, folder_of
+
+if TYPE_CHECKING:
+    import icechunk
+
+_BRANCH = "main"
+
+
+def repository_path(place: Place) -> Place:
+    """Place of the repository of a cube, beside it.
+
+    >>> repository_path("s3://bucket/cube.zarr"), repository_path("s3://bucket/cube.zarr/ssp126")
+    ('s3://bucket/cube.icechunk', 's3://bucket/cube.icechunk/ssp126')
+    """
+    beside = ledger.ledger_path(place)
+    text = ".icechunk".join(str(beside).rsplit(".ledger", 1))
+    return type(beside)(text)
+
+
+def commit(place: Place, *, to: Place | None = None, tell: Callable[[str], None] = print) -> list[int]:
+    """Bring a repository up to the years that a cube shows, a commit a year; one process at a time.
+
+    Parameters
+    ----------
+    place
+        Folder or ``s3://`` URL of a cube, or of a part of one, with its ledger beside it.
+    to
+        Folder or ``s3://`` URL of the repository; made if it is not there. Default: beside the cube.
+    tell
+        Is told of each commit.
+
+    Returns
+    -------
+    list of int
+        Years that were committed: none if all were there.
+
+    Raises
+    ------
+    DataError
+        If the cube has no ledger.
+    MismatchError
+        If the repository is another cube's.
+    ConfigError
+        If Icechunk is not installed, or a URL is of another kind.
+    """
+    template = template_of(place)
+    years = whole_years(place)
+    about = digest(template["documents"][""]["attributes"]["ai4land_identity"])
+    repository = _repository(repository_path(place) if to is None else to, cube=place)
+    last = next(iter(repository.ancestry(branch=_BRANCH)))
+    made = dict(last.metadata)
+    if "cube" in made and (made["cube"], made["at"]) != (about, _prefix(place)):
+        raise MismatchError(
+            f"repository {to or repository_path(place)} is of {made['at']}, and not of {_prefix(place)} as it is now; "
+            "give another place (--to), or delete the repository: it holds no shard"
+        )
+    files = dict(template["objects"])
+    for entry in ledger.entries(place):
+        files.update(entry["files"])
+    refs: dict[int, dict[str, str]] = {}
+    for name, sum_ in files.items():
+        if sum_ is not None:
+            refs.setdefault(_begins(name, template["documents"]), {})[name] = sum_
+    new = years[int(made.get("years", 0)) :]
+    for year in new:
+        count = years.index(year) + 1
+        session = repository.writable_session(_BRANCH)
+        before = public_documents(template, count - 1) if count > 1 else {}
+        for name, document in public_documents(template, count).items():
+            document.pop("consolidated_metadata", None)  # Icechunk has all of a snapshot's metadata in one object
+            if before.get(name) != document:
+                sync(session.store.set(f"{name}/zarr.json".lstrip("/"), cpu.Buffer.from_bytes(encode(document))))
+        _refer(session, place, refs.get(count - 1, {}))
+        session.commit(str(year), metadata={"cube": about, "at": _prefix(place), "years": count})
+        tell(f"commit {count} of {len(years)}: {year}")
+    return new
+
+
+def open_version(to: Place, *, year: int | None = None) -> xr.Dataset:
+    """Open a repository as of its last commit, or as of that of a year.
+
+    Raises
+    ------
+    DataError
+        If there is no such commit.
+    """
+    repository = _repository(to, cube=None)
+    found = next(
+        (s for s in repository.ancestry(branch=_BRANCH) if "cube" in s.metadata and year in (None, int(s.message))), None
+    )
+    if found is None:
+        raise DataError(
+            f"repository {to} has no commit{'' if year is None else f' of {year}'}; make it with: ai4land commit CUBE"
+        )
+    store = repository.readonly_session(snapshot_id=found.id).store
+    times = xr.coders.CFDatetimeCoder(time_unit="s")
+    return xr.open_zarr(store, chunks=None, decode_coords="all", decode_times=times, consolidated=False, zarr_format=3)
+
+
+def _chunk(name: str) -> tuple[str, list[int]]:
+    """Array and index of a chunk, by the name of its object.
+
+    >>> _chunk("overviews/1/land_cover/c/0/2/3"), _chunk("spatial_ref/c")
+    (('overviews/1/land_cover', [0, 2, 3]), ('spatial_ref', []))
+    """
+    array, _, index = f"{name}/".partition("/c/")
+    return array, [int(i) for i in index.split("/") if i]
+
+
+def _begins(name: str, documents: dict[str, Any]) -> int:
+    """Number of the first year that an object holds; 0 if it holds no years."""
+    array, index = _chunk(name)
+    dims = documents[array].get("dimension_names") or []
+    depths = documents[array]["chunk_grid"]["configuration"]["chunk_shape"]
+    return int(index[dims.index("time")] * depths[dims.index("time")]) if "time" in dims else 0
+
+
+def _refer(session: icechunk.Session, place: Place, files: dict[str, str]) -> None:
+    """Say of chunks which file or object they are."""
+    import icechunk
+
+    specs: dict[str, list[icechunk.VirtualChunkSpec]] = {}
+    for name, sum_ in files.items():
+        array, index = _chunk(name)
+        size = int(sum_.split(":")[0])
+        specs.setdefault(f"/{array}", []).append(icechunk.VirtualChunkSpec(index, _prefix(place) + name, 0, size))
+    for array, chunks in specs.items():
+        session.store.set_virtual_refs(array, chunks, validate_containers=True)
+
+
+def _prefix(place: Place) -> str:
+    """URL below which the objects of a cube lie.
+
+    Raises
+    ------
+    ConfigError
+        If Icechunk would find nothing there, and give fill values without a word.
+    """
+    folder = folder_of(place)
+    prefix = f"{str(place).rstrip('/')}/" if folder is None else f"file://{folder.resolve()}/"
+    if quote(prefix, safe=":/") != prefix:
+        raise ConfigError(
+            f"{prefix} has characters that Icechunk cannot find a chunk by, expected letters, digits and ._~- alone; move the cube"
+        )
+    return prefix
+
+
+def _repository(to: Place, *, cube: Place | None) -> icechunk.Repository:
+    """Open a repository, or make it for a cube."""
+    try:
+        import icechunk
+    except ImportError as error:
+        raise ConfigError(
+            'commits need icechunk, which is not installed; install it with: pip install "ai4land[icechunk]"'
+        ) from error
+    icechunk.set_logs_filter("error")  # it warns of every folder that two commits at once would be unsafe in it
+    for place in (to, cube):
+        if place is not None and folder_of(place) is None and not str(place).startswith("s3://"):
+            raise ConfigError(f"{place} is at a URL that Icechunk is not used with here, expected a folder or s3://; choose one")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    way: dict[str, Any] = {
+        "region": os.environ.get("AWS_REGION"),
+        "endpoint_url": endpoint,
+        "allow_http": bool(endpoint and endpoint.startswith("http://")),
+        "force_path_style": True,
+    }
+    folder = folder_of(to)
+    if cube is None and folder is not None and not folder.is_dir():
+        raise _none(to)
+    prefix = None if cube is None else _prefix(cube)
+    if folder is None:
+        url = urlparse(str(to))
+        storage = icechunk.s3_storage(bucket=url.netloc, prefix=url.path.strip("/"), from_env=True, **way)
+    else:
+        storage = icechunk.local_filesystem_storage(str(folder))
+    if icechunk.Repository.exists(storage):
+        kept = icechunk.Repository.fetch_config(storage)
+        containers = list(kept.virtual_chunk_containers or {}) if kept is not None else []
+        return icechunk.Repository.open(storage, authorize_virtual_chunk_access=_access(containers))
+    if cube is None or prefix is None:
+        raise _none(to)
+    shards = folder_of(cube)
+    store = icechunk.s3_store(**way) if shards is None else icechunk.local_filesystem_store(str(shards.resolve()))
+    config = icechunk.RepositoryConfig.default()
+    config.set_virtual_chunk_container(icechunk.VirtualChunkContainer(prefix, store))
+    made = icechunk.Repository.create(storage, config=config, authorize_virtual_chunk_access=_access([prefix]))
+    made.save_config()
+    return made
+
+
+def _none(to: Place) -> DataError:
+    return DataError(f"no repository at {to}; make one with: ai4land commit CUBE")
+
+
+def _access(prefixes: list[str]) -> Any:
+    """Credentials for the shards of a cube: the environment's for an object store, none for a folder."""
+    import icechunk
+
+    given = {p: icechunk.s3_from_env_credentials() if p.startswith("s3://") else None for p in prefixes}
+    return icechunk.containers_credentials(given)

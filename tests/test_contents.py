@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ai4land.contents import changed_files, contents_of, digest_of, joined, note_files, sample_of
+
+
+def test_values_type_and_shape_tell_arrays_apart():
+    values = np.arange(6, dtype=np.int16)
+    arrays = [values, values.reshape(2, 3), values.astype(np.int32), values + 1]
+    assert len({digest_of(a) for a in arrays}) == 4
+    assert digest_of(values.reshape(2, 3).T) == digest_of(values.reshape(2, 3).T.copy())
+    assert digest_of(values, values) != digest_of(values)
+
+
+def test_order_of_parts_does_not_matter_but_their_names_do():
+    assert joined({(0, 1): "a", (1, 0): "b"}) == joined({(1, 0): "b", (0, 1): "a"}) != joined({(0, 1): "b", (1, 0): "a"})
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.sampled_from([0, 1, 1000, 2**22 - 1, 2**22, 2**22 + 1, 2**23]), at=st.floats(0, 1))
+def test_a_changed_byte_of_a_small_file_and_another_size_of_any_are_seen(tmp_path, size, at):
+    path = tmp_path / "a"
+    data = bytearray(np.random.default_rng(size).bytes(size))
+    path.write_bytes(data)
+    before = sample_of(path)
+    path.write_bytes(data + b"x")
+    assert sample_of(path) != before
+    where = min(int(at * size), size - 1)
+    if 0 < size <= 2**22 or (where in (0, size - 1) and size):
+        data[where] ^= 1
+        path.write_bytes(data)
+        assert sample_of(path) != before
+
+
+def test_files_that_are_touched_or_gone_have_not_changed(tmp_path: Path):
+    paths = [tmp_path / name for name in ("same", "touched", "edited", "longer", "gone")]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    noted = note_files([*map(str, paths), "s3://bucket/x", str(tmp_path), str(tmp_path / "never"), str(paths[0])])
+    assert sorted(noted) == sorted(map(str, paths))
+    os.utime(paths[1], (1, 1))
+    paths[2].write_bytes(b"EDITED")
+    os.utime(paths[2], (2, 2))
+    paths[3].write_bytes(b"longer than it was")
+    paths[4].unlink()
+    assert changed_files(noted) == sorted(map(str, paths[2:4]))
+
+
+def test_contents_are_those_of_the_years_asked_for(tmp_path: Path):
+    held = {"mask": "m", "static": "s", "land_cover": {"2000": "a", "2001": "b"}, "coarse": {"2000": "c"}}
+    path = tmp_path / "store.zarr"
+    zarr.create_group(path, zarr_format=3).attrs["contents"] = held
+    one = contents_of(path, maps=[2000], states=[2000])
+    assert one == contents_of(path, maps={2000}, states=(2000,)) != contents_of(path, maps=[2000, 2001], states=[2000])
+    for name, other in (("mask", "M"), ("static", "S"), ("land_cover", {"2000": "A"}), ("coarse", {"2000": "C"})):
+        zarr.open_group(path).attrs["contents"] = {**held, name: other}
+        assert contents_of(path, maps=[2000], states=[2000]) != one
+    zarr.open_group(path).attrs["contents"] = {**held, "land_cover": {"2000": "a", "2001": "B", "2002": "new"}}
+    assert contents_of(path, maps=[2000], states=[2000]) == one
+
+
+@pytest.mark.parametrize("size", [2**22 + 1, 2**24])
+def test_samples_reach_from_end_to_end(tmp_path: Path, size: int):
+    path = tmp_path / "a"
+    data = bytearray(size)
+    path.write_bytes(data)
+    before = sample_of(path)
+    for where in (0, size - 1):
+        path.write_bytes(data[:where] + b"\x01" + data[where + 1 :])
+        assert sample_of(path) != before
