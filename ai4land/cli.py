@@ -169,7 +169,9 @@ def align(run: RunFile, overrides: Overrides = None) -> None:
     """
     from ai4land.alignment import align as make
 
-    _out.print(str(make(load_run(run, overrides or []), tell=_tell)), soft_wrap=True)
+    config = load_run(run, overrides or [])
+    with _workers(config):
+        _out.print(str(make(config, tell=_tell)), soft_wrap=True)
 
 
 @app.command()

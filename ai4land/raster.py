@@ -207,10 +207,9 @@ def _warp(values: _Values, grid: Grid, strip: Window, resampling: str) -> NDArra
     from_crs, to_crs = source.crs.to_wkt(), crs_of(grid).to_wkt()
     if same_crs(source.crs, crs_of(grid)):
         from_cells, to_cells, from_crs, to_crs = *_in_cells(from_cells, to_cells), _PLANE, _PLANE
-        options = {}
+        across, down = min(1.0, from_cells.a / to_cells.a), min(1.0, from_cells.e / to_cells.e)
     else:
-        scale = _scale(source, grid, strip)
-        options = {"XSCALE": scale, "YSCALE": scale}
+        across = down = _scale(source, grid, strip)
     rasterio.warp.reproject(
         cells,
         out,
@@ -221,16 +220,15 @@ def _warp(values: _Values, grid: Grid, strip: Window, resampling: str) -> NDArra
         dst_crs=to_crs,
         dst_nodata=np.nan,
         resampling=rasterio.warp.Resampling[resampling],
-        **options,
+        # GDAL's own are the ratios of the two windows, which say nothing where a window is small or meridians meet.
+        XSCALE=across,
+        YSCALE=down,
     )
     return out
 
 
 def _scale(source: RasterLayer, grid: Grid, strip: Window) -> float:
-    """Cells of the grid per source cell along a side, at the middle of a strip; at most 1.
-
-    GDAL smooths by the ratio of the two whole windows, which says nothing where meridians meet.
-    """
+    """Cells of the grid per source cell along a side, at the middle of a strip; at most 1."""
     a = grid.fine.affine
     x, y = a * (strip.col + strip.width / 2, strip.row + strip.height / 2)
     there = rasterio.warp.transform(crs_of(grid).to_wkt(), source.crs.to_wkt(), [x, x + a.a, x], [y, y, y + a.e])
@@ -242,9 +240,9 @@ def _scale(source: RasterLayer, grid: Grid, strip: Window) -> float:
 def _in_cells(source: Affine, target: Affine) -> tuple[Affine, Affine]:
     """Express both transforms in cells of the target, rounded, so that cells that coincide coincide exactly.
 
-    A cell measures 2 units, since GDAL takes a transform of size 1 at the origin for none at all.
+    The origin lies far outside, since GDAL takes a transform of size 1 at the origin for none at all.
     """
-    t, scale = ~target * source, Affine.scale(2, -2)
+    t, scale = ~target * source, Affine.translation(2**12, 2**12) * Affine.scale(2, -2)
     return scale * Affine(round(t.a, 12), 0, round(t.c, 7), 0, round(t.e, 12), round(t.f, 7)), scale
 
 

@@ -547,6 +547,32 @@ def halo_rows() -> list[Row]:
     return rows
 
 
+# -- align --------------------------------------------------------------------------------------------------------------
+
+
+def align_rows(s: Setting) -> list[Row]:
+    """Make a store from files shard by shard and in the plain way, with one worker and with two (:mod:`aligning`)."""
+    from aligning import LAYERS, YEARS, measure
+
+    shard = s.size.shard
+    grid, seconds, peaks = measure(
+        s.folder / "files", shard=shard, rounds=s.size.rounds, workers=workers, peak=peak_memory, alternate=alternate
+    )
+    cells = grid.shape[0] * grid.shape[1] * (len(LAYERS) + len(YEARS))
+    about = f"{len(LAYERS)} layers and {len(YEARS)} maps of 8 shards of {shard} cells, GeoTIFF"
+    return [
+        Row(
+            "align_vs_whole",
+            ratio(seconds["layers"], seconds["shards"]),
+            "times",
+            f"every layer read whole; {about}; one process",
+        ),
+        Row("align_two_workers", ratio(seconds["one"], seconds["two"]), "times", f"one worker; {about}"),
+        Row("align_rate", cells / median(seconds["one"]) / 1e6, "million cells/s", f"absolute, one worker; {about}"),
+        Row("align_memory_growth", ratio(peaks["large"], peaks["small"]), "1", f"peak of a worker on 2 shards; {about}"),
+    ]
+
+
 # -- workers ------------------------------------------------------------------------------------------------------------
 
 
@@ -761,6 +787,7 @@ GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
     "halo": lambda _: halo_rows(),
     "train": lambda s: [wait_row(s)],
     "gang": gang_rows,
+    "align": align_rows,
     "workers": lambda s: worker_rows(s.folder, CROWD if s.size is FULL else s.size),
 }
 

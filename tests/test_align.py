@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import socket
 import subprocess
 import tracemalloc
@@ -153,6 +155,28 @@ def test_workers_make_the_same_store(tmp_path):
             write_store(tmp_path / "empty.zarr", **{**empty, "layers": wrong}, client=client)
     here, there = ({p.relative_to(s): p.read_bytes() for p in s.rglob("*") if p.is_file()} for s in sorted(tmp_path.iterdir()))
     assert here == there and len(here) > 40
+
+
+def test_a_worker_that_dies_changes_nothing(tmp_path):
+    height = np.arange(32 * 64, dtype=np.float32).reshape(32, 64)
+    height[5:9, 20:30] = np.nan
+
+    def dying(window: Window) -> np.ndarray:
+        if window.row < 16 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return height[window.slices]
+
+    write_store(tmp_path / "here.zarr", **parts(shard=8, height=height))
+    made = parts(shard=8, height=height)
+    with local(2, dashboard=False) as client:
+        layers = [Layer("height", False, dying), made["layers"][1]]
+        write_store(tmp_path / "there.zarr", **{**made, "layers": layers}, client=client)
+    assert (tmp_path / "died").exists()
+    here, there = (
+        {p.relative_to(s): p.read_bytes() for p in s.rglob("*") if p.is_file()} for s in sorted(tmp_path.glob("*.zarr"))
+    )
+    assert here == there and not list(tmp_path.glob(".*"))
 
 
 def refuse(window: Window) -> np.ndarray:

@@ -20,10 +20,11 @@ import rasterio
 import yaml
 from affine import Affine
 
-from ai4land import cli, cube, ledger
+from ai4land import cli, cube, ledger, stages, training
 from ai4land.align import open_store
 from ai4land.checkpoint import load_card, load_model, save_model
 from ai4land.claim import claim
+from ai4land.errors import MismatchError
 from ai4land.forward import precision_of
 from ai4land.reconstruct import plan_blocks
 from ai4land.runfile import load_run
@@ -157,6 +158,20 @@ def test_run_leaves_everything_behind(finished):
     }
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (folder / "figures").iterdir())
     assert not list(folder.glob("**/*.part*"))
+
+
+def test_results_of_other_inputs_are_not_gone_on_with(copied, planet, tmp_path):
+    run = load_run(copied)
+    shutil.copytree(planet, tmp_path / "planet")
+    raster("static/soil_depth.tif", lambda values, _: values + 1)(tmp_path / "planet")
+    other = write_run(tmp_path, tmp_path / "planet")
+    shutil.rmtree(run.folder / "store.zarr")
+    weights = (run.folder / "model.safetensors").read_bytes()
+    with pytest.raises(MismatchError, match="the settings are the same; the package, the split or what the inputs hold is not"):
+        training.train(load_run(other))
+    with pytest.raises(MismatchError, match=r"begun with another configuration \(it differs in contents\)"):
+        stages.reconstruct(load_run(other))
+    assert (run.folder / "model.safetensors").read_bytes() == weights
 
 
 def test_tables_of_the_documentation_are_printed_from_runs(finished):

@@ -95,6 +95,15 @@ def test_average_is_the_mean_of_the_cells_and_skips_missing_ones(tmp_path):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("finer", [0.25, 0.5, 1, 2, 3, 4, 8])
+@pytest.mark.parametrize("resampling", ["nearest", "mode", "bilinear", "average"])
+def test_cells_of_any_size_that_begin_with_the_grid_are_seen(tmp_path, finer, resampling):
+    shape = tuple(int(n * finer) for n in GRID.shape)
+    path = write_tif(tmp_path / "a.tif", np.full(shape, 7, "float32"), GRID.fine.affine * Affine.scale(1 / finer))
+    for window in (None, *GRID.shards()):
+        assert (open_raster(path, grid=GRID, resampling=resampling, window=window) == 7).all()
+
+
 def test_overviews_are_never_used(tmp_path):
     big = np.zeros((GRID.shape[0] * 4, GRID.shape[1] * 4), "float32")
     big[1::2, 1::2] = 4.0
