@@ -8,14 +8,13 @@ the workers of the run's cluster (:mod:`ai4land.align`); a small region is done 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pystac
 import xarray as xr
 import zarr
 from dask.system import CPU_COUNT
@@ -26,13 +25,12 @@ from numpy.typing import NDArray
 from ai4land import scenario
 from ai4land.align import block_memory, check_identity, write_store
 from ai4land.areachange import open_change
-from ai4land.assets import load_asset
-from ai4land.catalog import find_items, meets
+from ai4land.assets import items_in, load_asset
 from ai4land.config import Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
 from ai4land.contents import changed_files, note_files
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.fractions import open_fractions
-from ai4land.grid import FINE_DIMS, Grid, Window, edges
+from ai4land.grid import FINE_DIMS, Grid, Window
 from ai4land.inputs import (
     Tell,
     crosswalk_of,
@@ -46,7 +44,7 @@ from ai4land.inputs import (
     needed_years,
     split_of,
 )
-from ai4land.landcover import AnnualMap, available_years, find_maps
+from ai4land.landcover import AnnualMap, CatalogMap, find_catalog_maps, find_maps
 from ai4land.legend import Legend
 from ai4land.luh2 import open_states
 from ai4land.materialise import Layer
@@ -74,14 +72,13 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     grid, legend = grid_of(run), legend_of(run)
     split_of(run, grid)
     crosswalk = crosswalk_of(run, legend)
-    source, variable = map_source(run), run.landcover.variable
-    have = available_years(source, variable=variable)
-    lacking = sorted(needed - set(have))
+    maps = maps_of(run, grid, legend)
+    lacking = sorted(needed - set(maps))
     if lacking:
+        where = run.landcover.source or f"collection {run.landcover.collection}"
         raise ConfigError(
-            f"land-cover maps of {lacking} are needed, {run.landcover.source} has {_span(have)}; change the years or the files"
+            f"land-cover maps of {lacking} are needed, {where} has {_span(list(maps))}; change the years or the files"
         )
-    maps = find_maps(source, grid=grid, legend=legend, resampling=run.landcover.resampling, variable=variable)
     coarse = _open_scenario(run, grid, legend, maps)
     lacking = sorted(states - {int(y) for y in coarse["year"].values})
     if lacking:
@@ -92,7 +89,7 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     known = None
     if isinstance(run.scenario, FractionsConfig) and run.scenario.mask:
         known = np.isfinite(coarse.values).all(axis=(0, 1))
-    years = sorted(needed | ({y for y in have if y in run.reconstruct.years}))
+    years = sorted(needed | ({y for y in maps if y in run.reconstruct.years}))
     with _workers(run, grid, len(years), tell) as client:
         write_store(
             path,
@@ -130,7 +127,16 @@ def _workers(run: RunConfig, grid: Grid, maps: int, tell: Callable[[str], None])
         yield client
 
 
-def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: dict[int, AnnualMap]) -> xr.DataArray:
+def maps_of(run: RunConfig, grid: Grid, legend: Legend) -> Mapping[int, AnnualMap | CatalogMap]:
+    """Find the land-cover maps of a run by year."""
+    c = run.landcover
+    options: dict[str, Any] = {"grid": grid, "legend": legend, "resampling": c.resampling}
+    if c.source is not None:
+        return find_maps(map_source(run), variable=c.variable, **options)
+    return find_catalog_maps(run.path(str(c.catalog)), collection=str(c.collection), asset=str(c.asset), **options)
+
+
+def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: Mapping[int, AnnualMap | CatalogMap]) -> xr.DataArray:
     s = run.scenario
     years = sorted(needed_years(run, held_states(run))[1])
     if isinstance(s, Luh2Config):
@@ -160,7 +166,7 @@ def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: dict[int, A
     )
 
 
-def _mapped(window: Window, *, reference: AnnualMap, known: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+def _mapped(window: Window, *, reference: AnnualMap | CatalogMap, known: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
     """Cells of a shard that are mapped: those with a class in the reference map, in coarse cells that the scenario knows."""
     mask = reference.read(window) != reference.legend.fill.code
     if known is not None:
@@ -181,23 +187,12 @@ def read_layer(window: Window, *, layer: StaticLayer | Coordinate, run: RunConfi
         path = run.path(layer.path)
         field = open_raster(path, grid=grid, resampling=method, band=layer.band, variable=layer.variable, window=window)
         return np.asarray(field.values)
-    box = None
-    if grid.geographic:  # and a coarse cell more, for what is interpolated
-        west, south, east, north = edges(grid.fine[window.slices].buffered(grid.coarse.affine.a))
-        box = max(west, -180.0), max(south, -90.0), min(east, 180.0), min(north, 90.0)
-    items = _items(run.path(str(layer.catalog)), str(layer.collection), grid.bounds if grid.geographic else None)
-    items = [item for item in items if meets(item, [] if box is None else [box])]
+    catalog, asset = run.path(str(layer.catalog)), str(layer.asset)
+    items = items_in(catalog, collection=str(layer.collection), grid=grid, window=window)
     if not items:
         return np.full((window.height, window.width), np.nan, dtype=np.float32)
-    asset = str(layer.asset)
     loaded = load_asset(items, asset=asset, grid=grid, resampling=method, dtype="float32", nodata=float("nan"), window=window)
     return np.asarray(loaded.compute(scheduler="synchronous").values)  # one thread a shard: the workers have others
-
-
-@lru_cache
-def _items(catalog: str, collection: str, bbox: tuple[float, float, float, float] | None) -> list[pystac.Item]:
-    """Items of a collection on the grid, found once a process."""
-    return find_items(catalog, collection=collection, bbox=bbox)
 
 
 def _paths(run: RunConfig, maps: Iterable[str]) -> Iterator[str]:

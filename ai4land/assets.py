@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -21,9 +22,10 @@ from numpy.typing import DTypeLike
 from odc.geo.crs import CRS
 from pyproj.exceptions import CRSError
 
+from ai4land.catalog import find_items, meets
 from ai4land.errors import ConfigError, DataError
 from ai4land.filecheck import check_blocks, check_file
-from ai4land.grid import FINE_DIMS, Grid, Window
+from ai4land.grid import FINE_DIMS, Grid, Window, edges
 from ai4land.hrefs import local_path
 from ai4land.lattice import check_cells, check_lattice, check_longitudes, same_crs
 from ai4land.raster import Resampling
@@ -125,6 +127,28 @@ def load_asset(
     along = (slice(None), slice(None)) if window is None else window.slices
     coords = {d: grid.coords()[d][a] for d, a in zip(FINE_DIMS, along, strict=True)}
     return xr.DataArray(field.data, dims=FINE_DIMS, coords=coords, name=asset, attrs=attrs)
+
+
+def items_in(catalog: str, *, collection: str, grid: Grid, window: Window) -> list[pystac.Item]:
+    """List the items of a collection that touch a window of the grid, a coarse cell around it for what is interpolated.
+
+    The catalogue is searched once a process.
+
+    Raises
+    ------
+    DataError
+        As :func:`ai4land.catalog.find_items`, for the whole grid.
+    """
+    if not grid.geographic:
+        return _found(catalog, collection, None)
+    west, south, east, north = edges(grid.fine[window.slices].buffered(grid.coarse.affine.a))
+    box = max(west, -180.0), max(south, -90.0), min(east, 180.0), min(north, 90.0)
+    return [item for item in _found(catalog, collection, grid.bounds) if meets(item, [box])]
+
+
+@lru_cache
+def _found(catalog: str, collection: str, bbox: tuple[float, float, float, float] | None) -> list[pystac.Item]:
+    return find_items(catalog, collection=collection, bbox=bbox)
 
 
 def _one_layer(item: pystac.Item, parsed: Any, index: int) -> int:

@@ -209,12 +209,18 @@ def meets(item: pystac.Item, boxes: list[Bounds]) -> bool:
     return any(a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3] for a in boxes for b in parts)
 
 
-def _within(item: pystac.Item, years: list[int] | None) -> bool:
+def years_of_item(item: pystac.Item) -> tuple[int | None, int | None]:
+    """First and last year of an item's time; None if it has none."""
     start = item.common_metadata.start_datetime or item.datetime
     end = item.common_metadata.end_datetime or item.datetime or start
+    return None if start is None else start.year, None if end is None else end.year
+
+
+def _within(item: pystac.Item, years: list[int] | None) -> bool:
+    start, end = years_of_item(item)
     if years is None or start is None or end is None:
         return True
-    return any(start.year <= y <= end.year for y in years)
+    return any(start <= y <= end for y in years)
 
 
 def _span(years: list[int] | None) -> str:

@@ -57,12 +57,26 @@ class GridConfig(_Model):
 
 
 class LandCoverConfig(_Model):
-    """Annual land-cover maps: one file, a pattern with ``{year}``, or a path a year."""
+    """Annual land-cover maps: one file, a pattern with ``{year}`` or a path a year (``source``), or an asset of a STAC collection."""
 
-    source: str | dict[int, str]
+    source: str | dict[int, str] | None = None
     legend: str
     variable: str | None = None
+    catalog: str | None = None
+    collection: str | None = None
+    asset: str | None = None
     resampling: Literal["exact", "nearest", "mode"] = "exact"
+
+    @model_validator(mode="after")
+    def _source(self) -> LandCoverConfig:
+        stac = (self.catalog, self.collection, self.asset)
+        if (self.source is None) == (stac == (None, None, None)) or (self.source is None and None in stac):
+            raise ValueError("landcover needs either a source, or catalog, collection and asset")
+        if self.source is None and self.resampling == "mode":
+            raise ValueError(
+                "landcover.resampling is mode, expected exact or nearest for a STAC collection, whose codes are merged after they are read"
+            )
+        return self
 
 
 class Luh2Config(_Model):

@@ -10,7 +10,7 @@ from typing import Any
 
 from ai4land import sources
 from ai4land.catalog import find_collection
-from ai4land.config import RunConfig, StaticLayer
+from ai4land.config import LandCoverConfig, RunConfig, StaticLayer
 from ai4land.describe import Map
 from ai4land.errors import AI4LandError
 from ai4land.inputs import Tell
@@ -49,7 +49,7 @@ class Credit:
 
 
 def credits_of(run: RunConfig, *, tell: Tell = _log.info) -> list[Credit]:
-    """Collect licences and citations of the inputs: of ``sources``, and of the STAC collections of the static maps."""
+    """Collect licences and citations of the inputs: of ``sources``, and of the STAC collections of the maps."""
     found = [
         Credit(
             title=source.title,
@@ -62,7 +62,8 @@ def credits_of(run: RunConfig, *, tell: Tell = _log.info) -> list[Credit]:
         )
         for source in sources.credits_of(run.sources)
     ]
-    named = sorted({(str(s.catalog), str(s.collection)) for s in run.static if isinstance(s, StaticLayer) and s.catalog})
+    layers: list[LandCoverConfig | StaticLayer] = [run.landcover, *(s for s in run.static if isinstance(s, StaticLayer))]
+    named = sorted({(str(s.catalog), str(s.collection)) for s in layers if s.catalog})
     for catalog, collection in named:
         if collection in run.sources:
             continue

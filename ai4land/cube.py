@@ -103,6 +103,9 @@ def create(
         if have != about:
             before: dict[str, Any] = have if isinstance(have, dict) else {}
             keys = sorted(k for k in {*before, *about} if before.get(k) != about.get(k))
+            keys = [
+                k for k in keys if k != "contents"
+            ] or keys  # other years or inputs have other contents, as a matter of course
             raise MismatchError(
                 f"cube {place} was begun with another configuration (it differs in {', '.join(keys)}); "
                 "restore the run file and the model, choose another name, or delete the cube and its ledger"

@@ -82,6 +82,8 @@ def cubes_of(run: RunConfig) -> dict[str, tuple[Place, int | None, list[int]]]:
 def map_source(run: RunConfig) -> str | dict[int, Path]:
     """Where the land-cover maps of a run are."""
     source = run.landcover.source
+    if source is None:
+        raise ConfigError("landcover has no source, expected one; its maps are those of a STAC collection")
     return run.path(source) if isinstance(source, str) else {year: Path(run.path(p)) for year, p in source.items()}
 
 

@@ -2,7 +2,7 @@
 
 A source is a path with ``{year}`` in it, a dict from year to path, one GeoTIFF whose band descriptions are years, or one
 NetCDF or Zarr variable with a time or year dimension. :func:`available_years` says what it holds, :func:`find_maps` gives
-each year's :class:`AnnualMap`, which reads it, or a window of it, onto the fine grid as codes of the legend: aliases are
+each year's :class:`AnnualMap` (:func:`find_catalog_maps` one of STAC items), which reads it, or a window of it, onto the fine grid as codes of the legend: aliases are
 replaced and unknown codes refused before any resampling.
 """
 
@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pystac
 import rasterio
 import xarray as xr
 from numpy.typing import NDArray
 
+from ai4land.assets import items_in, load_asset
+from ai4land.catalog import years_of_item
 from ai4land.coarse import years_in
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import Grid, Window
@@ -134,6 +137,70 @@ def find_maps(
             f"land-cover maps of {lacking} are not in {_shown(source)}, expected years out of {sorted(maps)}; choose these"
         )
     return {year: AnnualMap(year, *maps[year], variable, grid, legend, resampling) for year in wanted}
+
+
+@dataclass(frozen=True)
+class CatalogMap:
+    """The map of one year as the items of a STAC collection, read when it is asked for."""
+
+    year: int
+    path: str
+    collection: str
+    asset: str
+    grid: Grid
+    legend: Legend
+    resampling: MapResampling
+
+    def read(self, window: Window | None = None) -> NDArray[np.uint8]:
+        """Read class codes as :meth:`AnnualMap.read` does."""
+        w = window or Window(0, 0, *self.grid.shape)
+        fill = self.legend.fill.code
+        items = items_in(self.path, collection=self.collection, grid=self.grid, window=w)
+        items = [item for item in items if _year_of(item) == self.year]
+        if not items:
+            return np.full((w.height, w.width), fill, dtype=np.uint8)
+        field = load_asset(
+            items, asset=self.asset, grid=self.grid, resampling=self.resampling, dtype=np.uint8, nodata=fill, window=w
+        )
+        codes = np.asarray(field.compute(scheduler="synchronous").values, dtype=np.uint8)
+        return _recode(codes, legend=self.legend, name=f"land-cover map of {self.year} ({self.collection} of {self.path})")
+
+
+def find_catalog_maps(
+    catalog: str, *, collection: str, asset: str, grid: Grid, legend: Legend, resampling: MapResampling = "exact"
+) -> dict[int, CatalogMap]:
+    """Find the maps of a STAC collection by year, sorted; each year is merged from its items, and a cell that none covers has no class.
+
+    Parameters
+    ----------
+    catalog
+        Path or URL of a static catalogue or an API, such as the mirror that ``ai4land fetch`` makes.
+    collection, asset
+        Id of the collection, and key of the asset that holds the codes.
+    grid, legend
+        As in :func:`find_maps`.
+    resampling
+        ``exact`` or ``nearest``: aliases are replaced after reading.
+
+    Raises
+    ------
+    DataError
+        If the catalogue can not be read, or an item is of no year or of several.
+    ConfigError
+        If the resampling is another.
+    """
+    if resampling not in ("exact", "nearest"):
+        raise ConfigError(f"resampling of land cover from a catalogue is {resampling!r}, expected exact or nearest; choose one")
+    items = items_in(catalog, collection=collection, grid=grid, window=Window(0, 0, *grid.shape))
+    years = sorted({_year_of(item) for item in items})
+    return {year: CatalogMap(year, catalog, collection, asset, grid, legend, resampling) for year in years}
+
+
+def _year_of(item: pystac.Item) -> int:
+    start, end = years_of_item(item)
+    if start is None or start != end:
+        raise DataError(f"item {item.id} is of the years {start}-{end}, expected one year; give a collection of annual maps")
+    return start
 
 
 def _recode(codes: NDArray[Any], *, legend: Legend, name: str) -> NDArray[np.uint8]:

@@ -16,8 +16,8 @@ import ai4land
 from ai4land import cli
 from ai4land.runfile import load_run
 
-VERBS = ["plan", "align", "train", "reconstruct", "evaluate", "publish", "run", "verify", "fetch", "serve", "demo"]
-OF_A_RUN = [verb for verb in VERBS if verb not in ("verify", "fetch", "serve")]
+VERBS = ["plan", "align", "train", "reconstruct", "evaluate", "publish", "run", "verify", "commit", "fetch", "serve", "demo"]
+OF_A_RUN = [verb for verb in VERBS if verb not in ("verify", "commit", "fetch", "serve")]
 ROOT = Path(__file__).parents[1]
 
 

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from ai4land.config import Coordinate, RunConfig, StaticLayer, digest, expand_years
+from ai4land.config import Coordinate, LandCoverConfig, RunConfig, StaticLayer, digest, expand_years
 from ai4land.errors import ConfigError
 from ai4land.runfile import load_run, pipelines
 
@@ -226,3 +227,17 @@ def test_digest_ignores_order_alone(values):
     assert digest(values) == digest(dict(reversed(values.items())))
     assert digest(values) != digest({**values, "another key": 0})
     assert len(digest(values)) == 16
+
+
+@pytest.mark.parametrize(
+    ("landcover", "text"),
+    [
+        ({}, "landcover needs either a source, or catalog, collection and asset"),
+        ({"source": "a.tif", "catalog": "c.json", "collection": "c", "asset": "a"}, "landcover needs either a source"),
+        ({"catalog": "c.json", "collection": "c"}, "landcover needs either a source"),
+        ({"catalog": "c.json", "collection": "c", "asset": "a", "resampling": "mode"}, "expected exact or nearest for a STAC"),
+    ],
+)
+def test_maps_come_from_files_or_from_a_collection(landcover, text):
+    with pytest.raises(ValidationError, match=text):
+        LandCoverConfig(legend="hildaplus", **landcover)

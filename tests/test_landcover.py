@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 import xarray as xr
+from affine import Affine
+from test_catalog import make_item, save, write_cog
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import make_grid
-from ai4land.landcover import available_years, find_maps
+from ai4land.landcover import available_years, find_catalog_maps, find_maps
 from ai4land.legend import load_legend
 
 GRID = make_grid((-6, -4, 10, 8), coarse_cell=2.0, factor=4, shard=8, origin=(-6.0, 8.0))
@@ -181,3 +184,50 @@ def test_real_uk_maps_need_the_nearest_cell(real_data):
         shares += [np.log(got / want) for got, want in counts]
     assert all(abs(a - b) < 0.02 for a, b in itertools.combinations(shares, 2))
     assert abs(np.mean(shares)) < 0.01
+
+
+@pytest.fixture
+def tiled(tmp_path):
+    """A catalogue of two years of maps in two halves, in the codes of ESA CCI, and what they say."""
+    rng, half = np.random.default_rng(5), GRID.shape[1] // 2
+    known = [10, 11, 30, 50, 70, 130, 190, 210, 0]
+    codes = {year: rng.choice(known, GRID.shape).astype("uint8") for year in (2000, 2001)}
+    items = []
+    for year, values in codes.items():
+        for name, cut in (("west", slice(0, half)), ("east", slice(half, None))):
+            t = GRID.fine.affine * Affine.translation(cut.start, 0)
+            path = write_cog(tmp_path / f"{name}_{year}.tif", values[:, cut], t, nodata=0)
+            fields = {"lccs": {"nodata": 0, "data_type": "uint8"}}
+            items.append(make_item(f"{name}-{year}", {"lccs": path}, t, values[:, cut].shape, year=year, extra=fields))
+    return save(tmp_path, {"cci": items}), codes
+
+
+def test_maps_of_a_catalogue_are_those_of_files(tiled, tmp_path):
+    catalog, codes = tiled
+    maps = find_catalog_maps(str(catalog), collection="cci", asset="lccs", grid=GRID, legend=LCCS)
+    assert list(maps) == [2000, 2001]
+    for year, values in codes.items():
+        whole = maps[year].read()
+        assert np.array_equal(whole, LCCS.decode(LCCS.encode(values))) and (whole[values == 11] == 10).all()
+        for w in GRID.shards():
+            assert np.array_equal(maps[year].read(w), whole[w.slices])
+    again = pickle.loads(pickle.dumps(maps[2000]))
+    assert np.array_equal(again.read(), maps[2000].read())
+
+
+def test_what_no_item_covers_has_no_class_and_what_is_no_annual_map_is_refused(tmp_path):
+    t, shape = GRID.fine.affine, (GRID.shape[0], GRID.shape[1] // 2)
+    path = write_cog(tmp_path / "a.tif", np.full(shape, 50, "uint8"), t, nodata=0)
+    item = make_item("a", {"lccs": path}, t, shape, extra={"lccs": {"nodata": 0, "data_type": "uint8"}})
+    catalog = save(tmp_path, {"cci": [item]})
+    about = {"collection": "cci", "asset": "lccs", "grid": GRID, "legend": LCCS}
+    (found,) = find_catalog_maps(str(catalog), **about).values()
+    assert (found.read()[:, : shape[1]] == 50).all() and (found.read()[:, shape[1] :] == LCCS.fill.code).all()
+    assert (found.read(GRID.shards()[-1]) == LCCS.fill.code).all()
+    with pytest.raises(ConfigError, match="from a catalogue is 'mode', expected exact or nearest"):
+        find_catalog_maps(str(catalog), resampling="mode", **about)
+    (tmp_path / "other").mkdir()
+    more = make_item("b", {"lccs": write_cog(tmp_path / "other" / "a.tif", np.full(shape, 50, "uint8"), t)}, t, shape)
+    more.properties |= {"start_datetime": "2000-01-01T00:00:00Z", "end_datetime": "2004-12-31T00:00:00Z"}
+    with pytest.raises(DataError, match="item b is of the years 2000-2004, expected one year"):
+        find_catalog_maps(str(save(tmp_path / "other", {"cci": [more]})), **about)

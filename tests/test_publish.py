@@ -167,6 +167,7 @@ def server(published) -> Iterator[str]:
     app.mount("/", StaticFiles(directory=published[0].folder))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
+        listening.listen()  # who comes before the server is up waits
         http = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
