@@ -8,18 +8,14 @@ from anything else is refused; and what it holds, in digests (:mod:`ai4land.cont
 
 from __future__ import annotations
 
-import glob
 import logging
-import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import xarray as xr
 import zarr
 from distributed import Client
@@ -33,6 +29,7 @@ from ai4land.gaps import fill_near
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window
 from ai4land.legend import Legend
 from ai4land.materialise import Layer, fill_rest, write_cover, write_static
+from ai4land.stores import beside, sweep
 from ai4land.template import chunk_side
 
 _log = logging.getLogger(__name__)
@@ -90,8 +87,8 @@ def write_store(
     tell = progress or _log.info
     if list(maps) != sorted(maps):
         raise DataError(f"maps come in the order {list(maps)}, expected ascending years; sort them")
-    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-    _sweep(path)
+    part = beside(path, "part")
+    sweep(path)
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         _create(part, grid, legend, list(maps), coarse, layers)
@@ -228,15 +225,6 @@ def _shards(
 
 
 # -- the store as a whole ------------------------------------------------------------------------------------------------------
-
-
-def _sweep(path: Path) -> None:
-    """Remove what killed processes of this machine have left of the store."""
-    mark = f".{path.name}.{socket.gethostname()}."
-    for left in path.parent.glob(f"{glob.escape(mark)}*.part"):
-        pid = left.name.removeprefix(mark).removesuffix(".part")
-        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _coordinate(group: zarr.Group, name: str, dim: str, values: NDArray[Any]) -> None:

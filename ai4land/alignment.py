@@ -75,7 +75,7 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     maps = maps_of(run, grid, legend)
     lacking = sorted(needed - set(maps))
     if lacking:
-        where = run.landcover.source or f"collection {run.landcover.collection}"
+        where = run.landcover.source or " and ".join(run.landcover.collections)
         raise ConfigError(
             f"land-cover maps of {lacking} are needed, {where} has {_span(list(maps))}; change the years or the files"
         )
@@ -133,7 +133,7 @@ def maps_of(run: RunConfig, grid: Grid, legend: Legend) -> Mapping[int, AnnualMa
     options: dict[str, Any] = {"grid": grid, "legend": legend, "resampling": c.resampling}
     if c.source is not None:
         return find_maps(map_source(run), variable=c.variable, **options)
-    return find_catalog_maps(run.path(str(c.catalog)), collection=str(c.collection), asset=str(c.asset), **options)
+    return find_catalog_maps(run.path(str(c.catalog)), collections=c.collections, asset=str(c.asset), **options)
 
 
 def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: Mapping[int, AnnualMap | CatalogMap]) -> xr.DataArray:

@@ -57,13 +57,13 @@ class GridConfig(_Model):
 
 
 class LandCoverConfig(_Model):
-    """Annual land-cover maps: one file, a pattern with ``{year}`` or a path a year (``source``), or an asset of a STAC collection."""
+    """Annual land-cover maps: one file, a pattern with ``{year}`` or a path a year (``source``), or an asset of STAC collections."""
 
     source: str | dict[int, str] | None = None
     legend: str
     variable: str | None = None
     catalog: str | None = None
-    collection: str | None = None
+    collection: str | list[str] | None = Field(default=None, description="or several that follow one another")
     asset: str | None = None
     resampling: Literal["exact", "nearest", "mode"] = "exact"
 
@@ -77,6 +77,11 @@ class LandCoverConfig(_Model):
                 "landcover.resampling is mode, expected exact or nearest for a STAC collection, whose codes are merged after they are read"
             )
         return self
+
+    @property
+    def collections(self) -> list[str]:
+        """Ids of the STAC collections."""
+        return [self.collection] if isinstance(self.collection, str) else self.collection or []
 
 
 class Luh2Config(_Model):
@@ -152,7 +157,7 @@ class StaticLayer(_Model):
     collection: str | None = None
     asset: str | None = None
     categorical: bool = False
-    resampling: Literal["exact", "nearest", "bilinear", "average", "mode"] | None = None
+    resampling: Literal["exact", "nearest", "bilinear", "average", "mode", "min", "max"] | None = None
 
     @model_validator(mode="after")
     def _source(self) -> StaticLayer:

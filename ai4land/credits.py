@@ -10,7 +10,7 @@ from typing import Any
 
 from ai4land import sources
 from ai4land.catalog import find_collection
-from ai4land.config import LandCoverConfig, RunConfig, StaticLayer
+from ai4land.config import RunConfig, StaticLayer
 from ai4land.describe import Map
 from ai4land.errors import AI4LandError
 from ai4land.inputs import Tell
@@ -62,8 +62,10 @@ def credits_of(run: RunConfig, *, tell: Tell = _log.info) -> list[Credit]:
         )
         for source in sources.credits_of(run.sources)
     ]
-    layers: list[LandCoverConfig | StaticLayer] = [run.landcover, *(s for s in run.static if isinstance(s, StaticLayer))]
-    named = sorted({(str(s.catalog), str(s.collection)) for s in layers if s.catalog})
+    named = sorted(
+        {(str(s.catalog), str(s.collection)) for s in run.static if isinstance(s, StaticLayer) and s.catalog}
+        | {(str(run.landcover.catalog), collection) for collection in run.landcover.collections}
+    )
     for catalog, collection in named:
         if collection in run.sources:
             continue

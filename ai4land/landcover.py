@@ -9,7 +9,7 @@ replaced and unknown codes refused before any resampling.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -167,16 +167,16 @@ class CatalogMap:
 
 
 def find_catalog_maps(
-    catalog: str, *, collection: str, asset: str, grid: Grid, legend: Legend, resampling: MapResampling = "exact"
+    catalog: str, *, collections: Sequence[str], asset: str, grid: Grid, legend: Legend, resampling: MapResampling = "exact"
 ) -> dict[int, CatalogMap]:
-    """Find the maps of a STAC collection by year, sorted; each year is merged from its items, and a cell that none covers has no class.
+    """Find the maps of STAC collections by year, sorted; each year is merged from its items, and a cell that none covers has no class.
 
     Parameters
     ----------
     catalog
         Path or URL of a static catalogue or an API, such as the mirror that ``ai4land fetch`` makes.
-    collection, asset
-        Id of the collection, and key of the asset that holds the codes.
+    collections, asset
+        Ids of the collections, and key of the asset that holds the codes.
     grid, legend
         As in :func:`find_maps`.
     resampling
@@ -185,15 +185,22 @@ def find_catalog_maps(
     Raises
     ------
     DataError
-        If the catalogue can not be read, or an item is of no year or of several.
+        If the catalogue can not be read, an item is of no year or of several, or two collections have the same year.
     ConfigError
         If the resampling is another.
     """
     if resampling not in ("exact", "nearest"):
         raise ConfigError(f"resampling of land cover from a catalogue is {resampling!r}, expected exact or nearest; choose one")
-    items = items_in(catalog, collection=collection, grid=grid, window=Window(0, 0, *grid.shape))
-    years = sorted({_year_of(item) for item in items})
-    return {year: CatalogMap(year, catalog, collection, asset, grid, legend, resampling) for year in years}
+    found: dict[int, CatalogMap] = {}
+    for collection in collections:
+        items = items_in(catalog, collection=collection, grid=grid, window=Window(0, 0, *grid.shape))
+        for year in {_year_of(item) for item in items}:
+            if year in found:
+                raise DataError(
+                    f"{found[year].collection} and {collection} both have a map of {year}, expected one; leave one out"
+                )
+            found[year] = CatalogMap(year, catalog, collection, asset, grid, legend, resampling)
+    return dict(sorted(found.items()))
 
 
 def _year_of(item: pystac.Item) -> int:

@@ -28,7 +28,7 @@ from ai4land.describe import Map, open_group, read_map
 from ai4land.errors import ConfigError, DataError
 from ai4land.inputs import Tell, cubes_of
 from ai4land.ledger import part_of
-from ai4land.stores import Place, folder_of, inside
+from ai4land.stores import Place, beside, folder_of, inside, sweep
 
 _log = logging.getLogger(__name__)
 _OURS = re.compile(r"^(.+/(catalog\.json|collection\.json|items\.parquet|thumbnail\.png)|(.+)/\3\.(json|tif))$")
@@ -100,11 +100,12 @@ def publish(
         )
     credits = credits_of(run, tell=tell)
     licence = licence_of(run, maps[0], credits)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = beside(target, "part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         _write(run, maps, part, target, cube=cube, base=base, cog=years, credits=credits, licence=licence, tell=tell)
         _move(part, target)
+        sweep(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target / "catalog.json"
@@ -339,7 +340,7 @@ def _check_target(target: Path, name: str) -> None:
 
 def _move(part: Path, target: Path) -> None:
     """Put the new catalogue in the place of the old one."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    old = beside(target, "old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.replace(old)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import datetime as dt
 import glob
 import os
+import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import psutil
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer, cpu, default_buffer_prototype
 from zarr.core.sync import sync
@@ -148,6 +151,28 @@ def write_atomically(path: Path, data: bytes) -> None:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise
+
+
+def beside(path: Path, kind: str) -> Path:
+    """Name a folder of this process beside a path: where it is made before it is moved there, or put aside.
+
+    >>> beside(Path("runs/store.zarr"), "part").name.startswith(".store.zarr.")
+    True
+    """
+    return path.with_name(f"{_mark(path)}{os.getpid()}.{kind}")
+
+
+def sweep(path: Path) -> None:
+    """Remove what this process, and those of this machine that are dead, have left beside a path."""
+    mark = _mark(path)
+    for left in path.parent.glob(f"{glob.escape(mark)}*"):
+        pid = left.name.removeprefix(mark).partition(".")[0]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _mark(path: Path) -> str:
+    return f".{path.name}.{socket.gethostname()}."
 
 
 def _to_disk(folder: Path) -> None:

@@ -204,13 +204,15 @@ def tiled(tmp_path):
 
 def test_maps_of_a_catalogue_are_those_of_files(tiled, tmp_path):
     catalog, codes = tiled
-    maps = find_catalog_maps(str(catalog), collection="cci", asset="lccs", grid=GRID, legend=LCCS)
+    maps = find_catalog_maps(str(catalog), collections=["cci"], asset="lccs", grid=GRID, legend=LCCS)
     assert list(maps) == [2000, 2001]
     for year, values in codes.items():
         whole = maps[year].read()
         assert np.array_equal(whole, LCCS.decode(LCCS.encode(values))) and (whole[values == 11] == 10).all()
         for w in GRID.shards():
             assert np.array_equal(maps[year].read(w), whole[w.slices])
+    with pytest.raises(DataError, match="cci and cci both have a map of 2000"):
+        find_catalog_maps(str(catalog), collections=["cci", "cci"], asset="lccs", grid=GRID, legend=LCCS)
     again = pickle.loads(pickle.dumps(maps[2000]))
     assert np.array_equal(again.read(), maps[2000].read())
 
@@ -220,7 +222,7 @@ def test_what_no_item_covers_has_no_class_and_what_is_no_annual_map_is_refused(t
     path = write_cog(tmp_path / "a.tif", np.full(shape, 50, "uint8"), t, nodata=0)
     item = make_item("a", {"lccs": path}, t, shape, extra={"lccs": {"nodata": 0, "data_type": "uint8"}})
     catalog = save(tmp_path, {"cci": [item]})
-    about = {"collection": "cci", "asset": "lccs", "grid": GRID, "legend": LCCS}
+    about = {"collections": ["cci"], "asset": "lccs", "grid": GRID, "legend": LCCS}
     (found,) = find_catalog_maps(str(catalog), **about).values()
     assert (found.read()[:, : shape[1]] == 50).all() and (found.read()[:, shape[1] :] == LCCS.fill.code).all()
     assert (found.read(GRID.shards()[-1]) == LCCS.fill.code).all()

@@ -488,6 +488,19 @@ def test_a_failure_leaves_the_old_catalogue(tmp_path):
     assert {p.name for p in run.folder.iterdir() if p.is_dir()} == {"cube.zarr", "cube.ledger", "stac"}
 
 
+def test_what_a_killed_publication_left_is_removed_by_the_next(tmp_path):
+    run = make_run(tmp_path, model=False)
+    path = publish(run)
+    want = contents(path.parent)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for kind in ("old", "part"):
+        shutil.copytree(path.parent, run.folder / f".stac.{socket.gethostname()}.{dead.pid}.{kind}")
+    shutil.rmtree(path.parent)
+    assert contents(publish(run).parent) == want
+    assert not [p for p in run.folder.iterdir() if p.name.startswith(".")]
+
+
 def test_what_can_not_be_published_is_refused(tmp_path):
     run = run_in(tmp_path)
     with pytest.raises(DataError, match="ai4land reconstruct"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 from pathlib import Path
@@ -12,11 +13,12 @@ from pystac.validation.stac_validator import STACValidator
 
 from ai4land.errors import ConfigError
 from ai4land.legend import load_crosswalk, load_legend
-from ai4land.runfile import pipelines
+from ai4land.runfile import load_run, pipelines
 from ai4land.sources import catalog_path, credits_of, licence_of, load_source, load_sources
 
 ROOT = Path(__file__).parents[1]
 FILE_EXTENSION = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
+GLOBAL = ("global_1km.yaml", "global_300m.yaml")
 DOCUMENTS = sorted(catalog_path().parent.rglob("*.json"))
 HASHES = {"1220": 32, "d50110": 16}
 """Prefixes of multihashes (code and length): SHA-256 and MD5; bytes of each."""
@@ -151,3 +153,24 @@ def test_credits_name_each_source_once():
 )
 def test_the_licence_of_a_mix(names, licence):
     assert licence_of(names) == licence
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_global_runs_read_what_fetch_brings(name):
+    run = load_run(name)
+    known = {s.id: s for s in credits_of(run.sources)}
+    paths = [*run.scenario.paths, run.scenario.static, *(s.path for s in run.static if s.path)]
+    paths += [run.landcover.source] if run.landcover.source else []
+    for path in paths:
+        folder, _, leaf = path.partition("/")
+        access = known[folder].access
+        if access.kind == "url":
+            assert leaf in [f.href.rpartition("/")[2] for f in access.files]
+        else:
+            assert access.kind == "manual" and any(fnmatch.fnmatch(leaf.replace("{year}", "2000"), p) for p in access.patterns)
+    collections = {(s.catalog, s.collection, s.asset) for s in run.static if s.catalog}
+    collections |= {(run.landcover.catalog, c, run.landcover.asset) for c in run.landcover.collections}
+    for catalog, collection, asset in collections:
+        assert catalog == "catalog.json" and known[collection].access.asset == asset
+    used = {path.partition("/")[0] for path in paths} | {c for _, c, _ in collections}
+    assert used == set(run.sources)
