@@ -287,7 +287,8 @@ def commit(
     """
     from ai4land import versions
 
-    versions.commit(cube, to=to, tell=_tell)
+    with _bar("commits") as bar:
+        versions.commit(cube, to=to, progress=bar)
     _out.print(str(to or versions.repository_path(cube)), soft_wrap=True)
 
 

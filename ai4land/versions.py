@@ -39,7 +39,7 @@ def repository_path(place: Place) -> Place:
     return type(beside)(text)
 
 
-def commit(place: Place, *, to: Place | None = None, tell: Callable[[str], None] = print) -> list[int]:
+def commit(place: Place, *, to: Place | None = None, progress: Callable[[int, int, str], None] | None = None) -> list[int]:
     """Bring a repository up to the years that a cube shows, a commit a year; one process at a time.
 
     Parameters
@@ -48,8 +48,8 @@ def commit(place: Place, *, to: Place | None = None, tell: Callable[[str], None]
         Folder or ``s3://`` URL of a cube, or of a part of one, with its ledger beside it.
     to
         Folder or ``s3://`` URL of the repository; made if it is not there. Default: beside the cube.
-    tell
-        Is told of each commit.
+    progress
+        Told of each commit how many there are by now and will be, and the year.
 
     Returns
     -------
@@ -94,7 +94,8 @@ def commit(place: Place, *, to: Place | None = None, tell: Callable[[str], None]
                 sync(session.store.set(f"{name}/zarr.json".lstrip("/"), cpu.Buffer.from_bytes(encode(document))))
         _refer(session, place, refs.get(count - 1, {}))
         session.commit(str(year), metadata={"cube": about, "at": _prefix(place), "years": count})
-        tell(f"commit {count} of {len(years)}: {year}")
+        if progress is not None:
+            progress(count, len(years), str(year))
     return new
 
 

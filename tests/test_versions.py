@@ -36,8 +36,9 @@ def place(root):
 
 
 def test_every_year_is_a_commit_and_no_shard_is_copied(place):
-    lines: list[str] = []
-    assert commit(place, tell=lines.append) == YEARS[:4] and lines[-1] == "commit 4 of 4: 2006"
+    told: list[tuple[int, int, str]] = []
+    assert commit(place, progress=lambda *step: told.append(step)) == YEARS[:4]
+    assert told == [(i, 4, str(year)) for i, year in enumerate(YEARS[:4], start=1)]
     to = repository_path(place)
     assert open_version(to).identical(cube.open_cube(place))
     for count, year in enumerate(YEARS[:4], start=1):
