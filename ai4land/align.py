@@ -26,13 +26,15 @@ from ai4land.contents import digest_of, joined
 from ai4land.crowd import each
 from ai4land.errors import DataError, MismatchError
 from ai4land.gaps import fill_near
-from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window
+from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, coarse_slices
 from ai4land.legend import Legend
-from ai4land.materialise import Layer, fill_rest, write_cover, write_static
+from ai4land.materialise import Job, Layer, fill_rest, write_cover, write_static
 from ai4land.stores import beside, sweep
 from ai4land.template import chunk_side
 
 _log = logging.getLogger(__name__)
+SCENARIO_YEARS = 16
+"""Years of the scenario that are in memory at once, where it comes lazily."""
 _OVERHEAD = 1.5e9
 """Bytes of a worker beside the layers of its block: libraries, GDAL's cache, a strip of a source."""
 
@@ -47,6 +49,7 @@ def write_store(
     coarse: xr.DataArray,
     layers: Sequence[Layer],
     identity: dict[str, Any],
+    known: NDArray[np.bool_] | None = None,
     files: Mapping[str, Sequence[Any]] | None = None,
     client: Client | None = None,
     progress: Callable[[str], None] | None = None,
@@ -64,12 +67,14 @@ def write_store(
     maps
         From the observed years, ascending, to what reads a window of the year's map as class codes.
     coarse
-        Scenario, ``(year, state, coarse_latitude, coarse_longitude)`` on ``grid.coarse``.
+        Scenario, ``(year, state, coarse_latitude, coarse_longitude)`` on ``grid.coarse``; may be lazy, and is read some years at a time.
     layers
         Static maps. Gaps inside the mask are filled from the nearest cell that has a value within a coarse cell's breadth,
         beyond it from the nearest coarse cell that has one (:mod:`ai4land.gaps`).
     identity
         What the store is made from: plain values.
+    known
+        Coarse cells that may be mapped; None: all.
     files
         Input files, as noted by :func:`ai4land.contents.note_files`.
     client
@@ -92,10 +97,10 @@ def write_store(
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         _create(part, grid, legend, list(maps), coarse, layers)
+        states = _write_states(part, coarse)
         tell(f"scenario: {coarse.sizes['year']} years of {coarse.sizes['state']} states")
-        contents = _write_cover(part, grid, legend, mask, maps, client, tell)
+        contents = {"coarse": states, **_write_cover(part, grid, legend, mask, maps, known, client, tell)}
         contents["static"] = _write_static(part, grid, layers, client, tell)
-        contents["coarse"] = {str(int(y)): digest_of(coarse.sel(year=y).values.astype(np.float32)) for y in coarse["year"].values}
         zarr.open_group(part, mode="r+").attrs.update({"identity": identity, "contents": contents, "files": dict(files or {})})
         if path.exists():
             shutil.rmtree(path)
@@ -120,7 +125,7 @@ def _create(part: Path, grid: Grid, legend: Legend, observed: list[int], coarse:
     _coordinate(group, "year", "year", coarse["year"].values.astype(np.int64))
     _coordinate(group, "observed_year", "observed_year", np.array(observed, dtype=np.int64))
     _coordinate(group, "state", "state", coarse["state"].values.astype(str))
-    states = group.create_array(
+    group.create_array(
         "coarse",
         shape=coarse.shape,
         dtype="float32",
@@ -129,7 +134,6 @@ def _create(part: Path, grid: Grid, legend: Legend, observed: list[int], coarse:
         dimension_names=("year", "state", *COARSE_DIMS),
         compressors=ZstdCodec(level=3),
     )
-    states[...] = coarse.values.astype(np.float32)
     fine: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...], str, float]] = {
         "mask": ((), (), (), "uint8", 0),
         "static": ((len(layers),), (len(layers),), ("feature",), "float32", np.nan),
@@ -149,21 +153,36 @@ def _create(part: Path, grid: Grid, legend: Legend, observed: list[int], coarse:
     group.attrs.update({"grid": grid.to_dict(), "legend": legend.model_dump(mode="json")})
 
 
+def _write_states(part: Path, coarse: xr.DataArray) -> dict[str, str]:
+    """Write the scenario, some years at a time; returns the digest of each."""
+    group: Any = zarr.open_group(part, mode="r+")
+    digests: dict[str, str] = {}
+    for start in range(0, coarse.sizes["year"], SCENARIO_YEARS):
+        some = coarse.isel(year=slice(start, start + SCENARIO_YEARS)).compute(scheduler="synchronous")
+        for step, year in enumerate(some["year"].values, start=start):
+            values = some.sel(year=year).values.astype(np.float32, copy=False)
+            group["coarse"][step] = values
+            digests[str(int(year))] = digest_of(values)
+    return digests
+
+
 def _write_cover(
     part: Path,
     grid: Grid,
     legend: Legend,
     mask: Callable[[Window], NDArray[np.bool_]],
     maps: Mapping[int, Callable[[Window], NDArray[np.uint8]]],
+    known: NDArray[np.bool_] | None,
     client: Client | None,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    task = partial(write_cover, store=str(part), mask=mask, maps=list(maps.values()), fill=legend.fill.code)
+    task = partial(write_cover, store=str(part), mask=mask, maps=list(maps.values()), fill=legend.fill.code, factor=grid.factor)
+    jobs = [Job(w, None if known is None else known[coarse_slices(w, grid.factor)]) for w in grid.shards()]
     counts = np.zeros(1 + len(maps), dtype=np.int64)
     digests: dict[Window, list[str]] = {}
-    for w, (made, found) in _shards("land cover", task, grid.shards(), client, tell):
+    for job, (made, found) in _shards("land cover", task, jobs, client, tell):
         counts += made
-        digests[w] = found
+        digests[job.window] = found
     mapped, *classes = counts.tolist()
     if not mapped:
         raise DataError(
@@ -180,14 +199,16 @@ def _write_cover(
 
 def _write_static(part: Path, grid: Grid, layers: Sequence[Layer], client: Client | None, tell: Callable[[str], None]) -> str:
     task = partial(write_static, store=str(part), grid=grid, layers=layers)
+    every = [Job(w) for w in grid.shards()]
     stand_in = np.full((len(layers), *grid.coarse.shape), np.nan, dtype=np.float32)
     mapped, gaps, far = 0, np.zeros(len(layers), dtype=int), np.zeros(len(layers), dtype=int)
     digests: dict[Window, str] = {}
     later: list[Window] = []
-    for w, (cells, missing, left, values, found) in _shards("static layers", task, grid.shards(), client, tell):
+    for job, (cells, missing, left, values, found) in _shards("static layers", task, every, client, tell):
+        w = job.window
         mapped, gaps, far = mapped + cells, gaps + missing, far + left
         digests[w] = found
-        stand_in[:, *_coarse(w, grid).slices] = values
+        stand_in[:, *coarse_slices(w, grid.factor)] = values
         if left.any():
             later.append(w)
     for layer, values, missing, left in zip(layers, stand_in, gaps, far, strict=True):
@@ -199,26 +220,18 @@ def _write_static(part: Path, grid: Grid, layers: Sequence[Layer], client: Clien
         filled = f", {missing / mapped:.2%} of the cells filled from the nearest" if missing else ""
         farther = f", {left / mapped:.2%} from farther than a coarse cell" if left else ""
         tell(f"static layer: {layer.name}{filled}{farther}")
-    jobs = [(w, stand_in[:, *_coarse(w, grid).slices]) for w in sorted(later)]
-    for (w, _), found in _shards(
-        "static layers, gaps", partial(fill_rest, store=str(part), factor=grid.factor), jobs, client, tell
-    ):
-        digests[w] = found
+    jobs = [Job(w, stand_in[:, *coarse_slices(w, grid.factor)]) for w in sorted(later)]
+    for job, found in _shards("static layers, gaps", partial(fill_rest, store=str(part), factor=grid.factor), jobs, client, tell):
+        digests[job.window] = found
     return joined(digests)
 
 
-def _coarse(w: Window, grid: Grid) -> Window:
-    """Coarse cells of a shard."""
-    f = grid.factor
-    return Window(w.row // f, w.col // f, w.height // f, w.width // f)
-
-
 def _shards(
-    what: str, task: Callable[[Any], Any], items: Sequence[Any], client: Client | None, tell: Callable[[str], None]
-) -> Iterator[tuple[Any, Any]]:
+    what: str, task: Callable[[Job], Any], items: Sequence[Job], client: Client | None, tell: Callable[[str], None]
+) -> Iterator[tuple[Job, Any]]:
     """Do a task for every shard, and tell of each tenth of them where there are many."""
     step = max(len(items) // 10, 10)
-    for count, outcome in enumerate(each(task, items, client=client), start=1):
+    for count, outcome in enumerate(each(task, items, what=f"{what} of", client=client), start=1):
         if count % step == 0 and count < len(items):
             tell(f"{what}: {count} of {len(items)} shards")
         yield outcome

@@ -14,23 +14,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import xarray as xr
 import zarr
+from dask.delayed import delayed
 from dask.system import CPU_COUNT
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
 from numpy.typing import NDArray
 
 from ai4land import scenario
-from ai4land.align import block_memory, check_identity, write_store
+from ai4land.align import SCENARIO_YEARS, block_memory, check_identity, write_store
 from ai4land.areachange import open_change
-from ai4land.assets import items_in, load_asset
+from ai4land.assets import forget_items, items_in, load_asset
+from ai4land.catalog import years_of_item
+from ai4land.coarse import as_scenario
 from ai4land.config import Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
 from ai4land.contents import changed_files, note_files
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.fractions import open_fractions
 from ai4land.grid import FINE_DIMS, Grid, Window
+from ai4land.hrefs import local_path
 from ai4land.inputs import (
     Tell,
     crosswalk_of,
@@ -50,11 +55,15 @@ from ai4land.luh2 import open_states
 from ai4land.materialise import Layer
 from ai4land.predict import Source
 from ai4land.raster import open_raster
+from ai4land.stores import sweep
 
 _log = logging.getLogger(__name__)
 
 _SMALL = 2**28
 """Cells of all layers and maps that this process reads in about the time that workers take to start."""
+
+_FEW = 200
+"""Tiles of a collection that samples are taken of."""
 
 
 def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
@@ -67,8 +76,9 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     needed, states = needed_years(run)
     if check_identity(path, identity_of(run)):
         check_years(path, needed, states)
-        _check_files(path)
+        _check_files(path, run)
         return path
+    forget_items()
     grid, legend = grid_of(run), legend_of(run)
     split_of(run, grid)
     crosswalk = crosswalk_of(run, legend)
@@ -90,20 +100,25 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
     if isinstance(run.scenario, FractionsConfig) and run.scenario.mask:
         known = np.isfinite(coarse.values).all(axis=(0, 1))
     years = sorted(needed | ({y for y in maps if y in run.reconstruct.years}))
-    with _workers(run, grid, len(years), tell) as client:
-        write_store(
-            path,
-            grid=grid,
-            legend=legend,
-            mask=partial(_mapped, reference=maps[mask_year(run)], known=known),
-            maps={year: maps[year].read for year in years},
-            coarse=coarse,
-            layers=[Layer(s.name, s.categorical, partial(read_layer, layer=s, run=run, grid=grid)) for s in run.static],
-            identity=identity_of(run),
-            files=note_files(_paths(run, [maps[year].path for year in years])),
-            client=client,
-            progress=tell,
-        )
+    files = note_files(_files(run, grid, [maps[year] for year in years]), beside=run.data)
+    try:
+        with _workers(run, grid, len(years), tell) as client:
+            write_store(
+                path,
+                grid=grid,
+                legend=legend,
+                mask=partial(_mapped, reference=maps[mask_year(run)]),
+                maps={year: maps[year].read for year in years},
+                coarse=coarse,
+                layers=[Layer(s.name, s.categorical, partial(read_layer, layer=s, run=run, grid=grid)) for s in run.static],
+                identity=identity_of(run),
+                known=known,
+                files=files,
+                client=client,
+                progress=tell,
+            )
+    finally:
+        sweep(path)  # what workers have written after a failure, up to their end
     return path
 
 
@@ -140,15 +155,16 @@ def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: Mapping[int
     s = run.scenario
     years = sorted(needed_years(run, held_states(run))[1])
     if isinstance(s, Luh2Config):
-        return open_states(
+        read = partial(
+            open_states,
             [run.path(p) for p in s.paths],
             static=None if s.static is None else run.path(s.static),
-            years=years,
             grid=grid,
             units=s.units,
             time_units=s.time_units,
             cell_degrees=s.cell_degrees,
         )
+        return _lazily(read, years, grid)
     if isinstance(s, SharesConfig):
         return scenario.open_shares(run.path(s.path), variable=s.variable, grid=grid, years=years)
     if isinstance(s, FractionsConfig):
@@ -158,7 +174,7 @@ def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: Mapping[int
         raise ConfigError(f"scenario changes the map of {s.base_year}, which is not among the land-cover maps; add it")
     return open_change(
         {year: Path(run.path(p)) for year, p in s.paths.items()},
-        base=maps[s.base_year].read(),
+        base=maps[s.base_year].read,
         base_year=s.base_year,
         legend=legend,
         grid=grid,
@@ -166,14 +182,23 @@ def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: Mapping[int
     )
 
 
-def _mapped(window: Window, *, reference: AnnualMap | CatalogMap, known: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-    """Cells of a shard that are mapped: those with a class in the reference map, in coarse cells that the scenario knows."""
-    mask = reference.read(window) != reference.legend.fill.code
-    if known is not None:
-        f = reference.grid.factor
-        cells = known[window.row // f : (window.row + window.height) // f, window.col // f : (window.col + window.width) // f]
-        mask &= np.kron(cells, np.ones((f, f), dtype=bool))
-    return mask
+def _lazily(read: Callable[..., xr.DataArray], years: list[int], grid: Grid) -> xr.DataArray:
+    """Open a scenario some years at a time: twelve states of a quarter of a degree are 50 MB a year."""
+    parts = [years[i : i + SCENARIO_YEARS] for i in range(0, len(years), SCENARIO_YEARS)]
+    first = read(years=parts[0])
+    if len(parts) == 1:
+        return first
+    shapes = [(len(part), *first.shape[1:]) for part in parts]
+    pieces = [
+        da.from_delayed(delayed(lambda part: read(years=part).values)(part), shape=shape, dtype=first.dtype)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
+    return as_scenario(da.concatenate(pieces), years=years, states=[str(s) for s in first["state"].values], grid=grid)
+
+
+def _mapped(window: Window, *, reference: AnnualMap | CatalogMap) -> NDArray[np.bool_]:
+    """Cells of a shard that are mapped: those with a class in the reference map."""
+    return np.asarray(reference.read(window) != reference.legend.fill.code)
 
 
 def read_layer(window: Window, *, layer: StaticLayer | Coordinate, run: RunConfig, grid: Grid) -> NDArray[np.float32]:
@@ -195,25 +220,36 @@ def read_layer(window: Window, *, layer: StaticLayer | Coordinate, run: RunConfi
     return np.asarray(loaded.compute(scheduler="synchronous").values)  # one thread a shard: the workers have others
 
 
-def _paths(run: RunConfig, maps: Iterable[str]) -> Iterator[str]:
-    """Name the files that a run reads."""
+def _files(run: RunConfig, grid: Grid, maps: Iterable[AnnualMap | CatalogMap]) -> dict[str, bool]:
+    """Name the files that a run reads, as it names them, and whether their contents are looked at; of many tiles only the size is."""
     s = run.scenario
-    named: list[str | None] = [layer.path for layer in run.static if isinstance(layer, StaticLayer)]
-    named += [str(layer.catalog) for layer in run.static if isinstance(layer, StaticLayer) and layer.path is None]
+    layers = [layer for layer in run.static if isinstance(layer, StaticLayer)]
+    named: list[str | None] = [layer.path for layer in layers]
     if isinstance(s, Luh2Config):
         named += [*s.paths, s.static]
     elif isinstance(s, SharesConfig):
         named.append(s.path)
     else:
         named += [f.path for f in s.files] if isinstance(s, FractionsConfig) else list(s.paths.values())
-    yield from maps
-    yield from (run.path(str(name)) for name in named if name is not None)
+    found = {run.path(str(name)): True for name in named if name is not None}
+    found |= {m.path: True for m in maps if isinstance(m, AnnualMap)}
+    tiled = {(run.path(str(layer.catalog)), str(layer.collection), str(layer.asset)) for layer in layers if layer.path is None}
+    tiled |= {(m.path, m.collection, m.asset) for m in maps if isinstance(m, CatalogMap)}
+    years = {m.year for m in maps}
+    for catalog, collection, asset in sorted(tiled):
+        of_maps = collection in run.landcover.collections
+        items = items_in(catalog, collection=collection, grid=grid, window=Window(0, 0, *grid.shape))
+        for item in items:
+            path = local_path(item.assets[asset].href) if asset in item.assets else None
+            if path is not None and not (of_maps and years_of_item(item)[0] not in years):
+                found[str(path)] = len(items) <= _FEW
+    return found
 
 
-def _check_files(path: Path) -> None:
-    """Refuse a store if a file that it was made from holds something else by now."""
+def _check_files(path: Path, run: RunConfig) -> None:
+    """Refuse a store if a file that it was made from holds something else by now, or is another one under the same name."""
     attrs: Any = zarr.open_group(path, mode="r").attrs
-    changed = changed_files(attrs.get("files", {}))
+    changed = changed_files(attrs.get("files", {}), beside=run.data)
     if changed:
         raise MismatchError(
             f"inputs hold something else than when store {path} was made: {', '.join(changed[:3])}{', …' if changed[3:] else ''}; "

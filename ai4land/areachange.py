@@ -8,7 +8,7 @@ coarse cells of the grid. Its change is spread over its parts so that a part los
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from ai4land.coarse import EARTH_RADIUS_KM, as_scenario
-from ai4land.errors import ConfigError, DataError, MismatchError
-from ai4land.grid import FINE_DIMS, Grid
+from ai4land.errors import ConfigError, DataError
+from ai4land.grid import FINE_DIMS, Grid, Window
 from ai4land.legend import MISSING, Legend
 from ai4land.regrid import cell_edges, sphere_areas
 
@@ -60,7 +60,7 @@ class _Parts:
 def open_change(
     paths: Mapping[int, str | Path],
     *,
-    base: NDArray[np.uint8],
+    base: Callable[[Window], NDArray[np.uint8]],
     base_year: int,
     legend: Legend,
     grid: Grid,
@@ -79,13 +79,13 @@ def open_change(
         described ``LC<code>``, and possibly ``cell_area``, the km2 of land that a cell speaks for; other bands are
         ignored, NaN is no change. Its cells need not be those of the grid.
     base
-        Map of the base year as class codes on the fine grid.
+        From a window of the fine grid to the map of the base year there, as class codes.
     base_year
         The first year of the result.
     legend
         The legend whose codes the map and the bands carry.
     grid
-        Of ``base``, in degrees.
+        The target, in degrees.
     merge
         Count land in cells without data with the cell whose centre is nearest in degrees (fine cell by fine cell), where
         this brings the land of that zone closer to ``cell_area``. Without such a band, or if false, it does not change.
@@ -101,13 +101,9 @@ def open_change(
     DataError
         If a file is damaged, not in degrees, without class bands, without overlap with the map, or its changes are
         greater than its cells; if a year is lacking.
-    MismatchError
-        If ``base`` is not on the grid.
     ConfigError
         If the grid is not in degrees.
     """
-    if base.shape != grid.shape:
-        raise MismatchError(f"base map is {base.shape}, expected {grid.shape}; read it on this grid")
     if not grid.geographic:
         raise ConfigError(f"grid is in {grid.fine.crs}, expected degrees; files of change are in degrees")
     years = sorted(int(y) for y in paths)
@@ -159,7 +155,7 @@ def _read(path: Path, legend: Legend) -> _File:
     return _File(path, a, out, finite.any(axis=0), area)
 
 
-def _split(base: NDArray[np.uint8], files: list[_File], *, legend: Legend, grid: Grid, merge: bool) -> _Parts:
+def _split(base: Callable[[Window], NDArray[np.uint8]], files: list[_File], *, legend: Legend, grid: Grid, merge: bool) -> _Parts:
     """Cut the land of a map into parts: one for each coarse cell and zone, for all layouts at once."""
     coords = grid.coords()
     lat, lon = (np.asarray(coords[d]) for d in FINE_DIMS)
@@ -167,7 +163,7 @@ def _split(base: NDArray[np.uint8], files: list[_File], *, legend: Legend, grid:
     cols = int(grid.coarse.shape[1])
     found: list[_Parts] = []
     for w in grid.shards():
-        index = legend.encode(base[w.slices], source="base map")
+        index = legend.encode(base(w), source="base map")
         r, c = np.nonzero(index != MISSING)
         if not r.size:
             continue

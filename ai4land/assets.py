@@ -7,9 +7,11 @@ off, longitudes of 0..360, a nodata value that only the catalogue knows, a file 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -21,13 +23,14 @@ from affine import Affine
 from numpy.typing import DTypeLike
 from odc.geo.crs import CRS
 from pyproj.exceptions import CRSError
+from rasterio.errors import RasterioError
 
-from ai4land.catalog import find_items, meets
+from ai4land.catalog import find_items, meets, split_bbox
 from ai4land.errors import ConfigError, DataError
 from ai4land.filecheck import check_blocks, check_file
 from ai4land.grid import FINE_DIMS, Grid, Window, edges
 from ai4land.hrefs import local_path
-from ai4land.lattice import check_cells, check_lattice, check_longitudes, same_crs
+from ai4land.lattice import Bounds, check_cells, check_lattice, check_longitudes, crs_of, same_crs, transform_bounds
 from ai4land.raster import Resampling
 from ai4land.rasterfile import reading
 
@@ -139,16 +142,38 @@ def items_in(catalog: str, *, collection: str, grid: Grid, window: Window) -> li
     DataError
         As :func:`ai4land.catalog.find_items`, for the whole grid.
     """
-    if not grid.geographic:
-        return _found(catalog, collection, None)
-    west, south, east, north = edges(grid.fine[window.slices].buffered(grid.coarse.affine.a))
-    box = max(west, -180.0), max(south, -90.0), min(east, 180.0), min(north, 90.0)
-    return [item for item in _found(catalog, collection, grid.bounds) if meets(item, [box])]
+    with _searching:
+        every = _found(catalog, collection, _degrees(grid, Window(0, 0, *grid.shape)))
+    box = _degrees(grid, window)
+    return [item for item in every if meets(item, [] if box is None else split_bbox(box))]
+
+
+def forget_items() -> None:
+    """Forget what was found, as catalogues grow."""
+    _found.cache_clear()
+
+
+_searching = Lock()
+"""Held by the one thread that searches; the others find what it found."""
 
 
 @lru_cache
-def _found(catalog: str, collection: str, bbox: tuple[float, float, float, float] | None) -> list[pystac.Item]:
+def _found(catalog: str, collection: str, bbox: Bounds | None) -> list[pystac.Item]:
     return find_items(catalog, collection=collection, bbox=bbox)
+
+
+def _degrees(grid: Grid, window: Window) -> Bounds | None:
+    """Box of a window in degrees, a coarse cell around it; None if it has none."""
+    box = edges(grid.fine[window.slices].buffered(grid.coarse.affine.a))
+    try:
+        west, south, east, north = transform_bounds(crs_of(grid), CRS("EPSG:4326"), box)
+    except RasterioError:
+        return None
+    if not all(map(math.isfinite, (west, south, east, north))):
+        return None
+    if west < east:
+        west, east = max(west, -180.0), min(east, 180.0)
+    return west, max(south, -90.0), east, min(north, 90.0)
 
 
 def _one_layer(item: pystac.Item, parsed: Any, index: int) -> int:

@@ -6,6 +6,7 @@ searched). What a catalogue may point to is decided by :mod:`ai4land.hrefs`; :mo
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -210,9 +211,11 @@ def meets(item: pystac.Item, boxes: list[Bounds]) -> bool:
 
 
 def years_of_item(item: pystac.Item) -> tuple[int | None, int | None]:
-    """First and last year of an item's time; None if it has none."""
+    """First and last year of an item's time; None if it has none. An end at the first moment of a year is that of the year before."""
     start = item.common_metadata.start_datetime or item.datetime
     end = item.common_metadata.end_datetime or item.datetime or start
+    if start is not None and end is not None and end > start and (end.month, end.day, end.time()) == (1, 1, dt.time()):
+        end -= dt.timedelta(microseconds=1)
     return None if start is None else start.year, None if end is None else end.year
 
 

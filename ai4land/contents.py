@@ -7,6 +7,7 @@ it, part by part, so that what was made from some of its years stays good when i
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,20 +69,51 @@ def sample_of(path: Path) -> str:
     return made.hexdigest()
 
 
-def note_files(paths: Iterable[str]) -> dict[str, tuple[int, int, str]]:
-    """Note size, time of the last change and digest of those of the paths that are files of this machine, by absolute path."""
-    files = {Path(p).resolve() for p in paths if "://" not in p and Path(p).is_file()}
-    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns, sample_of(p)) for p in sorted(files)}
+def held_of(path: Path, *, reference: int | None, years: Iterable[int]) -> str:
+    """Digest of what of a store a cube is made from: on the way from the reference map, the states of the years between as well."""
+    every = [*years]
+    if reference is None:
+        return contents_of(path, maps=[], states=every)
+    return contents_of(path, maps=[reference], states=range(min(reference, *every), max(reference, *every) + 1))
 
 
-def changed_files(noted: Mapping[str, Iterable[Any]]) -> list[str]:
+def note_files(paths: Mapping[str, bool], *, beside: str) -> dict[str, tuple[int, int, str]]:
+    """Note size, time of the last change and digest of files of this machine.
+
+    Parameters
+    ----------
+    paths
+        Each with whether its contents are looked at; if not, its size is all that is known. What is no file, such as a URL, is
+        left out; of a Zarr group its metadata stand for it.
+    beside
+        Folder that names are kept relative to, so that files that move with it, and links, are followed.
+    """
+    found = {}
+    for name, whole in sorted(paths.items()):
+        path = _file(name)
+        if path is not None:
+            seen = path.stat()
+            found[os.path.relpath(path, beside)] = (seen.st_size, seen.st_mtime_ns, sample_of(path) if whole else "")
+    return found
+
+
+def changed_files(noted: Mapping[str, Iterable[Any]], *, beside: str) -> list[str]:
     """List the files that hold something else than was noted; those that are gone, or were only touched, do not count."""
     found = []
     for name, (size, at, sample) in noted.items():
-        path = Path(name)
+        path = Path(beside) / name
         if not path.is_file():
             continue
         now = path.stat()
-        if now.st_size != size or (now.st_mtime_ns != at and sample_of(path) != sample):
-            found.append(name)
+        if now.st_size != size or (sample and now.st_mtime_ns != at and sample_of(path) != sample):
+            found.append(str(path))
     return found
+
+
+def _file(name: str) -> Path | None:
+    """File that stands for a path; None if there is none on this machine."""
+    if "://" in name:
+        return None
+    path = Path(name)
+    inner = next((path / n for n in ("zarr.json", ".zmetadata", ".zgroup") if (path / n).is_file()), None)
+    return path if path.is_file() else inner

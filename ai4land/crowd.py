@@ -85,22 +85,26 @@ def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]]
             submit(aside.pop())
 
 
-def each(task: Callable[[Item], Any], items: Sequence[Item], *, client: Client | None = None) -> Iterator[tuple[Item, Any]]:
+def each(
+    task: Callable[[Item], Any], items: Sequence[Item], *, what: str = "item", client: Client | None = None
+) -> Iterator[tuple[Item, Any]]:
     """Do a task for every item and give each with its result, as they end.
 
     Parameters
     ----------
     task, items
         Picklable where there are workers. A task may be done twice.
+    what
+        An item is called in errors.
     client
         Of the workers; this process does one item after the other if None.
 
     Raises
     ------
     AI4LandError
-        The first that a task raises; what is left is cancelled.
+        The first that a task raises; what is left is cancelled, though tasks that have begun go on to their end.
     WorkerError
-        If workers die so that an item is never done.
+        If an item fails three times, with its name: because workers die, or for an error that is not ours.
     """
     if client is None:
         for item in items:
@@ -114,15 +118,20 @@ def each(task: Callable[[Item], Any], items: Sequence[Item], *, client: Client |
     try:
         for number, outcome in outcomes(futures, partial(submit, priority=1), client=client):
             if isinstance(outcome, BaseException):
-                raise outcome
-            yield items[number], outcome
+                raise WorkerError(
+                    f"{what} {items[number]} failed {TRIES} times: {outcome!r}; mend the cause and run again"
+                ) from outcome
+            error, result = outcome
+            if error is not None:
+                raise error
+            yield items[number], result
     finally:
         client.cancel(list(futures))
 
 
-def _caught(task: Callable[[Item], Any], item: Item) -> Any:
-    """Give an error of ours as a result, so that Dask does not try again what no other try would mend."""
+def _caught(task: Callable[[Item], Any], item: Item) -> tuple[AI4LandError | None, Any]:
+    """Give an error of ours beside the result, so that Dask does not try again what no other try would mend."""
     try:
-        return task(item)
+        return None, task(item)
     except AI4LandError as error:
-        return error
+        return error, None

@@ -309,6 +309,12 @@ def read_window(array: Readable, window: Window, *, fill: float, wrap: bool) -> 
     return out
 
 
+def coarse_slices(window: Window, factor: int) -> tuple[slice, slice]:
+    """Coarse rows and columns of a window of whole coarse cells."""
+    rows, cols = window.slices
+    return slice(rows.start // factor, rows.stop // factor), slice(cols.start // factor, cols.stop // factor)
+
+
 def coarse_window(window: Window, factor: int) -> tuple[Window, tuple[int, int]]:
     """Find the coarse cells that interpolation to a fine window needs.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ai4land.coarse import held_years
-from ai4land.config import FractionsConfig, Luh2Config, RunConfig, SharesConfig
+from ai4land.config import FractionsConfig, Luh2Config, RunConfig, SharesConfig, digest
 from ai4land.errors import ConfigError
 from ai4land.fractions import FractionFile, fraction_years
 from ai4land.grid import Grid, make_grid
@@ -99,8 +99,16 @@ def identity_of(run: RunConfig) -> dict[str, Any]:
         **{name: run.fingerprint(name) for name in ("grid", "landcover", "scenario", "static")},
         "reference": run.reconstruct.reference,
         **({"mask_year": mask_year(run)} if run.reconstruct.reference is None else {}),
+        **_own(run),
         **({"interpolated": "linearly, in scenario years that the files lack"} if _interpolates(s) else {}),
     }
+
+
+def _own(run: RunConfig) -> dict[str, str]:
+    """Digests of the legend and the crosswalk that are a user's own files."""
+    named = {"legend": (run.landcover.legend, ".yaml"), "crosswalk": (run.scenario.crosswalk, ".csv")}
+    paths = {what: Path(run.path(name)) for what, (name, suffix) in named.items() if name.endswith(suffix)}
+    return {f"{what}_file": digest(path.read_text(encoding="utf-8")) for what, path in paths.items() if path.is_file()}
 
 
 def _interpolates(s: object) -> bool:

@@ -159,10 +159,11 @@ class CatalogMap:
         items = [item for item in items if _year_of(item) == self.year]
         if not items:
             return np.full((w.height, w.width), fill, dtype=np.uint8)
+        # Wide enough for any code that a file holds, so that the legend sees it and not what it would be cut to.
         field = load_asset(
-            items, asset=self.asset, grid=self.grid, resampling=self.resampling, dtype=np.uint8, nodata=fill, window=w
+            items, asset=self.asset, grid=self.grid, resampling=self.resampling, dtype=np.int32, nodata=fill, window=w
         )
-        codes = np.asarray(field.compute(scheduler="synchronous").values, dtype=np.uint8)
+        codes = np.asarray(field.compute(scheduler="synchronous").values)
         return _recode(codes, legend=self.legend, name=f"land-cover map of {self.year} ({self.collection} of {self.path})")
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ai4land.contents import digest_of
 from ai4land.gaps import fill_far, fill_near, stand_ins
 from ai4land.grid import Grid, Window
+from ai4land.stores import writing
 
 _CACHE = 256
 """MB that GDAL keeps of the files that a worker reads; its own measure is a share of the memory of the machine."""
@@ -35,35 +36,53 @@ class Layer:
     read: Callable[[Window], NDArray[np.float32]]
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A shard to be done, with what its task needs of the coarse grid; goes by the name of its window."""
+
+    window: Window
+    coarse: NDArray[Any] | None = None
+
+    def __str__(self) -> str:
+        return str(self.window)
+
+
 def of_array(values: NDArray[Any]) -> Callable[[Window], NDArray[Any]]:
     """Make what reads windows of an array that is in memory."""
     return lambda window: values[window.slices]
 
 
 def write_cover(
-    w: Window,
+    job: Job,
     *,
     store: str,
     mask: Callable[[Window], NDArray[np.bool_]],
     maps: Sequence[Callable[[Window], NDArray[np.uint8]]],
     fill: int,
+    factor: int,
 ) -> tuple[list[int], list[str]]:
-    """Write mask and maps; returns the mapped cells, and those of them that have a class, map by map, and the digests."""
+    """Write mask and maps; returns the mapped cells, and those of them that have a class, map by map, and the digests.
+
+    Where the job says which coarse cells may be mapped, no cell of another one is.
+    """
     group: Any = zarr.open_group(store, mode="r+")
+    w = job.window
     with rasterio.Env(GDAL_CACHEMAX=_CACHE):
         inside = mask(w)
-        group["mask"][w.slices] = inside.astype(np.uint8)
+        if job.coarse is not None:
+            inside = inside & np.kron(job.coarse, np.ones((factor, factor), dtype=bool))
+        _put(group, "mask", w.slices, inside.astype(np.uint8))
         counts, digests = [int(inside.sum())], [digest_of(inside)]
         for index, read in enumerate(maps):
             codes = read(w)
-            group["land_cover"][index, *w.slices] = codes
+            _put(group, "land_cover", (index, *w.slices), codes)
             counts.append(int(np.count_nonzero(codes[inside] != fill)))
             digests.append(digest_of(codes))
     return counts, digests
 
 
 def write_static(
-    w: Window, *, store: str, grid: Grid, layers: Sequence[Layer]
+    job: Job, *, store: str, grid: Grid, layers: Sequence[Layer]
 ) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], str]:
     """Write the layers, their gaps filled from near by.
 
@@ -73,6 +92,7 @@ def write_static(
         The mapped cells; layer by layer the gaps, those that are left and the stand-ins; the digest of what is written.
     """
     group: Any = zarr.open_group(store, mode="r+")
+    w = job.window
     inside = np.asarray(group["mask"][w.slices], dtype=bool)
     outer = _around(w, grid.factor, grid.shape) if inside.any() else w
     top, left = w.row - outer.row, w.col - outer.col
@@ -89,20 +109,26 @@ def write_static(
             values[k] = stand_ins(field[own], mask=inside, factor=grid.factor)
             fields[k] = fill_near(field, mask=needs, reach=grid.factor)[own]
             far[k] = np.count_nonzero(inside & ~np.isfinite(fields[k]))
-    group["static"][:, *w.slices] = fields
+    _put(group, "static", (slice(None), *w.slices), fields)
     return int(inside.sum()), gaps, far, values, digest_of(fields)
 
 
-def fill_rest(job: tuple[Window, NDArray[np.float32]], *, store: str, factor: int) -> str:
-    """Fill what is left of the gaps of a shard; returns the digest of all its layers."""
-    w, stand_in = job
+def fill_rest(job: Job, *, store: str, factor: int) -> str:
+    """Fill what is left of the gaps of a shard by the job's stand-ins (layer, coarse rows, columns); returns the digest of all its layers."""
+    w, stand_in = job.window, np.asarray(job.coarse)
     group: Any = zarr.open_group(store, mode="r+")
     inside = np.asarray(group["mask"][w.slices], dtype=bool)
     fields = np.asarray(group["static"][:, *w.slices])
     for field, values in zip(fields, stand_in, strict=True):
         field[:] = fill_far(field, mask=inside, stand_in=values, factor=factor)
-    group["static"][:, *w.slices] = fields
+    _put(group, "static", (slice(None), *w.slices), fields)
     return digest_of(fields)
+
+
+def _put(group: Any, name: str, key: tuple[Any, ...], values: NDArray[Any]) -> None:
+    """Write a whole shard; a disk that is full or may not be written is an error of ours."""
+    with writing(group.store.root):
+        group[name][key] = values
 
 
 def _around(w: Window, margin: int, shape: tuple[int, int]) -> Window:

@@ -11,23 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
 from ai4land import cube, ledger, plot
 from ai4land.alignment import align
 from ai4land.checkpoint import load_card
 from ai4land.config import RunConfig
+from ai4land.contents import held_of
 from ai4land.cost import STATIC_BYTES, Rates, Work, count, estimate, network_of
 from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import evaluate_years
-from ai4land.grid import Window
+from ai4land.grid import Window, coarse_slices
 from ai4land.inputs import cubes_of, grid_of, legend_of, split_of
 from ai4land.predict import Source
 from ai4land.reconstruct import plan_blocks
-from ai4land.rivals import RIVALS, Wanted, coarse_slices, rival_maps
+from ai4land.rivals import RIVALS, Wanted, rival_maps
 from ai4land.splits import TEST, VALIDATION, Scored, Split, load_split
 from ai4land.stages import method_of
-from ai4land.stores import write_atomically
+from ai4land.stores import Place, write_atomically
 from ai4land.totals import STATEMENTS
 
 _log = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ def _score(run: RunConfig, source: Source, split: Split, name: str, scored: Scor
     cubes = cubes_of(run)
     path = cubes.get(name, cubes["cube"])[0]
     data = cube.open_cube(path)
+    _check_contents(run, path, data, *next(v[1:] for v in cubes.values() if v[0] == path))
     place = {int(year): i for i, year in enumerate(data["year"].values)}
     done = ledger.recorded(path)
 
@@ -119,6 +122,16 @@ def _score(run: RunConfig, source: Source, split: Split, name: str, scored: Scor
         bias.to_netcdf(run.folder / f"{name}_bias.nc")
     result["totals"] = {"method": method_of(run, base), **wanted.check(data, place, list(scored.years))}
     return result
+
+
+def _check_contents(run: RunConfig, path: Place, data: xr.Dataset, reference: int | None, years: list[int]) -> None:
+    """Refuse a cube that was made from other inputs than the store holds by now."""
+    said = data.attrs.get("ai4land_identity", {}).get("contents")
+    if said is not None and said != held_of(run.folder / "store.zarr", reference=reference, years=years):
+        raise MismatchError(
+            f"cube {path} was made from other inputs than store {run.folder / 'store.zarr'} holds by now; restore the inputs and make the "
+            "store anew, or delete the cube and its ledger and reconstruct again"
+        )
 
 
 def figures(run: RunConfig, scores: dict[str, Any], *, tell: Callable[[str], None] = _log.info) -> None:

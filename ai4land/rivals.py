@@ -17,7 +17,7 @@ from ai4land.allocate import allocate
 from ai4land.baselines import nearest_coarse, persistence, proportional_allocation
 from ai4land.checkpoint import load_card
 from ai4land.config import RunConfig
-from ai4land.grid import COARSE_DIMS, Window, block_sum
+from ai4land.grid import COARSE_DIMS, Window, block_sum, coarse_slices
 from ai4land.inputs import cubes_of
 from ai4land.legend import MISSING, Legend
 from ai4land.predict import Source
@@ -34,12 +34,6 @@ RIVALS = ("persistence", "proportional", "gradient_boosting", "nearest")
 _LEAST = 1e-9
 
 Codes = Callable[[int, Window], NDArray[np.uint8]]
-
-
-def coarse_slices(window: Window, factor: int) -> tuple[slice, slice]:
-    """Coarse rows and columns of a window of whole coarse cells."""
-    rows, cols = window.slices
-    return slice(rows.start // factor, rows.stop // factor), slice(cols.start // factor, cols.stop // factor)
 
 
 class Wanted:

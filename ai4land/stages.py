@@ -20,7 +20,7 @@ from ai4land.alignment import align
 from ai4land.checkpoint import check_fits, load_model
 from ai4land.claim import claim
 from ai4land.config import RunConfig, digest
-from ai4land.contents import contents_of
+from ai4land.contents import held_of
 from ai4land.errors import ConfigError, DataError
 from ai4land.forward import Precision, precision_of
 from ai4land.inputs import Tell, crosswalk_of, cubes_of, identity_of, legend_of
@@ -62,6 +62,8 @@ def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callab
     fits(states=list(card.spec.states))
     store_path = align(run, tell=tell)
     source = Source(store_path)
+    if "fingerprint" in card.training and card.training["fingerprint"] != fingerprint_of(run, card.split):
+        tell(f"the model in {run.folder} was trained with other settings or inputs than those of the run file and its store")
     fits(states=[str(s) for s in open_store(store_path)["state"].values])
     r = run.reconstruct
     cores = cores_of_worker(r.cores) if run.cluster == "slurm" and r.threads is None else r.cores
@@ -73,7 +75,7 @@ def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callab
             "model": card.weights,
             "sharpness": card.sharpness,
             "store": digest(identity_of(run)),
-            "contents": _held(store_path, reference, years),
+            "contents": held_of(store_path, reference=reference, years=years),
             "reference": reference,
             "constrain": run.constrain.model_dump(mode="json"),
             "precision": precision,
@@ -132,13 +134,6 @@ def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callab
     if card.training.get("fingerprint") == fingerprint_of(run, card.split):
         run.save(run.folder / "config.yaml")
     return cubes_of(run)["cube"][0]
-
-
-def _held(store: Path, reference: int | None, years: list[int]) -> str:
-    """Digest of what of a store a cube is made from: the states of the years between as well, on the way from the reference map."""
-    maps = [] if reference is None else [reference]
-    every = [*maps, *years]
-    return contents_of(store, maps=maps, states=range(min(every), max(every) + 1))
 
 
 def credit_attrs(run: RunConfig) -> dict[str, str]:

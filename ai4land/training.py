@@ -32,7 +32,7 @@ from ai4land.contents import contents_of
 from ai4land.ddp import ALONE, TORCHRUN, Group, job_end, torchrun_group
 from ai4land.ensemble import Ensemble, fit_sharpness
 from ai4land.errors import ConfigError, MismatchError
-from ai4land.features import FeatureSpec, fit_spec
+from ai4land.features import FeatureSpec, fit_spec, trained, training_tiles
 from ai4land.forward import gate
 from ai4land.gang import Member, gang
 from ai4land.grid import Grid
@@ -278,12 +278,16 @@ def _onward(progress: Callable[[int, dict[str, float]], None], done: int, step: 
 def fingerprint_of(run: RunConfig, split: str) -> str:
     """Hash all that shapes the weights, what the aligned inputs hold included; how many workers trained them, and what these wait for, does not."""
     fit = run.model_dump(mode="json", include={"model", "train", "seed"}, exclude={"train": HOW_TRAINED})
+    return digest({**identity_of(run), "contents": _seen(run), "split": split, "fit": digest(fit)})
+
+
+def _seen(run: RunConfig) -> str:
+    """Digest of what of the store the training and its validation see."""
     years = set(run.split.train)
     if run.split.validation is not None:
         reference = run.split.validation.reference
         years |= {*run.split.validation.years} | ({reference} if reference is not None else set())
-    held = contents_of(run.folder / "store.zarr", maps=years, states=years)
-    return digest({**identity_of(run), "contents": held, "split": split, "fit": digest(fit)})
+    return contents_of(run.folder / "store.zarr", maps=years, states=years)
 
 
 def _trained(run: RunConfig, fingerprint: str) -> bool:
@@ -334,8 +338,10 @@ def _validation_batches(load: Any, split: Split, count: int, seen: dict[str, Any
 
 
 def _class_counts(store: xr.Dataset, split: Split, legend: Legend, grid: Grid) -> NDArray[np.int64]:
-    cells = store["mask"].values.astype(bool) & np.kron(split.roles == TRAIN, np.ones((grid.factor, grid.factor), dtype=bool))
-    counts = np.zeros(256, dtype=np.int64)
-    for year in sorted({year for _, year in split.pairs}):
-        counts += np.bincount(legend.encode(store["land_cover"].sel(observed_year=year).values[cells]), minlength=256)
+    cells, counts = split.roles == TRAIN, np.zeros(256, dtype=np.int64)
+    for w in training_tiles(store, cells, grid.factor):
+        inside = trained(store, w, cells, grid.factor)
+        for year in sorted({year for _, year in split.pairs}):
+            codes = store["land_cover"].sel(observed_year=year)[w.slices].values[inside]
+            counts += np.bincount(legend.encode(codes), minlength=256)
     return counts[: legend.n]

@@ -1,23 +1,32 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+import xarray as xr
 import zarr
+from affine import Affine
 from test_catalog import make_item, save, write_cog
 from test_end_to_end import write_run
 from test_inputs import run_of
 
 from ai4land import alignment, inputs
-from ai4land.align import open_store
+from ai4land.align import SCENARIO_YEARS, open_store, write_store
 from ai4land.alignment import align, check_years, read_layer
+from ai4land.assets import forget_items, items_in
+from ai4land.coarse import as_scenario
+from ai4land.config import StaticLayer
 from ai4land.contents import contents_of
-from ai4land.errors import ConfigError, MismatchError
-from ai4land.grid import Window, tiles
+from ai4land.errors import ConfigError, DataError, MismatchError
+from ai4land.grid import Window, make_grid, tiles
 from ai4land.landcover import find_maps
+from ai4land.legend import load_legend
+from ai4land.luh2 import open_states
+from ai4land.materialise import Layer
 from ai4land.runfile import load_run
 from ai4land.synthetic import make_planet
 
@@ -100,11 +109,20 @@ def test_mask_can_be_what_the_scenario_knows(planet, tmp_path):
     grid, legend = inputs.grid_of(run), inputs.legend_of(run)
     reference = find_maps(inputs.map_source(run), grid=grid, legend=legend)[2004]
     known = np.random.default_rng(0).random(grid.coarse.shape) < 0.5
-    for w in grid.shards():
-        classes = reference.read(w) != legend.fill.code
-        assert np.array_equal(alignment._mapped(w, reference=reference, known=None), classes)
-        cells = np.repeat(np.repeat(known, grid.factor, 0), grid.factor, 1)[w.slices]
-        assert np.array_equal(alignment._mapped(w, reference=reference, known=known), classes & cells)
+    coarse = np.where(known, 0.5, np.nan)[None, None].repeat(2, 1)
+    write_store(
+        tmp_path / "s.zarr",
+        grid=grid,
+        legend=legend,
+        mask=partial(alignment._mapped, reference=reference),
+        maps={2004: reference.read},
+        coarse=as_scenario(coarse, years=[2004], states=["a", "b"], grid=grid),
+        layers=[Layer("one", False, lambda w: np.ones((w.height, w.width), np.float32))],
+        identity={},
+        known=known,
+    )
+    cells = np.repeat(np.repeat(known, grid.factor, 0), grid.factor, 1)
+    assert np.array_equal(open_store(tmp_path / "s.zarr")["mask"].values, (reference.read() != legend.fill.code) & cells)
 
 
 def test_store_of_other_years_is_refused(tiny_store):
@@ -127,7 +145,8 @@ def test_store_whose_files_hold_something_else_by_now_is_refused(planet, tmp_pat
     run = load_run(write_run(tmp_path, tmp_path / "planet"))
     store = align(run)
     held = {p.name for p in map(Path, zarr.open_group(store, mode="r").attrs["files"])}
-    assert {"HILDAplus_2004.tif", "states.nc", "staticData_quarterdeg.nc", "soil_depth.tif", "catalog.json"} <= held
+    assert {"HILDAplus_2004.tif", "states.nc", "staticData_quarterdeg.nc", "soil_depth.tif", "elevation_west.tif"} <= held
+    assert "catalog.json" not in held
     for path in (tmp_path / "planet").rglob("*.tif"):
         path.touch()
     assert align(run) == store
@@ -150,3 +169,78 @@ def test_a_store_of_more_years_holds_the_same_of_those_it_had(planet, tmp_path):
     shutil.rmtree(run.folder)
     run = load_run(write_run(tmp_path, planet), ["reconstruct.years=2003-2007", "grid.shard=96"])
     assert contents_of(align(run), maps=[2004], states=range(2004, 2006)) == before
+
+
+def test_long_scenario_is_opened_some_years_at_a_time(tmp_path):
+    planet = make_planet(tmp_path / "p", coarse_cell=15.0, factor=4, years=range(1980, 2020)).folder
+    grid = make_grid((-180, -90, 180, 90), coarse_cell=15.0, factor=4, shard=16)
+    asked: list[list[int]] = []
+
+    def read(*, years: list[int]) -> xr.DataArray:
+        asked.append(list(years))
+        return open_states(
+            planet / "luh2" / "states.nc", static=planet / "luh2" / "staticData_quarterdeg.nc", grid=grid, years=years
+        )
+
+    years = [y for y in range(1980, 2020) if y != 1999]
+    lazy = alignment._lazily(read, years, grid)
+    assert asked == [years[:SCENARIO_YEARS]] and lazy["year"].values.tolist() == years
+    whole = open_states(
+        planet / "luh2" / "states.nc", static=planet / "luh2" / "staticData_quarterdeg.nc", grid=grid, years=years
+    )
+    asked.clear()
+    assert lazy.isel(year=slice(0, 1)).values.tobytes() == whole.isel(year=slice(0, 1)).values.tobytes()
+    about = {"grid": grid, "legend": load_legend("hildaplus"), "mask": lambda w: np.ones((w.height, w.width), bool)}
+    about |= {"maps": {1980: lambda w: np.full((w.height, w.width), 11, np.uint8)}, "identity": {}}
+    about |= {"layers": [Layer("one", False, lambda w: np.ones((w.height, w.width), np.float32))]}
+    write_store(tmp_path / "lazy.zarr", coarse=lazy, **about)
+    write_store(tmp_path / "whole.zarr", coarse=whole, **about)
+    assert bytes_in(tmp_path / "lazy.zarr") == bytes_in(tmp_path / "whole.zarr")
+    assert [len(part) for part in asked[1:]] == [16, 16, 7]
+    assert np.array_equal(open_store(tmp_path / "lazy.zarr")["coarse"].values, whole.values, equal_nan=True)
+
+
+def test_failure_on_workers_leaves_nothing(planet, tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment, "_SMALL", 0)
+    shutil.copytree(planet, tmp_path / "planet")
+    soil = tmp_path / "planet" / "static" / "soil_depth.tif"
+    soil.write_bytes(soil.read_bytes()[: int(0.7 * soil.stat().st_size)])
+    run = load_run(write_run(tmp_path, tmp_path / "planet"), ["grid.shard=24", "train.patch=24"])
+    with pytest.raises(DataError, match=r"soil_depth\.tif is truncated"):
+        align(run)
+    assert not run.folder.exists() or not list(run.folder.iterdir())
+
+
+def test_items_of_a_window_of_a_projected_grid_are_those_around_it(tmp_path):
+    grid = make_grid(
+        (4_000_000, 2_000_000, 5_600_000, 3_600_000),
+        coarse_cell=100_000,
+        factor=4,
+        shard=16,
+        origin=(4e6, 3.6e6),
+        crs="EPSG:3035",
+    )
+    items = []
+    for lon in range(0, 40, 5):
+        values, t = np.full((40, 40), float(lon), np.float32), Affine(0.125, 0, lon, 0, -0.5, 60)
+        path = write_cog(tmp_path / f"{lon}.tif", values, t, nodata=-1)
+        items.append(make_item(f"t{lon:02d}", {"height": path}, t, values.shape))
+    catalog = str(save(tmp_path, {"terrain": items}))
+    forget_items()
+    found = {w: [i.id for i in items_in(catalog, collection="terrain", grid=grid, window=w)] for w in grid.shards()}
+    assert all(0 < len(ids) < 8 for ids in found.values()) and len({tuple(ids) for ids in found.values()}) > 1
+    layer = StaticLayer(name="h", catalog=catalog, collection="terrain", asset="height", resampling="nearest")
+    run = run_of(static=[layer.model_dump()], data=str(tmp_path))
+    whole = read_layer(Window(0, 0, *grid.shape), layer=layer, run=run, grid=grid)
+    for w in grid.shards():
+        assert np.array_equal(read_layer(w, layer=layer, run=run, grid=grid), whole[w.slices], equal_nan=True)
+    assert np.unique(whole[np.isfinite(whole)]).size > 3
+
+
+def test_a_users_own_crosswalk_is_part_of_what_a_store_is_made_from(tmp_path):
+    (tmp_path / "my.csv").write_text("state,code,weight\n")
+    run = run_of(data=str(tmp_path), scenario={"kind": "luh2", "paths": ["states.nc"], "crosswalk": "my.csv"})
+    before = inputs.identity_of(run)
+    (tmp_path / "my.csv").write_text("state,code,weight\nprimf,11,1\n")
+    changed = {k for k, v in inputs.identity_of(run).items() if before[k] != v}
+    assert changed == {"crosswalk_file"}

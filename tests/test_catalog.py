@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ai4land.assets import load_asset
-from ai4land.catalog import find_items, split_bbox
+from ai4land.catalog import find_items, split_bbox, years_of_item
 from ai4land.errors import DataError
 from ai4land.grid import make_grid
 
@@ -176,3 +176,18 @@ def test_catalogues_that_can_not_be_read_are_named(tmp_path, server, world):
     item = next((world.parent / "terrain" / "west").glob("*.json"))
     with pytest.raises(DataError, match="is a STAC Item, expected a catalogue"):
         find_items(item, collection="terrain")
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "years"),
+    [
+        ("2020-01-01T00:00:00Z", "2020-12-31T23:59:59Z", (2020, 2020)),
+        ("2020-01-01T00:00:00Z", "2021-01-01T00:00:00Z", (2020, 2020)),
+        ("2020-01-01T00:00:00Z", "2021-01-01T00:00:01Z", (2020, 2021)),
+        ("2020-01-01T00:00:00Z", "2020-01-01T00:00:00Z", (2020, 2020)),
+    ],
+)
+def test_an_interval_that_ends_with_a_year_is_of_that_year(start, end, years):
+    item = make_item("a", {}, GRID.fine.affine, GRID.shape)
+    item.properties |= {"start_datetime": start, "end_datetime": end}
+    assert years_of_item(item) == years

@@ -9,8 +9,8 @@ import pytest
 
 from ai4land import crowd
 from ai4land.cluster import local
-from ai4land.crowd import TRIES, outcomes
-from ai4land.errors import WorkerError
+from ai4land.crowd import TRIES, each, outcomes
+from ai4land.errors import DataError, WorkerError
 
 
 def begun(task: int, *, folder: Path, kills: range, raises: range = range(0)) -> int:
@@ -57,3 +57,29 @@ def test_where_every_worker_dies_it_ends_before_all_is_tried(tmp_path, monkeypat
     with local(2, dashboard=False) as client, pytest.raises(WorkerError, match=r"no task succeeded.*have ai4land"):
         all_outcomes(client, range(40), folder=tmp_path, kills=range(40))
     assert len(times_begun(tmp_path)) < 20
+
+
+def test_each_item_comes_with_its_result_and_a_failure_with_its_name(tmp_path):
+    folder = str(tmp_path)
+
+    def work(task: int) -> int | None:
+        from pathlib import Path
+
+        from ai4land.errors import DataError
+
+        with (Path(folder) / str(task)).open("a") as file:
+            file.write("x")
+        if task == 7:
+            raise DataError("seven is odd, expected even")
+        if task == 8:
+            raise OSError("a disk is full")
+        return None if task == 3 else task
+
+    with local(2, dashboard=False) as client:
+        for where in (None, client):
+            assert dict(each(work, [1, 3, 5], client=where)) == {1: 1, 3: None, 5: 5}
+            with pytest.raises(DataError, match="seven is odd"):
+                dict(each(work, [1, 7], client=where))
+        with pytest.raises(WorkerError, match=r"shard 8 failed 3 times: OSError\('a disk is full'\); mend the cause"):
+            dict(each(work, [8], what="shard", client=client))
+    assert [len((tmp_path / str(n)).read_text()) for n in (7, 8)] == [2, TRIES]

@@ -20,7 +20,7 @@ import rasterio
 import yaml
 from affine import Affine
 
-from ai4land import cli, cube, ledger, stages, training
+from ai4land import cli, cube, ledger, results, stages, training
 from ai4land.align import open_store
 from ai4land.checkpoint import load_card, load_model, save_model
 from ai4land.claim import claim
@@ -171,6 +171,14 @@ def test_results_of_other_inputs_are_not_gone_on_with(copied, planet, tmp_path):
         training.train(load_run(other))
     with pytest.raises(MismatchError, match=r"begun with another configuration \(it differs in contents\)"):
         stages.reconstruct(load_run(other))
+    with pytest.raises(MismatchError, match=r"validation\.zarr was made from other inputs than store"):
+        results.evaluate(load_run(other))
+    lines: list[str] = []
+    for name in ("cube", "validation"):
+        shutil.rmtree(run.folder / f"{name}.zarr")
+        shutil.rmtree(run.folder / f"{name}.ledger")
+    stages.reconstruct(load_run(other), tell=lines.append)
+    assert any("was trained with other settings or inputs" in line for line in lines)
     assert (run.folder / "model.safetensors").read_bytes() == weights
 
 

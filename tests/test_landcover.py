@@ -233,3 +233,15 @@ def test_what_no_item_covers_has_no_class_and_what_is_no_annual_map_is_refused(t
     more.properties |= {"start_datetime": "2000-01-01T00:00:00Z", "end_datetime": "2004-12-31T00:00:00Z"}
     with pytest.raises(DataError, match="item b is of the years 2000-2004, expected one year"):
         find_catalog_maps(str(save(tmp_path / "other", {"cci": [more]})), **about)
+
+
+@pytest.mark.parametrize("code", [311, -9999])
+def test_codes_of_a_catalogue_that_the_legend_lacks_are_refused_and_not_cut_to_bytes(tmp_path, code):
+    values = np.full(GRID.shape, 50, "int16")
+    values[3, 4] = code
+    path = write_cog(tmp_path / "a.tif", values, GRID.fine.affine, nodata=0)
+    item = make_item("a", {"lccs": path}, GRID.fine.affine, GRID.shape, extra={"lccs": {"nodata": 0, "data_type": "int16"}})
+    catalog = str(save(tmp_path, {"cci": [item]}))
+    (found,) = find_catalog_maps(catalog, collections=["cci"], asset="lccs", grid=GRID, legend=LCCS).values()
+    with pytest.raises(DataError, match=rf"{code}"):
+        found.read()

@@ -12,6 +12,7 @@ from pystac.validation import validate_dict
 from pystac.validation.stac_validator import STACValidator
 
 from ai4land.errors import ConfigError
+from ai4land.inputs import needed_years
 from ai4land.legend import load_crosswalk, load_legend
 from ai4land.runfile import load_run, pipelines
 from ai4land.sources import catalog_path, credits_of, licence_of, load_source, load_sources
@@ -174,3 +175,5 @@ def test_global_runs_read_what_fetch_brings(name):
         assert catalog == "catalog.json" and known[collection].access.asset == asset
     used = {path.partition("/")[0] for path in paths} | {c for _, c, _ in collections}
     assert used == set(run.sources)
+    maps = [known[c] for c in run.landcover.collections] or [known[str(run.landcover.source).partition("/")[0]]]
+    assert needed_years(run)[0] <= {year for s in maps for year in range(s.years[0], s.years[1] + 1)}
