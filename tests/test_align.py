@@ -112,7 +112,7 @@ def filled_by_definition(field, mask, factor: int) -> np.ndarray:
     return out
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), lost=st.sampled_from([0.05, 0.5, 0.9, 0.99]), bad=st.sampled_from([np.nan, np.inf, -np.inf]))
 def test_gaps_are_filled_alike_however_the_grid_is_cut(tmp_path, seed, lost, bad):
     rng = np.random.default_rng(seed)

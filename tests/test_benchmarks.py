@@ -47,7 +47,7 @@ def setting(bench, tmp_path_factory):
 def rows(tmp_path_factory) -> list[dict]:
     output = tmp_path_factory.mktemp("quick") / "results.json"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", "--output", str(output)], capture_output=True, text=True, timeout=200
+        [sys.executable, str(SCRIPT), "--quick", "--output", str(output)], capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
     made = json.loads(output.read_text(encoding="utf-8"))
