@@ -24,7 +24,6 @@ from distributed import Client
 from distributed.system import MEMORY_LIMIT
 from numpy.typing import NDArray
 
-from ai4land import scenario
 from ai4land.align import SCENARIO_YEARS, block_memory, check_identity, write_store
 from ai4land.areachange import open_change
 from ai4land.assets import forget_items, items_in, load_asset
@@ -32,6 +31,7 @@ from ai4land.catalog import years_of_item
 from ai4land.coarse import as_scenario
 from ai4land.config import Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
 from ai4land.contents import changed_files, note_files
+from ai4land.crosswalk import class_shares
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.fractions import open_fractions
 from ai4land.grid import FINE_DIMS, Grid, Window
@@ -55,6 +55,7 @@ from ai4land.luh2 import open_states
 from ai4land.materialise import Layer
 from ai4land.predict import Source
 from ai4land.raster import open_raster
+from ai4land.scenario import open_shares
 from ai4land.stores import sweep
 
 _log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
         raise ConfigError(
             f"scenario years {lacking} are needed, the scenario has {_span(coarse['year'].values.tolist())}; change the years or the files"
         )
-    scenario.class_shares(coarse.isel(year=slice(0, 1)), crosswalk=crosswalk)
+    class_shares(coarse.isel(year=slice(0, 1)), crosswalk=crosswalk)
     known = None
     if isinstance(run.scenario, FractionsConfig) and run.scenario.mask:
         known = np.isfinite(coarse.values).all(axis=(0, 1))
@@ -166,7 +167,7 @@ def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: Mapping[int
         )
         return _lazily(read, years, grid)
     if isinstance(s, SharesConfig):
-        return scenario.open_shares(run.path(s.path), variable=s.variable, grid=grid, years=years)
+        return open_shares(run.path(s.path), variable=s.variable, grid=grid, years=years)
     if isinstance(s, FractionsConfig):
         files = fraction_files(run, s)
         return open_fractions(files, states=s.states, grid=grid, years=years, remainder=s.remainder, interpolate=s.interpolate)

@@ -6,9 +6,6 @@ these models: the stages (``stages.py``) pass on the few values that each needs.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,27 +13,8 @@ import yaml
 from dask.system import CPU_COUNT
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-
-def expand_years(value: Any) -> Any:
-    """Expand ``1992-1999``, a number, or a list of both, into a sorted list of years.
-
-    >>> expand_years(["1992-1994", 2001])
-    [1992, 1993, 1994, 2001]
-    """
-    years: set[int] = set()
-    for part in value if isinstance(value, list | tuple | range) else [value]:
-        if isinstance(part, str) and (match := re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part)):
-            first, last = int(match[1]), int(match[2])
-            if first > last:
-                raise ValueError(f"years are {part!r}, expected the first year first")
-            years.update(range(first, last + 1))
-        else:
-            try:
-                years.add(int(part))
-            except TypeError as error:
-                raise ValueError(f"years are {value!r}, expected numbers such as 1992, or ranges such as 1992-1999") from error
-    return sorted(years)
-
+from ai4land.digests import digest
+from ai4land.years import expand_years
 
 Years = Annotated[list[int], BeforeValidator(expand_years), Field(min_length=1)]
 
@@ -425,12 +403,3 @@ class RunConfig(_Model):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-
-
-def digest(value: Any) -> str:
-    """Hash any JSON value to 16 hexadecimal digits.
-
-    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
-    True
-    """
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -16,10 +16,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ai4land.crosswalk import REMAINDER, Crosswalk, spread, takes_remainder
 from ai4land.grid import block_sum
-from ai4land.legend import Crosswalk
 from ai4land.quotas import add_change, level_quotas
-from ai4land.scenario import REMAINDER, spread, takes_remainder
 from ai4land.scores import class_shares
 
 Method = Literal["change", "level", "none"]

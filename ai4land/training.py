@@ -27,9 +27,10 @@ from ai4land.align import open_store
 from ai4land.alignment import align
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import Card, load_card, load_state, save_model
-from ai4land.config import HOW_TRAINED, RunConfig, digest
+from ai4land.config import HOW_TRAINED, RunConfig
 from ai4land.contents import contents_of
 from ai4land.ddp import ALONE, TORCHRUN, Group, job_end, torchrun_group
+from ai4land.digests import digest
 from ai4land.ensemble import Ensemble, fit_sharpness
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.features import FeatureSpec, fit_spec, trained, training_tiles

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ai4land.config import Coordinate, LandCoverConfig, RunConfig, StaticLayer, digest, expand_years
+from ai4land.config import Coordinate, LandCoverConfig, RunConfig, StaticLayer
+from ai4land.digests import digest
 from ai4land.errors import ConfigError
 from ai4land.runfile import load_run, pipelines
+from ai4land.years import expand_years
 
 SECTIONS = ("grid", "landcover", "scenario", "static", "split", "model", "train", "reconstruct")
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import zarr
 
-from ai4land.config import digest
 from ai4land.describe import read_map
+from ai4land.digests import digest
 from ai4land.errors import DataError
 from ai4land.grid import make_grid, spatial_ref
 

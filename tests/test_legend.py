@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
 
+from ai4land.crosswalk import Crosswalk, load_crosswalk
 from ai4land.errors import ConfigError, DataError
-from ai4land.legend import MISSING, Crosswalk, LandClass, Legend, load_crosswalk, load_legend
+from ai4land.legend import MISSING, LandClass, Legend, load_legend
 
 DATA = Path(str(files("ai4land"))) / "data"
 LEGENDS = sorted(p.stem for p in (DATA / "legends").glob("*.yaml"))

@@ -11,9 +11,11 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ai4land.coarse import blocks, to_shares
 from ai4land.errors import DataError
 from ai4land.grid import centres, make_grid
-from ai4land.luh2 import LUH3_STATES, STATES, blocks, open_states, pick_years, to_shares, years_in
+from ai4land.luh2 import LUH3_STATES, STATES, open_states
+from ai4land.years import pick_years, years_in
 
 GRID = make_grid((-10, 40, 20, 60), coarse_cell=5, factor=2, shard=4)
 LAT, LON = np.arange(87.5, -90, -5.0), np.arange(-177.5, 180, 5.0)

@@ -8,11 +8,12 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ai4land.crosswalk import Crosswalk, class_shares, load_crosswalk
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import make_grid
-from ai4land.legend import Crosswalk, load_crosswalk, load_legend
+from ai4land.legend import load_legend
 from ai4land.luh2 import STATES, as_scenario, open_states
-from ai4land.scenario import class_shares, open_shares
+from ai4land.scenario import open_shares
 
 GRID = make_grid((0, 40, 20, 50), coarse_cell=5, factor=2, shard=4)
 BAVARIA = make_grid((9.0, 47.3, 13.8, 50.5), coarse_cell=100 / 360, factor=100, shard=400)

@@ -11,9 +11,10 @@ import yaml
 from pystac.validation import validate_dict
 from pystac.validation.stac_validator import STACValidator
 
+from ai4land.crosswalk import load_crosswalk
 from ai4land.errors import ConfigError
 from ai4land.inputs import needed_years
-from ai4land.legend import load_crosswalk, load_legend
+from ai4land.legend import load_legend
 from ai4land.runfile import load_run, pipelines
 from ai4land.sources import catalog_path, credits_of, licence_of, load_source, load_sources
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ai4land.legend import Crosswalk
+from ai4land.crosswalk import Crosswalk
 from ai4land.quotas import add_change
 from ai4land.totals import Totals
 
