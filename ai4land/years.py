@@ -18,8 +18,30 @@ if TYPE_CHECKING:
 _YEARS_SINCE = re.compile(r"^\s*(?:common_)?years?\s+since\s+(-?\d+)(?:-(\d+)(?:-(\d+))?)?", re.IGNORECASE)
 
 
+def whole_year(value: Any) -> int:
+    """Read one year, a whole number or its digits.
+
+    Raises
+    ------
+    ValueError
+        If it is anything else: 1992.9 and true are years of nothing.
+    """
+    try:
+        year = int(value)
+    except (TypeError, ValueError, OverflowError):
+        year = None
+    if year is None or isinstance(value, bool | np.bool_) or (not isinstance(value, str) and year != value):
+        raise ValueError(f"year is {value!r}, expected a whole number such as 1992; mend it")
+    return year
+
+
 def expand_years(value: Any) -> Any:
     """Expand ``1992-1999``, a number, or a list of both, into a sorted list of years.
+
+    Raises
+    ------
+    ValueError
+        If a part is neither a year nor a range, or a range runs backwards.
 
     >>> expand_years(["1992-1994", 2001])
     [1992, 1993, 1994, 2001]
@@ -33,8 +55,8 @@ def expand_years(value: Any) -> Any:
             years.update(range(first, last + 1))
         else:
             try:
-                years.add(int(part))
-            except TypeError as error:
+                years.add(whole_year(part))
+            except ValueError as error:
                 raise ValueError(f"years are {value!r}, expected numbers such as 1992, or ranges such as 1992-1999") from error
     return sorted(years)
 
@@ -94,7 +116,7 @@ def pick_years(held: Iterable[int], wanted: Iterable[int] | None, *, source: str
     [2015, 2016]
     """
     there = sorted({int(y) for y in held})
-    years = there if wanted is None else sorted({int(y) for y in wanted})
+    years = there if wanted is None else sorted({whole_year(y) for y in wanted})
     lacking = sorted(set(years) - set(there))
     if lacking or not years:
         gaps = "" if there[-1] - there[0] + 1 == len(there) else f" with gaps ({len(there)} years)"

@@ -5,15 +5,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ai4land.config import Coordinate, LandCoverConfig, RunConfig, StaticLayer
-from ai4land.digests import digest
 from ai4land.errors import ConfigError
 from ai4land.runfile import load_run, pipelines
-from ai4land.years import expand_years
 
 SECTIONS = ("grid", "landcover", "scenario", "static", "split", "model", "train", "reconstruct")
 
@@ -214,21 +210,6 @@ def test_runs_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         run.train.steps = 3
     assert isinstance(run, RunConfig)
-
-
-@given(st.lists(st.tuples(st.integers(1000, 2100), st.integers(0, 30)), min_size=1, max_size=5))
-def test_expand_years_is_the_sorted_union(ranges):
-    parts = [f"{a} - {a + n}" if n else a for a, n in ranges]
-    expected = sorted({y for a, n in ranges for y in range(a, a + n + 1)})
-    assert expand_years(parts) == expected
-    assert expand_years(expected) == expected
-
-
-@given(st.dictionaries(st.text(max_size=4), st.integers(), max_size=5))
-def test_digest_ignores_order_alone(values):
-    assert digest(values) == digest(dict(reversed(values.items())))
-    assert digest(values) != digest({**values, "another key": 0})
-    assert len(digest(values)) == 16
 
 
 @pytest.mark.parametrize(
