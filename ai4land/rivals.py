@@ -89,7 +89,7 @@ class Wanted:
         return {"cells_off": off, "fraction_error": worst, "bias": self._bias()}
 
     def _bias(self) -> dict[str, float] | None:
-        parts = [np.abs(t.bias).reshape(self._source.legend.n, -1) for t in self.parts.values() if t.held]
+        parts = [np.abs(t.bias).reshape(self._source.legend.n, -1) for t in self.parts.values() if t.reference_shares]
         if not parts:
             return None
         every = np.concatenate(parts, axis=1)
@@ -99,12 +99,12 @@ class Wanted:
     def bias(self) -> xr.Dataset | None:
         """Class shares of the reference map and of the scenario in its year, and their difference; None without one."""
         grid, legend = self._source.grid, self._source.legend
-        if not any(t.held for t in self.parts.values()):
+        if not any(t.reference_shares for t in self.parts.values()):
             return None
         values = {n: np.full((legend.n, *(int(v) for v in grid.coarse.shape)), np.nan) for n in ("map", "scenario")}
         for w, t in self.parts.items():
             cut = (slice(None), *coarse_slices(w, grid.factor))
-            values["map"][cut], values["scenario"][cut] = t.held[False], t.start
+            values["map"][cut], values["scenario"][cut] = t.reference_shares[False], t.start
         dims = ("class", *COARSE_DIMS)
         coords = {"class": legend.codes, **{d: grid.coords()[d] for d in COARSE_DIMS}}
         about = {"units": "1", "long_name": "class share of the coarse cell"}
@@ -137,7 +137,7 @@ def rival_maps(run: RunConfig, source: Source, scored: Scored, wanted: Wanted, s
             return proportional_allocation(
                 source.map_of(base, w),
                 wanted=totals.shares(year, by_cells=True),
-                start=totals.held[True],
+                start=totals.reference_shares[True],
                 factor=f,
                 seed=run.seed,
                 origin=(w.row, w.col),
