@@ -9,9 +9,6 @@ import pytest
 import rasterio
 import zarr
 from affine import Affine
-from test_catalog import make_item, save, write_cog
-from test_end_to_end import write_run
-from test_inputs import run_of
 
 from ai4land import alignment, inputs, luh2
 from ai4land.align import SCENARIO_YEARS, open_store, write_store
@@ -28,6 +25,8 @@ from ai4land.luh2 import open_states
 from ai4land.materialise import Layer
 from ai4land.runfile import load_run
 from ai4land.synthetic import make_planet
+from tests.catalogs import make_item, save, write_cog
+from tests.runs import run_of, write_run
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_end_to_end import command, planet, write_run  # noqa: F401 planet is a fixture
 from torch import nn
 
 from ai4land.checkpoint import WEIGHTS
 from ai4land.ddp import ALONE, Group, Norm, job_end, joined, shared_norms, torchrun_group
 from ai4land.runfile import load_run
+from tests import ROOT
+from tests.runs import command, write_run
 
 SHAPE = (6, 3, 5, 4)
 
@@ -67,17 +68,17 @@ PART = """
 import sys, torch
 from datetime import timedelta
 from torch.distributed import FileStore
-sys.path.insert(0, sys.argv[4])
-from test_ddp import data, norm, results, Net
+from importlib import import_module
 from ai4land.ddp import joined, shared_norms
 
 torch.set_num_threads(1)
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 with joined(FileStore(folder + "/store", world), rank=rank, world=world, timeout=30) as group:
-    made = norm()
+    tests = import_module(sys.argv[4])
+    made = tests.norm()
     with shared_norms(made, group):
-        own = results(made, data()[rank::world])
-    net = Net()
+        own = tests.results(made, tests.data()[rank::world])
+    net = tests.Net()
     net(torch.full((1, 2), rank + 1.0)).sum().backward()
     numbers = group.add_gradients(net, torch.tensor(rank + 0.5), torch.tensor(1.0))
     group.first(lambda: open(folder + "/made", "w").write("yes"))
@@ -100,10 +101,8 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_parts_of_a_batch_add_up_to_the_whole(tmp_path, world):
-    here = str(Path(__file__).parent)
-    started = [
-        subprocess.Popen([sys.executable, "-c", PART, str(rank), str(world), str(tmp_path), here]) for rank in range(world)
-    ]
+    call = [sys.executable, "-c", PART]
+    started = [subprocess.Popen([*call, str(rank), str(world), str(tmp_path), __name__], cwd=ROOT) for rank in range(world)]
     assert [p.wait(timeout=120) for p in started] == [0] * world
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     whole = results(norm(), data())
@@ -156,7 +155,7 @@ def children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_torchrun_starts_the_same_training_and_restarts_what_dies(planet, tmp_path):  # noqa: F811
+def test_torchrun_starts_the_same_training_and_restarts_what_dies(planet, tmp_path):
     file = write_run(tmp_path, planet)
     small = ["train.members=1", "train.steps=30", "train.checkpoint_every=10"]
     runs = [load_run(file, [*small, f"name={name}"]) for name in ("whole", "killed")]

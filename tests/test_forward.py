@@ -13,12 +13,9 @@ from ai4land.errors import MismatchError
 from ai4land.features import FeatureSpec
 from ai4land.forward import ACCURACY, AGREEMENT, Forward, bfloat16_pays, folded, gate, precision_of, ready
 from ai4land.grid import Window, coarse_window
-from tests.test_checkpoint import saved
-from tests.test_unet import CLASSES, FACTOR, randomised
+from tests.models import CLASSES, FACTOR, randomised
 
 CPU = torch.device("cpu")
-
-__all__ = ["saved"]
 
 
 def ensemble(members: int = 2, *, depth: int = 2) -> Ensemble:

@@ -38,7 +38,7 @@ from ai4land.runfile import load_run
 from ai4land.stages import credit_attrs
 from ai4land.template import FRACTION_SCALE
 from ai4land.unet import UNet
-from tests.conftest import write_tiny_store
+from tests.stores import write_tiny_store
 
 PAIRS = ((2000, 2001), (2001, 2003), (2003, 2000))
 YEARS = [2000, 2001, 2002, 2003]
