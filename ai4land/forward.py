@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -21,13 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from ai4land.batch import Batch
 from ai4land.checkpoint import Card, load_model
 from ai4land.device import device as own_device
 from ai4land.ensemble import Ensemble
 from ai4land.errors import MismatchError
-from ai4land.legend import MISSING
-from ai4land.losses import impose_totals
 from ai4land.unet import UNet, interpolate
 
 Precision = Literal["float32", "bfloat16"]
@@ -146,41 +142,6 @@ def bfloat16_pays(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(supported is not None and supported())
-
-
-@torch.inference_mode()
-def gate(model: Ensemble, batches: Iterable[Batch], *, totals: bool) -> dict[str, float]:
-    """Measure what bfloat16 costs on held-out batches.
-
-    Parameters
-    ----------
-    model
-        In evaluation mode.
-    batches
-        That training has not seen.
-    totals
-        Whether the coarse totals of the targets are imposed before the most likely class is taken.
-
-    Returns
-    -------
-    dict
-        ``agreement``: share of cells with the most likely class of float32; ``accuracy_lost``: of float32 less that of bfloat16.
-    """
-    arms = [folded(model, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    cells, same, right = 0, 0, [0, 0]
-    for batch in batches:
-        scored = batch.target != MISSING
-        guesses = []
-        for i, arm in enumerate(arms):
-            logits = arm(batch.static, batch.reference, batch.coarse, batch.offset)
-            if totals:
-                logits = impose_totals(logits, batch.target, offset=batch.offset, factor=model.factor)
-            guesses.append(logits.argmax(1))
-            right[i] += int(((guesses[i] == batch.target) & scored).sum())
-        same += int(((guesses[0] == guesses[1]) & scored).sum())
-        cells += int(scored.sum())
-    share = 1 / max(cells, 1)
-    return {"agreement": same * share, "accuracy_lost": (right[0] - right[1]) * share}
 
 
 def precision_of(card: Card, *, device: torch.device | None = None) -> Precision:

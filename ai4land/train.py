@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from ai4land.batch import Batch, prefetched
 from ai4land.checkpoint import load_state, save_state
-from ai4land.ddp import ALONE, Group, shared_norms
 from ai4land.device import device as device_of_process
 from ai4land.errors import DataError, MismatchError, Unfinished
 from ai4land.forward import bfloat16_pays
 from ai4land.legend import MISSING
 from ai4land.losses import cell_weights, change_loss, impose_totals
+from ai4land.norm import ALONE, Group, shared_norms
 from ai4land.stores import write_atomically
 from ai4land.unet import UNet
 

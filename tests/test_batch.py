@@ -11,9 +11,9 @@ import torch
 from ai4land.align import open_store
 from ai4land.batch import Batch, PatchLoader, disturbed, holes, prefetched, turned
 from ai4land.errors import DataError
-from ai4land.features import fit_spec
 from ai4land.legend import MISSING
 from ai4land.losses import coarse_parts
+from ai4land.normalise import fit_spec
 from ai4land.unet import interpolate
 
 PAIRS = ((2000, 2001), (2000, 2002), (2002, 2000))

@@ -18,11 +18,11 @@ from ai4land.checkpoint import (
     load_state,
     save_model,
     save_state,
-    write_atomically,
 )
 from ai4land.errors import DataError, MismatchError
 from ai4land.features import Feature, FeatureSpec
 from ai4land.legend import load_legend
+from ai4land.stores import write_atomically
 from ai4land.unet import UNet
 
 LEGEND = load_legend("hildaplus")

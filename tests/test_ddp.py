@@ -16,7 +16,8 @@ from test_end_to_end import command, planet, write_run  # noqa: F401 planet is a
 from torch import nn
 
 from ai4land.checkpoint import WEIGHTS
-from ai4land.ddp import ALONE, Group, Norm, job_end, joined, shared_norms, torchrun_group
+from ai4land.ddp import job_end, joined, torchrun_group
+from ai4land.norm import ALONE, Group, Norm, shared_norms
 from ai4land.runfile import load_run
 
 SHAPE = (6, 3, 5, 4)
@@ -69,7 +70,8 @@ from datetime import timedelta
 from torch.distributed import FileStore
 sys.path.insert(0, sys.argv[4])
 from test_ddp import data, norm, results, Net
-from ai4land.ddp import joined, shared_norms
+from ai4land.ddp import joined
+from ai4land.norm import shared_norms
 
 torch.set_num_threads(1)
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

@@ -11,8 +11,9 @@ from ai4land.checkpoint import load_card
 from ai4land.ensemble import Ensemble
 from ai4land.errors import MismatchError
 from ai4land.features import FeatureSpec
-from ai4land.forward import ACCURACY, AGREEMENT, Forward, bfloat16_pays, folded, gate, precision_of, ready
+from ai4land.forward import ACCURACY, AGREEMENT, Forward, bfloat16_pays, folded, precision_of, ready
 from ai4land.grid import Window, coarse_window
+from ai4land.judge import gate
 from tests.test_checkpoint import saved
 from tests.test_unet import CLASSES, FACTOR, randomised
 

@@ -17,10 +17,10 @@ from ai4land.align import open_store, write_store
 from ai4land.checkpoint import Card, save_model
 from ai4land.config import RunConfig
 from ai4land.errors import DataError, MismatchError
-from ai4land.features import fit_spec
 from ai4land.grid import COARSE_DIMS, block_sum
 from ai4land.legend import load_legend
 from ai4land.materialise import Layer, of_array
+from ai4land.normalise import fit_spec
 from ai4land.predict import Source
 from ai4land.reconstruct import land_of, plan_blocks
 from ai4land.rivals import Wanted

@@ -12,8 +12,8 @@ import torch
 from ai4land.align import open_store
 from ai4land.batch import PatchLoader
 from ai4land.errors import DataError, MismatchError
-from ai4land.features import fit_spec
 from ai4land.forward import bfloat16_pays
+from ai4land.normalise import fit_spec
 from ai4land.train import Schedule, fit
 from ai4land.unet import UNet
 
