@@ -100,10 +100,10 @@ def fit_spec(
             std = math.sqrt(known.squares / known.count)
             made.append(Feature(name=str(name), mean=known.mean, std=std if std > 1e-6 else 1.0))
     pairs = tuple(pairs)
-    chosen = {y: store["coarse"].sel(year=y).values[:, cells].astype(np.float64) for y in sorted({y for p in pairs for y in p})}
+    chosen = {y: store["coarse"].sel(year=y).values[:, cells] for y in sorted({y for p in pairs for y in p})}
     squares, count = np.zeros(store.sizes["state"]), 0
     for start, year in pairs:
-        change = chosen[year] - chosen[start]
+        change = chosen[year].astype(np.float64) - chosen[start]
         change = change[:, np.isfinite(change).all(axis=0)]
         squares += (change**2).sum(axis=1)
         count += change.shape[1]
