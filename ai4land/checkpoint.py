@@ -46,7 +46,8 @@ class Card(BaseModel):
     split, store
         Fingerprints of the split and of the analysis-ready store it was trained on.
     training
-        Steps taken, best step and validation loss of each member, class weights, training years.
+        Steps taken, best step and validation loss of each member, the members whose validation loss never improved (their weights are untrained),
+        class weights, training years.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

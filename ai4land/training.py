@@ -263,6 +263,7 @@ def learn(run: RunConfig, lesson: Lesson, *, group: Group = ALONE, beside: int =
                 "fingerprint": lesson.fingerprint,
                 "steps": [f.steps for f in fits],
                 "best_step": [f.best_step for f in fits],
+                "untrained_members": [number for number, f in enumerate(fits) if not f.best_step],
                 "validation_loss": [f.best_loss for f in fits],
                 "years": split.training_years,
                 "class_weights": [round(float(w), 5) for w in lesson.weights],
