@@ -6,9 +6,10 @@ of which each process has a part. Nothing here needs more than PyTorch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -16,8 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ai4land.errors import WorkerError
+
 _LONG = timedelta(days=2)
-"""How long the others wait for what the first process makes alone."""
+"""How long the others wait for what the first process makes alone: a global store takes many hours. A launcher ends them if it dies."""
+_MADE = "made"
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Group:
     rank: int = 0
     world: int = 1
     store: Any = None
+    _calls: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over the processes, in place; all get the same bits."""
@@ -43,13 +48,31 @@ class Group:
         return values
 
     def first(self, make: Callable[[], object]) -> None:
-        """Have the first process make something that all can read then; the others wait for it, for days if need be."""
-        if self.rank == 0:
+        """Have the first process make something that all can read afterwards; the others wait until it is made.
+
+        Every process must call this equally often: the calls are matched by their number.
+
+        Raises
+        ------
+        WorkerError
+            In the other processes, at once, if the first one failed.
+        """
+        key = f"first {next(self._calls)}"
+        if self.rank:
+            self.store.wait([key], _LONG)
+            if (found := self.store.get(key).decode()) != _MADE:
+                raise WorkerError(
+                    f"process 0 failed with {found}, expected its result; mend what it says in its own log and run again"
+                )
+            return
+        try:
             make()
+        except BaseException as error:
             if self.store is not None:
-                self.store.set("first", "made")
-        else:
-            self.store.wait(["first"], _LONG)
+                self.store.set(key, repr(error)[:300])
+            raise
+        if self.store is not None:
+            self.store.set(key, _MADE)
 
     def add_gradients(self, model: nn.Module, *numbers: Tensor) -> Tensor:
         """Add up the gradients of a model, and some numbers with them, over the processes.
