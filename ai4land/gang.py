@@ -208,7 +208,8 @@ def _generation(
                 raise causes[0]
             raise WorkerError("; ".join(f"worker {a} failed: {e}" for a, e in errors.items()))
     finally:
-        client.cancel(list(futures.values()), force=True)
+        with suppress(Exception):  # its kind differs: the tasks of a scheduler that is gone are gone with it
+            client.cancel(list(futures.values()), force=True)
 
 
 def _first_failure(client: Client, futures: dict[str, Future[Any]], look: Callable[[], None]) -> dict[str, BaseException]:
