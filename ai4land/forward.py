@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -58,7 +59,7 @@ _TURN = threading.Lock()
 
 
 class Forward:
-    """An ensemble ready to run, for one thread: threads that share a device take turns.
+    """An ensemble ready to run, for one thread; :meth:`for_another_thread` shares its weights. Threads take turns on a CUDA device.
 
     Parameters
     ----------
@@ -76,10 +77,19 @@ class Forward:
         self.members: list[UNet] = list(folded(model, dtype).to(self.device).members)  # type: ignore[arg-type]
         self.weight = model.sharpness / len(self.members)
         self.stride, self.halo, self.factor, self.classes = model.stride, model.halo, model.factor, model.classes
-        self._buffers = [torch.empty(0) for _ in self.members]
-        self._priors: list[Tensor] = []
+        self._forget_window()
         # On a CPU passes side by side fill the cores better than one after another.
         self._turn: AbstractContextManager[object] = _TURN if self.device.type == "cuda" else nullcontext()
+
+    def _forget_window(self) -> None:
+        self._buffers = [torch.empty(0) for _ in self.members]
+        self._priors: list[Tensor] = []
+
+    def for_another_thread(self) -> Forward:
+        """Make one with the same weights, which nothing changes, and buffers of its own."""
+        other = copy.copy(self)
+        other._forget_window()
+        return other
 
     @torch.inference_mode()
     def begin(self, static: NDArray[np.floating], reference: NDArray[np.uint8], *, offset: tuple[int, int]) -> None:
@@ -156,17 +166,22 @@ def precision_of(card: Card, *, device: torch.device | None = None) -> Precision
 
 
 _held = threading.local()
+_loading = threading.Lock()
 
 
 def ready(folder: str, checksum: str, precision: Precision) -> tuple[Forward, Card]:
-    """Make a model ready to run once a thread; ``checksum`` is that of the weights, so that a new model is loaded anew."""
+    """Make a model ready to run in this thread; the threads of a process share its weights. A new ``checksum`` of the weights loads it anew."""
     wanted = (folder, checksum, precision)
     if getattr(_held, "of", None) != wanted:
-        _held.made, _held.of = _load(*wanted), wanted
+        own_device()  # the calling thread's current one from now on
+        with _loading:
+            forward, card = _load(*wanted)
+        _held.made, _held.of = (forward.for_another_thread(), card), wanted
     made: tuple[Forward, Card] = _held.made
     return made
 
 
+@lru_cache(maxsize=1)
 def _load(folder: str, checksum: str, precision: Precision) -> tuple[Forward, Card]:
     model, card = load_model(Path(folder))
     if card.weights != checksum:
