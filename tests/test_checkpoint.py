@@ -17,10 +17,10 @@ from ai4land.checkpoint import (
     load_state,
     save_model,
     save_state,
-    write_atomically,
 )
 from ai4land.errors import DataError, MismatchError
 from ai4land.legend import load_legend
+from ai4land.stores import write_atomically
 from ai4land.unet import UNet
 from tests.models import LEGEND, SPEC, card, network
 

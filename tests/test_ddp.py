@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ai4land.checkpoint import WEIGHTS
-from ai4land.ddp import ALONE, Group, Norm, job_end, joined, shared_norms, torchrun_group
+from ai4land.ddp import job_end, joined, torchrun_group
+from ai4land.norm import ALONE, Group, Norm, shared_norms
 from ai4land.runfile import load_run
 from tests import ROOT
 from tests.runs import command, write_run
@@ -65,11 +66,13 @@ def test_normalisation_in_low_precision_is_near_that_in_float64(dtype):
 
 
 PART = """
-import sys, torch
+import sys, time, torch
 from datetime import timedelta
 from torch.distributed import FileStore
 from importlib import import_module
-from ai4land.ddp import joined, shared_norms
+from ai4land.ddp import joined
+from ai4land.errors import WorkerError
+from ai4land.norm import shared_norms
 
 torch.set_num_threads(1)
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -83,6 +86,17 @@ with joined(FileStore(folder + "/store", world), rank=rank, world=world, timeout
     numbers = group.add_gradients(net, torch.tensor(rank + 0.5), torch.tensor(1.0))
     group.first(lambda: open(folder + "/made", "w").write("yes"))
     there = open(folder + "/made").read()
+
+    def later():
+        time.sleep(0.5)
+        open(folder + "/again", "w").write(" again")
+
+    group.first(later)
+    there += open(folder + "/again").read()
+    try:
+        group.first(lambda: 1 / 0)
+    except (ZeroDivisionError, WorkerError) as error:
+        there += f" {error}"
     torch.save({"own": own, "grads": [p.grad for p in net.parameters()], "numbers": numbers, "there": there}, f"{folder}/{rank}.pt")
 """
 
@@ -117,10 +131,12 @@ def test_parts_of_a_batch_add_up_to_the_whole(tmp_path, world):
         assert all(torch.equal(p["own"][kind], parts[0]["own"][kind]) for p in parts)
         assert torch.allclose(parts[0]["own"][kind], whole[kind], rtol=1e-12)
     total = world * (world + 1) / 2
-    for part in parts:
+    for rank, part in enumerate(parts):
+        failed = "process 0 failed with ZeroDivisionError" if rank else "division by zero"
+        assert part["there"].startswith(f"yes again {failed}")
         unused, weight, bias = part["grads"]
         assert unused is None and torch.equal(weight, torch.full((3, 2), total)) and torch.equal(bias, torch.full((3,), world))
-        assert part["numbers"].tolist() == [world**2 / 2, world] and part["there"] == "yes"
+        assert part["numbers"].tolist() == [world**2 / 2, world]
 
 
 def test_one_process_needs_no_others(tmp_path):

@@ -18,10 +18,10 @@ from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import Block
 from ai4land.ensemble import Ensemble
 from ai4land.errors import ConfigError, DataError, MismatchError
-from ai4land.features import fit_spec
 from ai4land.forward import Forward
 from ai4land.grid import Window, tiles
 from ai4land.legend import MISSING
+from ai4land.normalise import fit_spec
 from ai4land.predict import Source, predict
 from ai4land.reconstruct import (
     Job,
