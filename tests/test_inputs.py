@@ -65,7 +65,8 @@ def test_scenario_years_are_found_without_reading_it(tmp_path: Path):
     years = {"files": [{"path": "b.nc", "year_dim": "year"}, {"path": "a.nc", "year": 2006}], "states": {"crop": "v"}}
     fractions = {"kind": "fractions", "crosswalk": "isimip2b_to_igbp", **years}
     assert inputs.held_states(run_of(data=str(tmp_path), scenario=fractions)) == {2001, 2003, 2006}
-    run = run_of(data=str(tmp_path), scenario={**fractions, "interpolate": True})
+    igbp = {**RUN["landcover"], "legend": "igbp"}
+    run = run_of(data=str(tmp_path), landcover=igbp, scenario={**fractions, "interpolate": True})
     assert inputs.held_states(run) == set(range(2001, 2007)) and "linearly" in inputs.identity_of(run)["interpolated"]
 
 
@@ -106,6 +107,24 @@ def test_crosswalk_of_a_user_lies_beside_the_data(tmp_path: Path):
     assert inputs.crosswalk_of(run_of(data=str(tmp_path)), legend).name == "luh2_to_hildaplus"
     with pytest.raises(ConfigError, match=r"tables.none\.csv does not exist"):
         inputs.crosswalk_of(run_of(data=str(tmp_path), scenario={**SMALL["scenario"], "crosswalk": "tables/none.csv"}), legend)
+
+
+def test_places_given_as_file_urls_are_folders(tmp_path: Path):
+    cube = run_of(reconstruct={**RUN["reconstruct"], "cube": "file:///data/my%20cube.zarr", "part": "ssp126"})
+    assert inputs.cubes_of(cube)["cube"][0] == Path("/data/my cube.zarr/ssp126")
+    remote = run_of(reconstruct={**RUN["reconstruct"], "cube": "s3://bucket/cube.zarr"})
+    assert inputs.cubes_of(remote)["cube"][0] == "s3://bucket/cube.zarr"
+    maps = {2000: "file:///maps/a.tif", 2001: "b.tif"}
+    run = run_of(data=str(tmp_path), landcover={"source": maps, "legend": "hildaplus"})
+    assert inputs.map_source(run) == {2000: Path("/maps/a.tif"), 2001: tmp_path / "b.tif"}
+    assert inputs.map_source(run_of(landcover={"source": "file:///maps/{year}.tif", "legend": "hildaplus"})) == "/maps/{year}.tif"
+    for name, suffix, folder in (("scenario", "csv", "crosswalks"), ("landcover", "yaml", "legends")):
+        built_in = {"csv": "luh2_to_hildaplus", "yaml": "hildaplus"}[suffix]
+        file = tmp_path / f"my own.{suffix}"
+        file.write_bytes((Path(str(files("ai4land"))) / "data" / folder / f"{built_in}.{suffix}").read_bytes())
+        key = {"csv": "crosswalk", "yaml": "legend"}[suffix]
+        run = run_of(**{name: {**RUN[name], key: file.as_uri()}})
+        assert inputs.crosswalk_of(run, inputs.legend_of(run)).states
 
 
 def test_identity_crosswalk_is_no_file():
@@ -160,3 +179,25 @@ def test_identity_changes_with_what_the_store_is_made_from_alone():
     other = run_of(static=[{"name": "slope", "path": "s.tif"}])
     changed = {k for k, v in inputs.identity_of(other).items() if inputs.identity_of(run_of())[k] != v}
     assert changed == {"static"}
+
+
+@pytest.mark.parametrize("what", ["legend", "crosswalk"])
+def test_identity_changes_with_the_content_of_built_in_tables(monkeypatch, what):
+    """A release that edits a built-in table must not continue stores and cubes made with the table before."""
+    before = inputs.identity_of(run_of())
+    legend = load_legend("hildaplus")
+    crosswalk = inputs.crosswalk_of(run_of(), legend)
+    if what == "legend":
+        monkeypatch.setattr(inputs, "load_legend", lambda _: legend.model_copy(update={"aliases": {12: 11}}))
+    else:
+        moved = crosswalk.model_copy(update={"weights": (crosswalk.weights[1], *crosswalk.weights[1:])})
+        monkeypatch.setattr(inputs, "load_crosswalk", lambda *_: moved)
+    after = inputs.identity_of(run_of())
+    assert {k for k in before if before[k] != after[k]} == {what}
+
+
+def test_identity_does_not_change_with_titles_and_colours(monkeypatch):
+    before, legend = inputs.identity_of(run_of()), load_legend("hildaplus")
+    plain = [c.model_copy(update={"colour": "#000000"}) for c in legend.classes]
+    monkeypatch.setattr(inputs, "load_legend", lambda _: legend.model_copy(update={"title": "x", "classes": tuple(plain)}))
+    assert inputs.identity_of(run_of()) == before
