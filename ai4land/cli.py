@@ -326,6 +326,7 @@ def serve(
     port: Annotated[int, typer.Option(help="where to listen; 0 takes a free port")] = 0,
     host: Annotated[str, typer.Option(help="who can reach it: 0.0.0.0 means everybody")] = "127.0.0.1",
     catalog: Annotated[Path | None, typer.Option(help="folder of its STAC catalogue (default: stac beside the cube)")] = None,
+    cors: Annotated[bool, typer.Option("--cors", help="let web pages of other sites read it in a visitor's browser")] = False,
 ) -> None:
     """Show a cube in the browser: a map of every year, and its files and catalogue over HTTP.
 
@@ -333,7 +334,7 @@ def serve(
     """
     from ai4land.serve import serve as start
 
-    start(cube, host=host, port=port, catalogue=catalog, tell=_tell)
+    start(cube, host=host, port=port, catalogue=catalog, cors=cors, tell=_tell)
 
 
 @app.command()
