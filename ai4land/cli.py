@@ -338,6 +338,7 @@ def serve(
     catalog: Annotated[
         Path | None, typer.Option(parser=_folder, help="folder of its STAC catalogue (default: stac beside the cube)")
     ] = None,
+    cors: Annotated[bool, typer.Option("--cors", help="let web pages of other sites read it in a visitor's browser")] = False,
 ) -> None:
     """Show a cube in the browser: a map of every year, and its files and catalogue over HTTP.
 
@@ -345,7 +346,7 @@ def serve(
     """
     from ai4land.serve import serve as start
 
-    start(cube, host=host, port=port, catalogue=catalog, tell=_tell)
+    start(cube, host=host, port=port, catalogue=catalog, cors=cors, tell=_tell)
 
 
 @app.command()

@@ -204,6 +204,30 @@ def test_parts_of_a_cube_are_seen_from_its_root(tmp_path):
         cube.create(root / "ssp126", identity={"model": "other"}, land=PAIRS, **{**ABOUT, "years": [2001, 2002, 2003]})
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b'"text"', b'{"attributes": {"title": "x"}}', None])
+def test_a_damaged_part_does_not_stop_the_others(tmp_path, content):
+    root = tmp_path / "world.zarr"
+    for name in ("historical", "ssp126"):
+        cube.create(root / name, identity={}, land=PAIRS, **ABOUT)
+        fill(root / name, PAIRS)
+        cube.show(root / name)
+    before, damaged = (root / "zarr.json").read_bytes(), root / "historical" / "zarr.json"
+    damaged.unlink() if content is None else damaged.write_bytes(content)
+    cube.show(root / "ssp126")
+    assert zarr.open_group(root, mode="r").attrs["parts"] == ["ssp126"]
+    cube.show(root / "historical")
+    assert (root / "zarr.json").read_bytes() == before
+
+
+def test_a_root_whose_parts_are_all_damaged_is_left_as_it_is(tmp_path):
+    root = tmp_path / "world.zarr"
+    cube.create(root / "ssp126", identity={}, land=PAIRS, **ABOUT)
+    (root / "ssp126" / "zarr.json").write_bytes(b"{")
+    before = (root / "zarr.json").read_bytes()
+    cube._tell_root(root)
+    assert (root / "zarr.json").read_bytes() == before
+
+
 def test_missing_cube_says_how_to_make_one(tmp_path):
     with pytest.raises(DataError, match="ai4land reconstruct"):
         cube.open_cube(tmp_path / "none.zarr")

@@ -17,7 +17,6 @@ from ai4land.errors import DataError, MismatchError
 from ai4land.grid import COARSE_DIMS, block_sum
 from ai4land.legend import load_legend
 from ai4land.materialise import Layer, of_array
-from ai4land.normalise import fit_spec
 from ai4land.predict import Source
 from ai4land.reconstruct import plan_blocks
 from ai4land.rivals import Wanted

@@ -160,7 +160,15 @@ def test_head_etag_and_media_type(url, folder):
     assert headers["content-type"] == "application/json" and json.loads(body)["node_type"] == "group"
 
 
-def test_pages_of_other_places_may_read(url):
+def test_pages_of_other_sites_may_read_only_if_allowed(served, folder):
+    for path in ("cube/zarr.json", "stac/catalog.json", "info.json", "tiles/2000/0/0/0.png", SHARD, "cube/none/zarr.json"):
+        headers = ask(f"{served[0]}/{path}", Origin="https://example.org")[1]
+        assert not [name for name in headers if name.startswith("access-control")]
+    with running(make_app(str(folder / "cube.zarr"), cors=True)) as (url, _):
+        check_open_to_all(url)
+
+
+def check_open_to_all(url: str) -> None:
     for path in ("cube/zarr.json", "stac/catalog.json", "info.json", "tiles/2000/0/0/0.png", "cube/none/zarr.json"):
         assert ask(f"{url}/{path}", Origin="https://example.org")[1]["access-control-allow-origin"] == "*"
     asked = {"Origin": "https://example.org", "Access_Control_Request_Method": "GET", "Access_Control_Request_Headers": "range"}
