@@ -13,7 +13,7 @@ from ai4land import cube, inputs
 from ai4land.align import open_store
 from ai4land.checkpoint import Card, save_model
 from ai4land.config import RunConfig
-from ai4land.features import fit_spec
+from ai4land.normalise import fit_spec
 from ai4land.predict import Source
 from ai4land.reconstruct import land_of, plan_blocks
 from ai4land.template import FRACTION_EMPTY, FRACTION_SCALE
