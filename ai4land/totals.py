@@ -20,7 +20,7 @@ from ai4land.grid import block_sum
 from ai4land.legend import Crosswalk
 from ai4land.quotas import add_change, level_quotas
 from ai4land.scenario import REMAINDER, spread, takes_remainder
-from ai4land.scores import class_shares
+from ai4land.scores import mapped_shares
 
 Method = Literal["change", "level", "none"]
 Shares = NDArray[np.float64]
@@ -96,7 +96,7 @@ class Totals:
             n = len(self._water)
             for by_cells in (False, True):
                 kind: Literal["area", "cells"] = "cells" if by_cells or areas is None else "area"
-                self.held[by_cells] = class_shares(reference, mapped, n=n, factor=factor, weights=kind, areas=areas)[0]
+                self.held[by_cells] = mapped_shares(reference, mapped, n=n, factor=factor, weights=kind, areas=areas)[0]
             self.start = self.scenario(reference_year)
 
     def scenario(self, year: int) -> Shares:
