@@ -100,7 +100,7 @@ class Wanted:
         values = {n: np.full((legend.n, *(int(v) for v in grid.coarse.shape)), np.nan) for n in ("map", "scenario")}
         for w in windows:
             cut, totals = (slice(None), *coarse_slices(w, grid.factor)), self.of(w)
-            values["map"][cut], values["scenario"][cut] = totals.held[False], totals.start
+            values["map"][cut], values["scenario"][cut] = totals.reference_shares[False], totals.start
         dims = ("class", *COARSE_DIMS)
         coords = {"class": legend.codes, **{d: grid.coords()[d] for d in COARSE_DIMS}}
         about = {"units": "1", "long_name": "class share of the coarse cell"}
@@ -132,7 +132,7 @@ def rival_maps(run: RunConfig, source: Source, scored: Scored, wanted: Wanted, s
         made["proportional"] = lambda year, w: proportional_allocation(
             reference(w),
             wanted=wanted.of(w).shares(year, by_cells=True),
-            start=wanted.of(w).held[True],
+            start=wanted.of(w).reference_shares[True],
             factor=f,
             seed=run.seed,
             origin=(w.row, w.col),

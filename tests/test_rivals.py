@@ -10,7 +10,7 @@ from ai4land.legend import MISSING
 from ai4land.predict import Source
 from ai4land.rivals import RIVALS, Wanted, mean_bias, rival_maps
 from ai4land.splits import Scored
-from tests.test_results import prepare, run_in
+from tests.scored import prepare, run_in
 
 torch.set_num_threads(1)
 
