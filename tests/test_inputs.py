@@ -13,7 +13,7 @@ from ai4land import inputs
 from ai4land.errors import ConfigError
 from ai4land.legend import load_legend
 from ai4land.splits import TEST, VALIDATION, Scored
-from tests.runs import SMALL, run_of
+from tests.runs import RUN, SMALL, run_of
 
 
 def test_maps_and_states_are_needed_where_they_are_used():
