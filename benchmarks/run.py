@@ -38,7 +38,7 @@ from xbatcher import BatchGenerator
 
 from ai4land import cube
 from ai4land.align import open_store
-from ai4land.allocate import allocate, level_quotas
+from ai4land.allocate import allocate
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import load_model
 from ai4land.cluster import SETTINGS, local
@@ -55,7 +55,7 @@ from ai4land.grid import FINE_DIMS, Grid, Window, block_sum, coarse_window
 from ai4land.legend import MISSING, Legend, load_legend
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import Source, predict
-from ai4land.quotas import add_change
+from ai4land.quotas import add_change, level_quotas
 from ai4land.reconstruct import Job, quantise, reconstruct_block, run_blocks
 from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, YEARS_A_SHARD
 from ai4land.train import Schedule, fit
