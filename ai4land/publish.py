@@ -22,13 +22,14 @@ import zarr
 
 from ai4land import export, mlm, stac
 from ai4land.checkpoint import CARD, Card, load_card
-from ai4land.config import RunConfig, expand_years
+from ai4land.config import RunConfig
 from ai4land.credits import Credit, credits_of, licence_of
 from ai4land.describe import Map, open_group, read_map
 from ai4land.errors import ConfigError, DataError
 from ai4land.inputs import Tell, cubes_of
 from ai4land.ledger import part_of
 from ai4land.stores import Place, beside, folder_of, inside, sweep
+from ai4land.years import expand_years
 
 _log = logging.getLogger(__name__)
 _OURS = re.compile(r"^(.+/(catalog\.json|collection\.json|items\.parquet|thumbnail\.png)|(.+)/\3\.(json|tif))$")

@@ -21,12 +21,13 @@ from distributed import Client, Future
 from numpy.typing import NDArray
 
 from ai4land import ledger
+from ai4land.crosswalk import Crosswalk
 from ai4land.crowd import TRIES, outcomes
 from ai4land.cube import Block, time_shards
 from ai4land.errors import DataError, MismatchError, StoreError
 from ai4land.forward import Precision, ready
 from ai4land.grid import Window
-from ai4land.legend import Crosswalk, Legend
+from ai4land.legend import Legend
 from ai4land.predict import Source, predict
 from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, YEARS_A_SHARD
 from ai4land.totals import Method, Totals

@@ -19,9 +19,11 @@ import yaml
 from ai4land.cluster import SETTINGS
 from ai4land.errors import ConfigError
 from ai4land.slurm import slurm
-from tests.conftest import squeue, start_slurm, until
+from tests import ROOT
+from tests.slurm import squeue, start_slurm
+from tests.waiting import until
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
+DEPLOY = ROOT / "deploy"
 MN5 = DEPLOY / "mn5"
 JOBQUEUES = sorted(MN5.glob("jobqueue-*.yaml"))
 SCRIPTS = sorted(p for p in DEPLOY.rglob("*") if p.suffix in (".sh", ".sbatch"))
