@@ -20,7 +20,7 @@ from ai4land.config import RunConfig
 from ai4land.grid import COARSE_DIMS, Window, block_sum, coarse_slices
 from ai4land.inputs import cubes_of
 from ai4land.legend import MISSING, Legend
-from ai4land.predict import Source
+from ai4land.predict import Source, read_window_data
 from ai4land.reconstruct import totals_of
 from ai4land.splits import TRAIN, Scored, Split
 from ai4land.stages import job_of
@@ -47,7 +47,9 @@ class Wanted:
         if job.method == "none":
             job = replace(job, method="level" if reference is None else "change")
         self._source, self._weights = source, job.weights
-        self.parts: dict[Window, Totals] = {w: totals_of(source, w, job) for w in windows}
+        self.parts: dict[Window, Totals] = {
+            w: totals_of(source, read_window_data(source, w, reference=job.reference), job) for w in windows
+        }
 
     def shares(self, year: int, *, by_cells: bool = False) -> NDArray[np.float64]:
         """Shares of the mapped part, ``(class, coarse rows, coarse columns)`` of the whole grid; NaN where unknown."""
