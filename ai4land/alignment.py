@@ -170,7 +170,7 @@ def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: Mapping[int
     if s.base_year not in maps:
         raise ConfigError(f"scenario changes the map of {s.base_year}, which is not among the land-cover maps; add it")
     return open_change(
-        {year: Path(run.path(p)) for year, p in s.paths.items()},
+        {year: run.file(p) for year, p in s.paths.items()},
         base=maps[s.base_year].read,
         base_year=s.base_year,
         legend=legend,

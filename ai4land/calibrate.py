@@ -30,11 +30,12 @@ from ai4land.config import RunConfig
 from ai4land.cost import Rates
 from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import Block
-from ai4land.features import FeatureSpec, fit_spec
+from ai4land.features import FeatureSpec
 from ai4land.forward import Precision, bfloat16_pays, ready
 from ai4land.grid import Grid, Window
 from ai4land.inputs import grid_of, legend_of, split_of
 from ai4land.legend import Legend
+from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import Source, predict, read_window_data
 from ai4land.reconstruct import Job, plan_blocks, reconstruct_block, years_between

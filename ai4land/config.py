@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlparse
 
 import yaml
-from dask.system import CPU_COUNT
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from ai4land.digests import digest
+from ai4land.errors import ConfigError
 from ai4land.years import expand_years
 
 Years = Annotated[list[int], BeforeValidator(expand_years), Field(min_length=1)]
@@ -21,6 +22,35 @@ Years = Annotated[list[int], BeforeValidator(expand_years), Field(min_length=1)]
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, values: Any) -> Any:
+        """Refuse ``true`` and ``false`` where they would silently count as 1 and 0."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(str(name))
+            flags = bool in map(type, value if isinstance(value, list) else [value])
+            if flags and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name} is {value}, expected no true or false; give a number or a name")
+        return values
+
+
+def plain_path(value: str) -> str:
+    """Turn a ``file://`` URL into the path that it names; leave paths and other URLs alone.
+
+    >>> plain_path("file:///data/my%20maps"), plain_path("s3://bucket/cube.zarr")
+    ('/data/my maps', 's3://bucket/cube.zarr')
+    """
+    return unquote(urlparse(value).path) if value.startswith("file:/") else value
+
+
+def _folder(value: str) -> str:
+    if "://" in (path := plain_path(value)):
+        raise ValueError(f"folder is {value!r}, expected one on this machine; only the inputs and reconstruct.cube may be URLs")
+    return path
+
+
+Folder = Annotated[str, AfterValidator(_folder)]
 
 
 class GridConfig(_Model):
@@ -313,6 +343,8 @@ class ReconstructConfig(_Model):
     @property
     def cores(self) -> int:
         """Threads of a worker on this machine."""
+        from dask.system import CPU_COUNT
+
         return self.threads or max(1, CPU_COUNT // self.workers)
 
     @property
@@ -333,8 +365,8 @@ class RunConfig(_Model):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     title: str = ""
-    runs: str = "runs"
-    data: str = "."
+    runs: Folder = "runs"
+    data: Folder = "."
     cluster: str = Field(
         default="local",
         description="what trains and maps: local, slurm, allocation (the tasks of this srun), or the address of a Dask scheduler (tcp://…)",
@@ -388,8 +420,22 @@ class RunConfig(_Model):
         return Path(self.runs) / self.name
 
     def path(self, value: str) -> str:
-        """Resolve a path or URL of the run file against ``data``."""
+        """Resolve a path of the run file against ``data``; a ``file://`` URL becomes a path, other URLs stay."""
+        value = plain_path(value)
         return value if "://" in value or Path(value).is_absolute() else str(Path(self.data) / value)
+
+    def file(self, value: str) -> Path:
+        """Resolve the path of an input that must be on this machine.
+
+        Raises
+        ------
+        ConfigError
+            If it is the URL of something elsewhere.
+        """
+        path = self.path(value)
+        if "://" in path:
+            raise ConfigError(f"input is {value}, expected a file on this machine; fetch it and give its path")
+        return Path(path)
 
     def fingerprint(self, *sections: str) -> str:
         """Hash the named sections: equal hashes mean equal settings."""

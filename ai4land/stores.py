@@ -1,8 +1,8 @@
 """Where cubes lie: a folder, or a URL of an object store, by the same few operations.
 
-A folder goes through zarr's ``LocalStore``; ``s3://``, ``gs://``, ``az://``, ``http(s)://`` and ``memory://`` through obstore, with timeouts and
-retries that outlast half a minute without an answer; any other URL through fsspec. What is written is whole or not there: on a disk it is
-brought to the disk under another name and moved into place, an object store does the same by itself.
+A folder goes through zarr's ``LocalStore``; ``s3://``, ``gs://``, ``az://`` and ``http(s)://`` through obstore, with timeouts and retries that
+outlast half a minute without an answer; any other URL, such as ``memory://``, through fsspec. A write is atomic: on a disk the content is
+written under another name, synced and renamed; an object store does the same by itself.
 """
 
 from __future__ import annotations
@@ -195,18 +195,18 @@ def delete(place: Place, name: str) -> None:
 
 
 def names(place: Place, prefix: str = "") -> list[str]:
-    """List the objects below a place, by their sorted names in it, what is being written left out."""
+    """List the objects of a place whose names begin with a prefix, sorted; files that are being written are left out."""
     folder = folder_of(place)
+    inner, slash, start = prefix.rpartition("/")
     if folder is not None:
-        inner, _, start = prefix.rpartition("/")
         tops = (folder / inner).glob(f"{glob.escape(start)}*")
         found = (
             p for top in tops for p in ([top] if top.is_file() else top.rglob("*")) if p.is_file() and p.suffix != ".partial"
         )
         return sorted(p.relative_to(folder).as_posix() for p in found)
 
-    async def listed(store: Store) -> list[str]:
-        return [key async for key in store.list_prefix(prefix)]
+    async def listed(store: Store) -> list[str]:  # object stores list by whole segments of a path, not by characters
+        return [key async for key in store.list_prefix(inner + slash) if key.startswith(prefix)]
 
     store = open_place(place, read_only=True)
     return sorted(sync(listed(store)))

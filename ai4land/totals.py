@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ai4land.crosswalk import Crosswalk
 from ai4land.grid import block_sum
 from ai4land.quotas import add_change, level_quotas
-from ai4land.scores import class_shares
+from ai4land.scores import mapped_shares
 
 Method = Literal["change", "level", "none"]
 Shares = NDArray[np.float64]
@@ -96,9 +96,8 @@ class Totals:
             n = len(self._water)
             for by_cells in (False, True):
                 kind: Literal["area", "cells"] = "cells" if by_cells or areas is None else "area"
-                self.reference_shares[by_cells] = class_shares(reference, mapped, n=n, factor=factor, weights=kind, areas=areas)[
-                    0
-                ]
+                share = mapped_shares(reference, mapped, n=n, factor=factor, weights=kind, areas=areas)[0]
+                self.reference_shares[by_cells] = share
             self.start = self.scenario(reference_year)
 
     def scenario(self, year: int) -> Shares:

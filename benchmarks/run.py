@@ -46,13 +46,14 @@ from ai4land.config import ModelConfig, ReconstructConfig
 from ai4land.constrain import project
 from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import Block
-from ai4land.ddp import Group
 from ai4land.ensemble import Ensemble
-from ai4land.features import FeatureSpec, features, fit_spec
+from ai4land.features import FeatureSpec, features
 from ai4land.forward import Forward, Precision
 from ai4land.gang import Member, gang
 from ai4land.grid import FINE_DIMS, Grid, Window, block_sum, coarse_window
 from ai4land.legend import MISSING, Legend, load_legend
+from ai4land.norm import Group
+from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import Source, predict
 from ai4land.quotas import add_change, level_quotas

@@ -9,9 +9,6 @@ import pytest
 import rasterio
 import zarr
 from affine import Affine
-from test_catalog import make_item, save, write_cog
-from test_end_to_end import write_run
-from test_inputs import run_of
 
 from ai4land import alignment, inputs, luh2
 from ai4land.align import SCENARIO_YEARS, open_store, write_store
@@ -28,6 +25,8 @@ from ai4land.luh2 import open_states
 from ai4land.materialise import Layer
 from ai4land.runfile import load_run
 from ai4land.synthetic import make_planet
+from tests.catalogs import make_item, save, write_cog
+from tests.runs import run_of, write_run
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +230,10 @@ def test_items_of_a_window_of_a_projected_grid_are_those_around_it(tmp_path):
 
 
 def test_a_users_own_crosswalk_is_part_of_what_a_store_is_made_from(tmp_path):
-    (tmp_path / "my.csv").write_text("state,code,weight\n")
+    (tmp_path / "my.csv").write_text("state,11,44\nprimf,1,0\n")
     run = run_of(data=str(tmp_path), scenario={"kind": "luh2", "paths": ["states.nc"], "crosswalk": "my.csv"})
     before = inputs.identity_of(run)
-    (tmp_path / "my.csv").write_text("state,code,weight\nprimf,11,1\n")
-    changed = {k for k, v in inputs.identity_of(run).items() if before[k] != v}
-    assert changed == {"crosswalk_file"}
+    (tmp_path / "my.csv").write_text("# a comment changes nothing\nstate,11,44\nprimf,1,0\n")
+    assert inputs.identity_of(run) == before
+    (tmp_path / "my.csv").write_text("state,11,44\nprimf,0,1\n")
+    assert {k for k, v in inputs.identity_of(run).items() if before[k] != v} == {"crosswalk"}

@@ -91,6 +91,13 @@ def test_overrides_reach_nested_keys_lists_and_years():
         ("constrain.keep=-1", r"constrain\.keep: .*greater than or equal to 0"),
         ("constrain.protected=parks", r"constrain\.protected is 'parks', expected a static map of \['elevation'"),
         ("train.precision=float16", r"train\.precision: .*'float32'"),
+        ("split.train=[1992.9]", r"split\.train: .*expected numbers such as 1992"),
+        ("train.steps=true", r"steps is True, expected no true or false"),
+        ("reconstruct.reference=true", r"reference is True, expected no true or false"),
+        ("split.train=true", r"train is True, expected no true or false"),
+        ("constrain.lock=[11, true]", r"lock is \[11, True\], expected no true or false"),
+        ("runs=s3://bucket/runs", r"folder is 's3://bucket/runs', expected one on this machine"),
+        ("data=https://a.org/data", r"folder is 'https://a.org/data', expected one on this machine"),
     ],
 )  # fmt: skip
 def test_bad_overrides_are_refused_by_name(override, message):
@@ -183,6 +190,16 @@ def test_data_is_expanded_from_the_environment(tmp_path, monkeypatch):
     assert load_run("uk.yaml", ["data=${AI4LAND_NOT_SET:-}/x"]).data == "/x"
     with pytest.raises(ConfigError, match="environment variable AI4LAND_NOT_SET is not set"):
         load_run("uk.yaml", ["data=${AI4LAND_NOT_SET}/x"])
+
+
+def test_file_urls_are_paths_in_every_setting_that_names_a_place():
+    run = load_run("demo.yaml", ["runs=file:///some/my%20runs", "data=file:///some/data"])
+    assert run.folder == Path("/some/my runs") / run.name and run.data == "/some/data"
+    assert run.path("file:///x/a.tif") == run.path("file:/x/a.tif") == "/x/a.tif"
+    assert run.file("file:///x/a.csv") == Path("/x/a.csv") and run.file("a.csv") == Path("/some/data/a.csv")
+    assert run.path("s3://bucket/a.zarr") == "s3://bucket/a.zarr"
+    with pytest.raises(ConfigError, match=r"input is s3://bucket/a\.csv, expected a file on this machine"):
+        run.file("s3://bucket/a.csv")
 
 
 def test_paths_start_at_data():

@@ -16,7 +16,8 @@ from ai4land.cluster import connect
 from ai4land.errors import ConfigError
 from ai4land.keeper import queue
 from ai4land.slurm import check, cores_of_worker
-from tests.conftest import until, workers_of
+from tests.slurm import workers_of
+from tests.waiting import until
 
 
 @pytest.mark.slurm
