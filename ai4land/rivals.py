@@ -17,7 +17,7 @@ from ai4land.config import RunConfig
 from ai4land.grid import COARSE_DIMS, Window, block_sum, coarse_slices
 from ai4land.inputs import cubes_of
 from ai4land.legend import MISSING
-from ai4land.predict import Source
+from ai4land.predict import Source, read_window_data
 from ai4land.reconstruct import totals_of
 from ai4land.splits import TRAIN, Scored, Split
 from ai4land.stages import job_of
@@ -47,7 +47,9 @@ class Wanted:
         if job.method == "none":
             job = replace(job, method="level" if reference is None else "change")
         self._source = source
-        self.of: Callable[[Window], Totals] = lru_cache(maxsize=1)(lambda w: totals_of(source, w, job))
+        self.of: Callable[[Window], Totals] = lru_cache(maxsize=1)(
+            lambda w: totals_of(source, read_window_data(source, w, reference=job.reference), job)
+        )
 
     def shares(self, year: int, w: Window) -> NDArray[np.float64]:
         """Class shares of the mapped part, ``(class, coarse rows, coarse columns)`` of the window; NaN where unknown."""

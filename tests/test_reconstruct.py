@@ -22,12 +22,11 @@ from ai4land.forward import Forward
 from ai4land.grid import Window, tiles
 from ai4land.legend import MISSING
 from ai4land.normalise import fit_spec
-from ai4land.predict import Source, predict
+from ai4land.predict import Source, mapped_part, predict
 from ai4land.reconstruct import (
     Job,
     _placed,
     land_of,
-    mapped_part,
     plan_blocks,
     quantise,
     reconstruct_block,
