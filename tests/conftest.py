@@ -32,6 +32,7 @@ from ai4land.slurm import slurm
 from ai4land.synthetic import make_planet
 from tests import ROOT
 from tests.catalogs import GRID, VALUES, ZONES, make_item, save, write_cog
+from tests.gangs import client, lessons, unbroken  # noqa: F401 fixtures
 from tests.models import card, network
 from tests.proxy import Proxy, s3_environment
 from tests.published import GRID as RELIEF
@@ -153,8 +154,7 @@ def bucket(s3: Proxy) -> str:
     import boto3
 
     name = f"b{time.monotonic_ns()}"
-    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1")
-    client.create_bucket(Bucket=name)
+    boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1").create_bucket(Bucket=name)
     return f"s3://{name}"
 
 
