@@ -7,8 +7,8 @@ there, so that a picture is whole or absent. The file's ending gives the format.
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ai4land.errors import DataError
 from ai4land.legend import MISSING, Legend
+from ai4land.stores import write_atomically
 
 DPI = 150
 HITS_COLOURS = {
@@ -339,12 +340,7 @@ def _rgb(colour: str) -> tuple[int, ...]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = path.suffix.removeprefix(".").lower() or "png"
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        FigureCanvasAgg(figure).print_figure(beside, dpi=DPI, format=kind, facecolor="white")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    drawn = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(drawn, dpi=DPI, format=path.suffix.removeprefix(".").lower() or "png", facecolor="white")
+    write_atomically(path, drawn.getvalue())
     return path

@@ -152,12 +152,12 @@ def write(place: Place, name: str, data: bytes) -> None:
         sync(open_place(place).set(name, cpu.Buffer.from_bytes(data)))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never half of it, also after the machine has failed."""
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write a file so that a reader sees the old or the new content, never half of it, even after a crash of the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
-        with part.open("wb") as file:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
