@@ -7,8 +7,6 @@ was taken over, on workers that outlived their client, write no more.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -26,7 +24,7 @@ from zarr.core.sync import sync
 
 from ai4land.errors import MismatchError, StoreError
 from ai4land.ledger import CLAIM, ledger_path
-from ai4land.stores import Place, delete, folder_of, open_place, read, write, writing
+from ai4land.stores import Place, Unlockable, delete, folder_of, lock, open_place, read, write, writing
 
 _BEAT = 5.0
 """Seconds between two renewals of a claim in an object store."""
@@ -131,17 +129,12 @@ def _refuse(place: Place, who: dict[str, Any]) -> MismatchError:
 
 def _lock(folder: Path, place: Place) -> IO[str] | None:
     """Lock the claim's file; None where the file system has no locks."""
-    with writing(place):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / CLAIM).open("a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            return None
+        return lock(folder / CLAIM)
+    except Unlockable:
+        return None
+    except BlockingIOError as error:
         raise _refuse(place, _held(folder)) from error
-    return file
 
 
 def _take(beside: Place, place: Place, who: dict[str, Any], tell: Callable[[str], None]) -> None:

@@ -7,8 +7,8 @@ into place, so that a picture is whole or absent. The file's suffix gives the fo
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ai4land.errors import DataError
 from ai4land.grid import Window
 from ai4land.legend import MISSING, Legend
+from ai4land.stores import write_atomically
 
 DPI = 150
 MAX_SIDE = 1600
@@ -383,12 +384,7 @@ def _rgb(colour: str) -> tuple[int, ...]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = path.suffix.removeprefix(".").lower() or "png"
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        FigureCanvasAgg(figure).print_figure(beside, dpi=DPI, format=kind, facecolor="white")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    drawn = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(drawn, dpi=DPI, format=path.suffix.removeprefix(".").lower() or "png", facecolor="white")
+    write_atomically(path, drawn.getvalue())
     return path

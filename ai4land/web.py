@@ -110,15 +110,14 @@ def make_app(path: str, *, catalogue: Path | None = None, cors: bool = False) ->
     routes.append(Route("/{path:path}", folder_endpoint(page, re.compile(r"[a-z]+\.(?:js|css|svg)"), PAGE_TYPES, "index.html")))
     middleware = [Middleware(_Secure)]
     if cors:
-        middleware.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=["*"],
-                allow_methods=["GET", "HEAD"],
-                allow_headers=["Range", "If-None-Match", "If-Range"],
-                expose_headers=["Accept-Ranges", "Content-Length", "Content-Range", "ETag"],
-            )
+        cross_origin = Middleware(
+            CORSMiddleware,
+            allow_origins=["*"],
+            allow_methods=["GET", "HEAD"],
+            allow_headers=["Range", "If-None-Match", "If-Range"],
+            expose_headers=["Accept-Ranges", "Content-Length", "Content-Range", "ETag"],
         )
+        middleware.append(cross_origin)
     return Starlette(routes=routes, middleware=middleware)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import subprocess
+import sys
 import threading
 import time
 
@@ -16,7 +19,7 @@ from ai4land import cube, ledger, stores
 from ai4land.claim import check_claim, claim
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.grid import Window, make_grid
-from ai4land.stores import delete, inside, names, read, write
+from ai4land.stores import delete, inside, lock, names, read, write
 from ai4land.verify import strike, verify
 from ai4land.writer import Writer
 from tests.cubes import ABOUT, PAIRS, YEARS, cells, fill
@@ -171,6 +174,33 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(bucket, s3, mode, monke
     assert read(bucket, "a") == b"y" * 100_000 and time.monotonic() - began > 1.5
 
 
+def test_locks_and_files_need_no_zarr():
+    code = (
+        "import sys, ai4land.stores as s; s.folder_of('a'); print([m for m in ('zarr', 'fsspec', 'obstore') if m in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_lock_is_held_by_one_until_it_is_closed(tmp_path):
+    path = tmp_path / "new" / "lock"
+    with lock(path) as file:
+        file.write("mine")
+        file.flush()
+        with pytest.raises(BlockingIOError):
+            lock(path)
+        free = threading.Timer(0.3, file.close)
+        free.start()
+        lock(path, wait=True).close()
+        free.join()
+    with lock(path) as file:
+        assert file.read() == "mine"
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(DataError, match=r"link cannot be written: .*symbolic link"):
+        lock(tmp_path / "link")
+
+
 # -- claims -------------------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +228,20 @@ def test_a_cube_is_held_by_one_at_a_time(place, quick):
         check_claim(path, again)
     with pytest.raises(MismatchError, match="held by another run by now"), claim(path, held=token):
         pass
+
+
+def test_a_claim_without_locks_is_one_that_is_renewed(tmp_path, quick, monkeypatch):
+    def lockless(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", lockless)
+    path = tmp_path / "cube.zarr"
+    with claim(path) as token:
+        until(lambda: claims._held(ledger.ledger_path(path)).get("beat", 0) > 1, seconds=20)
+        check_claim(path, token)
+        with pytest.raises(MismatchError, match="is being made by another run"), claim(path):
+            pass
+    assert ledger.CLAIM not in names(ledger.ledger_path(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"null"])

@@ -406,6 +406,18 @@ def test_a_remote_cube_gives_tiles_and_points_and_sends_readers_there(served):
         assert json.loads(ask(f"{far}/info.json")[2])["cube"] == f"{url}/cube.zarr"
 
 
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_cube_is_served_from_any_kind_of_place(tmp_path, kind):
+    there = (tmp_path / "a b" / "c.zarr").as_uri() if kind == "file" else f"memory://{tmp_path.name}/c.zarr"
+    write_maps(tmp_path / "a b" / "c.zarr" if kind == "file" else there, codes=some_codes())
+    here = write_maps(tmp_path / "here.zarr", codes=some_codes())
+    (part,) = open_atlas(str(here)).parts.values()
+    with running(make_app(there)) as (url, _):
+        assert ask(f"{url}/tiles/2001/2/1/1.png")[2] == tile(part, year=2001, z=2, x=1, y=1)
+        assert json.loads(ask(f"{url}/info.json")[2])["cube"] == ("cube" if kind == "file" else there)
+        assert ask(f"{url}/cube/zarr.json")[0] == (200 if kind == "file" else 404)  # the memory of this process is no address
+
+
 def test_an_address_with_a_secret_is_not_passed_on(served):
     url, _, _ = served
     hidden = url.replace("http://", "http://user:pass@") + "/cube.zarr"
