@@ -1,8 +1,8 @@
 """Baselines that any model must beat: no change, the scenario's change at random places, or the scenario's largest class.
 
 :func:`proportional_allocation` follows the scenario as exactly as whole cells allow, but places the change at random within a
-coarse cell. Its random numbers are a hash of the seed and of the cell's position on the grid, so the result does not depend on how
-the map is cut into windows.
+coarse cell. Its random numbers are a hash of the seed and of the cell's position on the grid, so the result does not depend on
+how the map is cut into windows.
 """
 
 from __future__ import annotations

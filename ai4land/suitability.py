@@ -142,7 +142,8 @@ def fit_suitability(
     source
         The store.
     cells
-        Coarse cells of training, bool ``(coarse rows, coarse columns)``. Maps of other cells are not used, not even as neighbours.
+        Coarse cells of training, bool ``(coarse rows, coarse columns)``. Maps of other cells are not used, not even as
+        neighbours.
     pairs
         (reference year, year) of training. Without a reference map only the second years are used.
     spec

@@ -1,7 +1,7 @@
 """Training data of the suitability: the features of a cell, and a sample of the training cells and years.
 
-The fit and the prediction use the same functions to make features. The sample is drawn evenly over shards, cells and years; with a
-reference map, changed cells are drawn more often, and weights correct for it.
+The fit and the prediction use the same functions to make features. The sample is drawn evenly over shards, cells and years;
+with a reference map, changed cells are drawn more often, and weights correct for it.
 """
 
 from __future__ import annotations
