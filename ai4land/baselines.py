@@ -1,8 +1,8 @@
-"""What any model must beat: the map that stays, the scenario's change put down at random, or its largest class.
+"""Baselines that any model must beat: no change, the scenario's change at random places, or the scenario's largest class.
 
-:func:`proportional_allocation` follows the scenario as exactly as whole cells allow, but knows nothing about where in a
-coarse cell the change takes place. Its random numbers are a hash of the seed and the position of a cell on the globe, so
-the result does not depend on how the map is cut into tiles.
+:func:`proportional_allocation` follows the scenario as exactly as whole cells allow, but places the change at random within a
+coarse cell. Its random numbers are a hash of the seed and of the cell's position on the grid, so the result does not depend on
+how the map is cut into windows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def persistence(reference: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def nearest_coarse(shares: NDArray[np.floating], *, factor: int) -> NDArray[np.uint8]:
-    """Give every fine cell the class that the scenario has most of in its coarse cell, for when there is no map to start from.
+    """Give every fine cell the largest class of the scenario in its coarse cell; the baseline without a reference map.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def nearest_coarse(shares: NDArray[np.floating], *, factor: int) -> NDArray[np.u
     Returns
     -------
     numpy.ndarray
-        Class indices, ``(coarse rows * factor, coarse columns * factor)``; of equal shares the first class; ``MISSING``
+        Class indices, ``(coarse rows * factor, coarse columns * factor)``; the first class if shares are equal; ``MISSING``
         where any share is NaN or none is above 0.
 
     >>> nearest_coarse(np.array([[[0.2, np.nan]], [[0.8, 0.5]]]), factor=2).tolist()
@@ -60,8 +60,8 @@ def proportional_allocation(
 ) -> NDArray[np.uint8]:
     """Change the reference map by the scenario's change of class shares, at random places within the coarse cells.
 
-    In each coarse cell the losing classes give up as many cells as :func:`class_quotas` says, drawn at random, and these
-    go at random to the gaining classes.
+    In each coarse cell the losing classes give up as many cells as :func:`~ai4land.quotas.class_quotas` says, drawn at random,
+    and these go at random to the gaining classes.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def proportional_allocation(
     seed
         Of the draw.
     origin
-        Row and column of the first cell on the grid, so that tiles give the same map as the whole.
+        Row and column of the first cell on the grid, so that windows give the same map as the whole.
 
     Returns
     -------
@@ -96,7 +96,7 @@ def proportional_allocation(
         )
     if wanted.shape != (n, crows, ccols) or start.shape != wanted.shape:
         raise DataError(
-            f"shares are {wanted.shape} and {start.shape}, expected twice {(n, crows, ccols)}; cut them from the same window"
+            f"shares are {wanted.shape} and {start.shape}, expected {(n, crows, ccols)} for both; cut them from the same window"
         )
     row, col = np.arange(rows)[:, None], np.arange(cols)[None, :]
     coarse = (row // factor * ccols + col // factor).ravel()
@@ -129,7 +129,7 @@ def proportional_allocation(
 
 
 def _hash(place: NDArray[np.uint64], seed: int, stream: int) -> NDArray[np.uint64]:
-    """Hash positions into independent 64-bit numbers; different positions never give the same one."""
+    """Hash positions into independent 64-bit numbers; different positions give different numbers."""
     key = _splitmix64(_splitmix64(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(stream))
     return _splitmix64(_splitmix64(place) ^ key)
 

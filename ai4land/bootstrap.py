@@ -1,9 +1,9 @@
-"""How sure a score is: a bootstrap of blocks of coarse cells.
+"""Confidence intervals of scores, by a bootstrap over blocks of coarse cells.
 
-Neighbouring cells resemble each other, so cells are not drawn one by one: whole blocks of coarse cells are, each with all
-that lies in it and with all its years (block bootstrap; Künsch 1989, Annals of Statistics 17:1217-1241). A score of every
-resample is computed from sums of areas per block (:func:`ai4land.scores.score_sums`); two predictions are compared on the
-same draws, so that what makes a place hard for both does not blur their difference.
+Neighbouring cells resemble each other, so whole blocks of coarse cells are drawn instead of single cells, each with all its
+cells and years (block bootstrap; Künsch 1989, Annals of Statistics 17:1217-1241). The scores of each resample are computed from
+sums of areas per block (:func:`ai4land.scores.score_sums`). Two predictions are compared on the same draws, so that places
+that are hard for both do not blur their difference.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from ai4land.grid import Grid, Window
 from ai4land.scores import headline, number
 
 LEVEL = 0.95
-"""Share of the resamples that lies in an interval."""
+"""Share of the resamples within an interval."""
 COMPARED = ("overall_accuracy", "mean_iou", "figure_of_merit")
-"""Scores of which differences between predictions get an interval."""
+"""Scores whose differences between predictions get an interval."""
 _EXTRA = 4
 _AT_ONCE = 2**22
 
 
 @dataclass
 class BlockSums:
-    """Sums per block that arrive in parts and any order, and are few where few blocks are scored."""
+    """Sums by block, added in parts and in any order; only blocks with something in them are kept."""
 
     shape: tuple[int, ...]
     _ids: list[NDArray[np.intp]] = field(default_factory=list)
     _sums: list[NDArray[np.float64]] = field(default_factory=list)
 
     def add(self, ids: NDArray[np.intp], sums: NDArray[np.float64]) -> None:
-        """Add ``(blocks, *shape)`` to the blocks of these numbers; blocks without anything are dropped."""
+        """Add sums ``(blocks, *shape)`` to the blocks ``ids``; blocks whose sums are all 0 are dropped."""
         full = sums.any(axis=tuple(range(1, sums.ndim)))
         self._ids.append(ids[full])
         self._sums.append(sums[full])
 
     def merged(self) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """Give the numbers of the blocks, ascending, and their sums ``(blocks, *shape)``."""
+        """Give the ids of the blocks, ascending, and their sums ``(blocks, *shape)``."""
         if not self._ids:
             return np.zeros(0, np.intp), np.zeros((0, *self.shape))
         ids, place = np.unique(np.concatenate(self._ids), return_inverse=True)
@@ -59,16 +59,16 @@ def blocks_of(window: Window, grid: Grid, block: int) -> tuple[NDArray[np.intp],
     window
         Of whole coarse cells inside the grid.
     grid
-        That the blocks are counted from, from its upper-left corner: a block is the same whichever window it is met in.
+        Blocks are counted from its upper-left corner, so a block is the same in every window.
     block
         Coarse cells along one side of a block.
 
     Returns
     -------
     ids
-        Numbers of the blocks in the whole grid, ``(blocks,)``.
+        Ids of the blocks in the whole grid, ``(blocks,)``.
     place
-        For each coarse cell of the window the place of its block in ``ids``, ``(coarse rows, coarse columns)``.
+        Index in ``ids`` of the block of each coarse cell of the window, ``(coarse rows, coarse columns)``.
 
     >>> from ai4land.grid import make_grid
     >>> ids, place = blocks_of(Window(2, 0, 2, 4), make_grid((0, 0, 8, 8), coarse_cell=2, factor=1, shard=4), 2)
@@ -84,14 +84,14 @@ def blocks_of(window: Window, grid: Grid, block: int) -> tuple[NDArray[np.intp],
 
 
 def draw(sums: NDArray[np.float64], *, resamples: int = 1000, seed: int = 0) -> NDArray[np.float64]:
-    """Add up the sums of as many blocks as there are, drawn with replacement, many times.
+    """Draw as many blocks as there are, with replacement, and add up their sums; many times.
 
     Parameters
     ----------
     sums
         ``(blocks, …)``.
     resamples, seed
-        How often, and the seed of the draws. The draws depend on the seed and on the number of blocks alone.
+        Number of draws, and their seed. The draws depend only on the seed and the number of blocks.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def draw(sums: NDArray[np.float64], *, resamples: int = 1000, seed: int = 0) -> 
 
 
 def interval(samples: NDArray[np.float64], level: float = LEVEL) -> list[float] | None:
-    """Give the percentiles that enclose the share ``level`` of the samples; NaN are dropped, None if no sample is left.
+    """Give the percentiles that enclose the share ``level`` of the samples without NaN; None if there are none.
 
     >>> [round(v, 6) for v in interval(np.arange(41.0))]
     [1.0, 39.0]
@@ -127,8 +127,8 @@ def interval(samples: NDArray[np.float64], level: float = LEVEL) -> list[float] 
 def all_scores(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """Compute the scores of sums ``(…, 3 n + 8)``.
 
-    After the sums of :func:`ai4land.scores.score_sums` come the weighted error against the coarse totals and its weight,
-    and the area without a prediction and the area to score.
+    The last axis holds the sums of :func:`ai4land.scores.score_sums`, then the weighted error against the coarse totals, its
+    weight, the area without a prediction, and the area to score.
     """
     extra = sums[..., -_EXTRA:]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -166,7 +166,7 @@ def intervals(
         By prediction and score ``[low, high]``; None where the score is not defined, or where fewer than two blocks hold
         anything.
     differences
-        By ``"first - second"`` and score ``value`` and ``interval``. The interval of a better prediction lies beyond 0.
+        By ``"first - second"`` and score: ``value`` and ``interval``. If the interval excludes 0, the predictions differ.
     """
     point = all_scores(sums.sum(axis=0))
     samples = all_scores(draw(sums, resamples=resamples, seed=seed)) if len(sums) >= 2 else {}

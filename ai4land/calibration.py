@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say: of what is given 0.8, eight in ten should come true.
+"""Reliability of probabilities: of the events predicted with 0.8, eight in ten should come true.
 
 Sums over bins of the probability, weighted by area, that add up over windows and years (:class:`Reliability`). The bins of
 the diagram are wide and equal (Guo et al. 2017, ICML, arXiv:1706.04599); fine ones, finest near 0 where the probabilities of
@@ -23,11 +23,11 @@ _FINE = 4096
 
 @dataclass
 class Reliability:
-    """What has been added up of the probabilities of an event and of the event itself.
+    """Sums over cells of the predicted probability of an event and of the event itself.
 
     ``bins`` is the area, the area times the probability, and the area where the event came true, by bin; ``ranks`` the area
-    where it did not and where it did come true, by fine bin; ``squares`` the area times the squared error; ``area`` all that
-    was looked at, with a probability or not.
+    where it did not and where it did come true, by fine bin; ``squares`` the area times the squared error; ``area`` that of all
+    cells added, with a probability or not.
     """
 
     bins: NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, BINS)))
@@ -43,9 +43,9 @@ class Reliability:
         Parameters
         ----------
         probability, event, areas
-            Of the cells, ``(cells,)``; a probability of 0 to 1, NaN where there is none.
+            Of the cells, ``(cells,)``; a probability from 0 to 1, NaN where there is none.
         source
-            What the probabilities are, for an error.
+            Names the probabilities in an error.
 
         Raises
         ------
@@ -57,7 +57,9 @@ class Reliability:
         p, y, w = probability[given].astype(np.float64), event[given], areas[given]
         low, high = float(p.min(initial=0.0)), float(p.max(initial=0.0))
         if low < -1e-6 or high > 1 + 1e-6:
-            raise DataError(f"{source} is from {low:g} to {high:g}, expected 0..1 or NaN; divide scaled values by their scale")
+            raise DataError(
+                f"{source} ranges from {low:g} to {high:g}, expected 0..1 or NaN; divide scaled values by their scale"
+            )
         p = p.clip(0, 1)
         place = np.maximum(np.ceil(p * BINS).astype(np.intp) - 1, 0)
         self.bins += [np.bincount(place, weights=v, minlength=BINS) for v in (w, w * p, w * y)]
@@ -66,7 +68,7 @@ class Reliability:
         self.squares += float((w * (p - y) ** 2).sum())
 
     def table(self) -> dict[str, Any]:
-        """Give the reliability diagram and its error.
+        """Give the reliability diagram and the expected calibration error.
 
         Returns
         -------
@@ -94,7 +96,7 @@ class Reliability:
         }
 
     def event_table(self) -> dict[str, Any]:
-        """Give :meth:`table` with what is asked of the probability of an event.
+        """Give :meth:`table` and the skill of the probability of an event.
 
         Returns
         -------

@@ -41,9 +41,9 @@ def merit_parts(
 ) -> NDArray[np.float64]:
     """Add up hits and change for the Figure of Merit of squares of cells.
 
-    Within a square, *amounts* are compared and places are not: of the observed and of the predicted area of a transition
-    from class *i* to class *j*, the smaller is a hit; the larger of all change away from *i*, observed or predicted, is the
-    change that hits, misses, wrong hits and false alarms make up (Pontius et al. 2008, Annals of Regional Science 42:11-37,
+    Within a square, *amounts* are compared and places are not. Of the observed and the predicted area of a transition from
+    class *i* to class *j*, the smaller counts as hits. Of all observed and all predicted change away from *i*, the larger counts
+    as the sum of hits, misses, wrong hits and false alarms (Pontius et al. 2008, Annals of Regional Science 42:11-37,
     doi:10.1007/s00168-007-0138-2). For squares of one cell the quotient is the Figure of Merit; it never falls when squares
     are merged.
 
@@ -61,27 +61,26 @@ def merit_parts(
     Returns
     -------
     numpy.ndarray
-        ``(sides, 2)``: hits, and change; sums of many windows add up. Their quotient is the Figure of Merit.
+        ``(sides, 2)``: area of hits, and area of change. Add up windows first, then divide: the quotient is the Figure of Merit.
     """
     known = (reference != MISSING) & (truth != MISSING) & (predicted != MISSING)
     moved = np.flatnonzero(known & ((truth != reference) | (predicted != reference)))
     rows, cols = np.divmod(moved, reference.shape[1])
     start, seen, guess = (part.ravel()[moved] for part in (reference, truth, predicted))
     area = areas[rows]
-    there, foreseen = seen != start, guess != start
+    changed, meant_change = seen != start, guess != start
     out = np.zeros((len(squares), 2))
     for k, side in enumerate(squares):
         if side == 1:
-            out[k] = area[there & (seen == guess)].sum(), area.sum()
+            out[k] = area[changed & (seen == guess)].sum(), area.sum()
             continue
         height, width = (size // side for size in reference.shape)
-        left = ((rows // side) * width + cols // side) * n + start
-        size = height * width * n
-        gone, lost = _amounts(left[there], left[foreseen], area[there], area[foreseen], size)
-        made, meant = _amounts(
-            left[there] * n + seen[there], left[foreseen] * n + guess[foreseen], area[there], area[foreseen], size * n
-        )
-        out[k] = np.minimum(made, meant).sum(), np.maximum(gone, lost).sum()
+        origin = ((rows // side) * width + cols // side) * n + start
+        size, both = height * width * n, (area[changed], area[meant_change])
+        lost, meant_lost = _amounts(origin[changed], origin[meant_change], *both, size)
+        to, meant_to = origin * n + seen, origin * n + guess
+        made, meant_made = _amounts(to[changed], meant_to[meant_change], *both, size * n)
+        out[k] = np.minimum(made, meant_made).sum(), np.maximum(lost, meant_lost).sum()
     return out
 
 
@@ -92,7 +91,7 @@ def _amounts(
     second_area: NDArray[np.float64],
     size: int,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Sum two sets of areas by key, side by side; over all ``size`` keys, or over those that occur where these are few."""
+    """Sum two sets of areas by key, over all ``size`` keys, or, if few keys occur, over those alone."""
     if size > 16 * (len(first) + len(second)):
         keys, place = np.unique(np.concatenate([first, second]), return_inverse=True)
         first, second, size = place[: len(first)], place[len(first) :], len(keys)
@@ -104,8 +103,8 @@ def coarse_net(
 ) -> float:
     """Measure the net change of coarse cells: Σ_cells ½ Σ_k abs(area of class k in the truth − in the reference map).
 
-    Over the gross change, it is the most that the Figure of Merit of a map can reach whose changes are net in each coarse
-    cell: all of its change hits, and what cancels within a coarse cell is missed.
+    Divided by the gross change, this is the highest Figure of Merit of a map that holds only the net change of each coarse cell:
+    all of its change hits, and the change that cancels within a coarse cell is missed.
 
     Parameters
     ----------

@@ -93,7 +93,7 @@ def evaluate_years(
     total = blocks.sum(axis=0)
     if not total[0, : 3 * len(maps.classes)].any():
         raise DataError(
-            "no cell is scored, expected cells that have a class in the reference map and the truth; look at the split and the mask"
+            "no cell is scored, expected cells that have a class in the reference map and the truth; check the split and the mask"
         )
     by_year = _by_year(sums, maps, resamples, seed)
     first = [name for name in _COMPARED if name in maps.predictions]
@@ -168,7 +168,7 @@ def _check_plan(maps: Maps, windows: Sequence[Window], years: Sequence[int]) -> 
     if not maps.predictions or not windows or not years or len(set(years)) != len(years):
         raise ConfigError(
             f"{len(maps.predictions)} predictions, {len(windows)} windows and years {list(years)} are to be scored, "
-            "expected at least one of each and each year once; look at the split"
+            "expected at least one of each and each year once; check the split"
         )
     taken = {"years", "bootstrap", "differences", "totals", TRUTH} & set(maps.predictions)
     if taken:

@@ -1,8 +1,8 @@
 """Pictures of maps, of change and of scores, in the colours of the legend.
 
 Maps are drawn from class codes and never from means of codes: thin a large one with :func:`thin` first. Every function
-draws one figure with Matplotlib's Agg backend, without global state, and writes it under a temporary name before moving it
-into place, so that a picture is whole or absent. The file's suffix gives the format.
+draws one figure with Matplotlib's Agg backend, without global state, and writes it atomically. The file's suffix gives the
+format.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ai4land.stores import write_atomically
 
 DPI = 150
 MAX_SIDE = 1600
-"""Cells along a side of a map that is drawn, at most."""
+"""Most cells along a side of a map that is drawn."""
 HITS_COLOURS = {
     "hits": "#1f78d1",
     "misses": "#f2a900",
@@ -37,7 +37,7 @@ HITS_COLOURS = {
     "unchanged": "#dcdcdc",
     "no land": "#ffffff",
 }
-"""Colours of :func:`hits_figure`, in the order of its legend; also told apart by the colour-blind."""
+"""Colours of :func:`hits_figure`, in the order of its legend; safe for colour-blind readers."""
 _LINES = ("#0a5bb5", "#6b6b6b", "#c96a00", "#1a7d2b", "#8a4bd0", "#c01430")
 _MARKS = ("o", "s", "^", "D", "v", "P")
 _FRAME = "#8c8c8c"
@@ -101,7 +101,7 @@ def thin(
 def map_figure(
     codes: NDArray[np.uint8], *, legend: Legend, extent: Extent, title: str, path: Path, geographic: bool = True
 ) -> Path:
-    """Draw a map in the colours of its legend, with a box of the classes that occur.
+    """Draw a map in the colours of its legend, and list the classes that occur.
 
     Parameters
     ----------
@@ -144,11 +144,11 @@ def hits_figure(
     geographic: bool = True,
     areas: NDArray[np.float64] | None = None,
 ) -> Path:
-    """Draw where change since the reference map was foreseen, with the share of the land of each kind.
+    """Draw where change since the reference map was predicted, with the share of the land of each kind.
 
     *Hits* changed and were predicted to change to the right class, *wrong hits* to another one; *misses* changed and were
-    predicted to stay; *false alarms* stayed and were predicted to change; what is unchanged in both is grey. The shares are
-    of what is drawn.
+    predicted to stay; *false alarms* stayed and were predicted to change; cells unchanged in both are grey. The shares are
+    those of the cells drawn.
 
     Parameters
     ----------
@@ -157,15 +157,16 @@ def hits_figure(
     extent, title, path, geographic
         As in :func:`map_figure`.
     areas
-        Area of a cell of each row, by which the shares are weighted; without it all cells count alike.
+        Area of a cell of each row, to weight the shares; without it all cells count equally.
     """
     if not reference.shape == truth.shape == predicted.shape:
         raise DataError(
-            f"maps are {reference.shape}, {truth.shape} and {predicted.shape}, expected one shape; thin all by the same step"
+            f"maps are {reference.shape}, {truth.shape} and {predicted.shape}, expected equal shapes; thin all maps by the same step"
         )
-    changed, foreseen, right = reference != truth, reference != predicted, truth == predicted
+    changed, predicted_change, right = reference != truth, reference != predicted, truth == predicted
     known = (reference != MISSING) & (truth != MISSING) & (predicted != MISSING)
-    kinds = [changed & right, changed & ~foreseen, changed & foreseen & ~right, ~changed & foreseen, ~changed & ~foreseen]
+    still = ~predicted_change
+    kinds = [changed & right, changed & still, changed & predicted_change & ~right, ~changed & predicted_change, ~changed & still]
     kind = np.select([k & known for k in kinds], range(len(kinds)), default=len(kinds))
     weights = np.broadcast_to(np.ones(1) if areas is None else areas[:, None], kind.shape)
     sums = np.bincount(kind.ravel(), weights=weights.ravel(), minlength=len(HITS_COLOURS))
@@ -195,7 +196,9 @@ def curves_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """
     train, held = _series(metrics, "loss"), _series(metrics, "validation_loss")
     if not train.size and not held.size:
-        raise DataError(f"metrics have {len(metrics)} rows and none with a loss, expected rows of metrics.jsonl; train first")
+        raise DataError(
+            f"metrics have {len(metrics)} rows, none of them with a loss, expected rows of metrics.jsonl; train first"
+        )
     figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     if train.size:
@@ -222,7 +225,7 @@ def curves_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 
 def lead_figure(per_year: Mapping[str, Mapping[Any, Mapping[str, Any]]], path: Path) -> Path:
-    """Draw accuracy and Figure of Merit by year, a line a prediction.
+    """Draw accuracy and Figure of Merit by year, one line per prediction.
 
     Parameters
     ----------
@@ -267,16 +270,25 @@ def lead_figure(per_year: Mapping[str, Mapping[Any, Mapping[str, Any]]], path: P
 def reliability_figure(
     tables: Mapping[str, Mapping[str, Any]], path: Path, *, given: str = "confidence", came: str = "accuracy"
 ) -> Path:
-    """Draw how often what was given a probability came true, and how much of the area has it, against the probability.
+    """Draw a reliability diagram: how often events came true, and the share of the area, against their predicted probability.
 
-    ``tables`` are by name those of :class:`ai4land.calibration.Reliability`, the model first; bins of less than 0.01 % of the
-    area are left out. ``given`` and ``came`` name the probability, and how often it came true.
+    Parameters
+    ----------
+    tables
+        Tables of :class:`ai4land.calibration.Reliability` by name, the model first. Bins of less than 0.01 % of the area are
+        omitted.
+    path
+        To write.
+    given, came
+        Labels of the predicted probability and of the observed frequency.
     """
     least = 1e-4
     drawn = {name: [row for row in table["bins"] if (row["share"] or 0) >= least] for name, table in tables.items()}
     every = [row for rows in drawn.values() for row in rows]
     if not every:
-        raise DataError(f"tables of {list(tables)} have no area, expected at least one with probabilities; evaluate with them")
+        raise DataError(
+            f"tables of {list(tables)} have no area, expected at least one with probabilities; score predictions with their probabilities"
+        )
     top = max(max(row["to"], row["accuracy"]) for row in every)
     figure = Figure(figsize=(5, 6), dpi=DPI, layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=(3.2, 1), sharex=True)
@@ -303,7 +315,7 @@ def reliability_figure(
 def _draw_image(
     image: NDArray[np.uint8], entries: list[tuple[str, str]], *, extent: Extent, title: str, path: Path, geographic: bool
 ) -> Path:
-    """Draw an RGB image with axes and a legend beside it. Lengths are inches."""
+    """Draw an RGB image with axes and a legend beside or below it. Lengths are in inches."""
     west, south, east, north = extent
     middle = math.radians((south + north) / 2)
     stretch = 1 / max(0.2, math.cos(middle)) if geographic and north - south < 60 else 1.0
@@ -384,7 +396,8 @@ def _rgb(colour: str) -> tuple[int, ...]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    drawn = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(drawn, dpi=DPI, format=path.suffix.removeprefix(".").lower() or "png", facecolor="white")
-    write_atomically(path, drawn.getvalue())
+    kind = path.suffix.removeprefix(".").lower() or "png"
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(image, dpi=DPI, format=kind, facecolor="white")
+    write_atomically(path, image.getvalue())
     return path

@@ -41,8 +41,8 @@ def evaluate(run: RunConfig, *, tell: Callable[[str], None] = _log.info) -> dict
     Returns
     -------
     dict
-        By split (``validation``, ``test``): what :func:`~ai4land.evaluate.evaluate_years` gives for ``model``, ``most_likely`` and the
-        rivals, and ``totals``.
+        By split (``validation``, ``test``): what :func:`~ai4land.evaluate.evaluate_years` gives for ``model``, ``most_likely`` and
+        the rivals, and ``totals``.
 
     Raises
     ------

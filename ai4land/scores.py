@@ -26,7 +26,7 @@ def score_sums(
     group: NDArray[np.intp],
     groups: int,
 ) -> NDArray[np.float64]:
-    """Sum, in each group of cells, the areas from which all scores follow.
+    """Sum in each group of cells the areas that all scores follow from.
 
     Parameters
     ----------
@@ -43,8 +43,8 @@ def score_sums(
     Returns
     -------
     numpy.ndarray
-        ``(groups, 3 n + 4)``: by class the area that is right, that is true, and that is predicted; then the hits, the
-        misses, the wrong hits and the false alarms of change since the reference map.
+        ``(groups, 3 n + 4)``: the area by class that is correct, by class in the truth, and by class in the prediction; then the
+        hits, misses, wrong hits and false alarms of change since the reference map.
     """
     guess = np.minimum(predicted, n)
     pair = (group * n + truth) * (n + 1) + guess
@@ -113,7 +113,7 @@ def per_class(sums: NDArray[np.float64]) -> list[dict[str, float | None]]:
     -------
     list of dict
         ``precision`` (user's accuracy, p_kk / p_k+), ``recall`` (producer's accuracy, p_kk / p_+k), ``f1``, ``iou``, and
-        the shares of the scored area ``share_true`` and ``share_predicted``; None where a class does not occur.
+        the shares of the scored area ``share_true`` and ``share_predicted``; None where one is not defined.
     """
     right, true, guessed = sums[:-4].reshape(3, -1)
     total = float(true.sum())
@@ -241,15 +241,15 @@ def coarse_errors(
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """Divide, or give None where there is nothing to divide by."""
+    """Divide; None if the divisor is not above 0."""
     return float(part) / float(whole) if whole > 0 else None
 
 
 def number(value: Any) -> float | None:
-    """Turn a number into a float, NaN into None: as JSON wants it."""
+    """Convert a number for JSON: NaN to None."""
     return None if np.isnan(value) else float(value)
 
 
 def _over(part: NDArray[np.float64], whole: NDArray[Any]) -> NDArray[np.float64]:
-    """Divide, NaN where there is nothing to divide by."""
+    """Divide; NaN where the divisor is not above 0."""
     return np.asarray(np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0), dtype=np.float64)

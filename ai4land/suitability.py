@@ -1,9 +1,8 @@
-"""The classical land-allocation baseline: static suitability of each class by gradient boosting.
+"""The classical land-allocation baseline: suitability of each class by gradient boosting.
 
-Cell by cell, boosted trees learn the class from what the store holds about the place: static maps, the states of its coarse
-cell and, where there is a map to start from, the classes in and around the cell and the change of the states since then;
-without one, the position. It is what a network that sees the same data must beat once both are given the same totals.
-A fit takes seconds and is the same each time, so that nothing is saved.
+Cell by cell, boosted trees learn the class from the data in the store: the static maps, the states of the coarse cell and, with a
+reference map, the classes in and around the cell and the change of the states since then; without one, the position. A network
+that sees the same data must beat it under the same totals. A fit takes seconds and is deterministic, so nothing is saved.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from ai4land.suitability_sample import HALO, Around, Floats, Place, change_colum
 _log = logging.getLogger(__name__)
 
 ROUNDS = {True: 25, False: 50}
-"""Rounds of boosting with and without a reference map; more did not help on held-out years and cells of Bavaria."""
+"""Rounds of boosting with and without a reference map; more did not improve held-out years and cells of Bavaria."""
 LEARNING_RATE = 0.2
 L2 = 10.0
-"""Without it a leaf of cells of little weight takes a huge value, and boosting diverges."""
+"""Regularisation; without it leaves of little weight take huge values and boosting diverges."""
 CHUNK = 1 << 11
-"""Cells of one call of the trees: so few that their features stay in the cache, which is 3 times as fast as many."""
+"""Cells per call of the trees: few enough that their features stay in the cache, which is 3 times as fast."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class Suitability:
     spec
         The static maps, and their codes where they are categorical.
     targets
-        Class indices that the trees tell apart, ascending; every other class has probability 0.
+        Class indices that the trees predict, ascending; every other class has probability 0.
     classes
-        Class indices in the maps of training, ascending, whose shares around a cell are features.
+        Class indices in the training maps, ascending; their shares around a cell are features.
     with_reference
         Whether the prediction starts from a reference map.
     threads
@@ -61,7 +60,7 @@ class Suitability:
     _model: Any
 
     def predict(self, source: Source, window: Window, *, reference: int | None, year: int) -> NDArray[np.float32]:
-        """Predict the class probabilities of a window; they do not depend on how the map is cut into windows.
+        """Predict the class probabilities of a window; the result does not depend on how the map is cut into windows.
 
         Parameters
         ----------
@@ -82,13 +81,13 @@ class Suitability:
         Raises
         ------
         MismatchError
-            If a reference map is given to a suitability that was fitted without one, or the other way round, or the store
-            has other static maps.
+            If a reference map is given to a suitability that was fitted without one, or none to one fitted with one, or if the
+            store has other static maps.
         """
         if (reference is not None) != self.with_reference:
             raise MismatchError(
                 f"reference is {reference}, expected {'a year' if self.with_reference else 'None'} as in the fit; "
-                "fit another suitability for it"
+                "fit another suitability for this case"
             )
         _check_store(source, self.spec)
         out = np.zeros((source.legend.n, window.height * window.width), dtype=np.float32)
@@ -133,38 +132,39 @@ def fit_suitability(
     leaves: int = 15,
     threads: int = 1,
 ) -> Suitability:
-    """Fit gradient-boosted trees on a sample of the training cells and years alone.
+    """Fit gradient-boosted trees on a sample of the training cells and years.
 
-    With a reference map, up to half of the sample is drawn from the cells that changed between the two years, the rest from
-    those that did not; weights undo this, so that the probabilities are those of all cells.
+    With a reference map, up to half of the sample is drawn from the cells that changed between the two years, and the rest from
+    those that did not. Weights correct for this, so the probabilities are those of all cells.
 
     Parameters
     ----------
     source
         The store.
     cells
-        Coarse cells of training, bool. Nothing of the maps of other cells is seen, not even as a neighbour.
+        Coarse cells of training, bool ``(coarse rows, coarse columns)``. Maps of other cells are not used, not even as
+        neighbours.
     pairs
-        (reference year, year) of training. Without a reference map only the second years count.
+        (reference year, year) of training. Without a reference map only the second years are used.
     spec
         Of the same training cells, from :func:`~ai4land.normalise.fit_spec`.
     with_reference
         Whether to start from a reference map.
     samples
-        Cells of the sample at most.
+        Most cells in the sample.
     seed
         Of the sample.
     iterations, leaves
-        Rounds of boosting, of one tree a class each (by default 25 with a reference map and 50 without), and leaves of a tree
-        at most.
+        Rounds of boosting, each of one tree per class (by default 25 with a reference map and 50 without), and most leaves of a
+        tree.
     threads
-        Of the fit and of the prediction; the result does not depend on it. On a busy machine more than one is many times
-        slower, for they wait for each other after every tree.
+        Of the fit and of the prediction; the result does not depend on it. On a busy machine several threads are many times
+        slower than one, because they wait for each other after every tree.
 
     Raises
     ------
     ConfigError
-        If a reference map is wanted but every pair is a year with itself.
+        If ``with_reference`` is set but every pair is a year with itself.
     DataError
         If no training cell has a class in the years of training.
     MismatchError
@@ -177,14 +177,12 @@ def fit_suitability(
         )
     every = sorted(set(pairs)) if with_reference else sorted({(year, year) for _, year in pairs})
     if with_reference and all(start == year for start, year in every):
-        raise ConfigError(
-            "every training pair is a year with itself, expected years apart to learn change from; raise split.max_lead"
-        )
+        raise ConfigError("every training pair is a year with itself, expected pairs of different years; raise split.max_lead")
     rng = np.random.default_rng([seed, 11])
     sample = draw_sample(source, cells=cells, pairs=every, spec=spec, with_reference=with_reference, samples=samples, rng=rng)
     categorical = is_category(spec) + [True] * with_reference
     categorical += [False] * (sample.columns.shape[1] - len(categorical))
-    # The trees refuse a feature without any value; as a constant it is never split on.
+    # The trees reject a feature without any value; a constant is never split on.
     sample.columns[:, ~np.isfinite(sample.columns).any(axis=0)] = 0.0
     model = None
     if np.unique(sample.target).size > 1:

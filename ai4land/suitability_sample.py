@@ -1,7 +1,7 @@
-"""What the suitability learns from: the features of a cell, and a sample of the training cells and years.
+"""Training data of the suitability: the features of a cell, and a sample of the training cells and years.
 
-The fit and the prediction make features by the same functions. The sample is drawn evenly over shards, cells and years; with
-a reference map, changed cells are drawn more often, and weights undo it.
+The fit and the prediction use the same functions to make features. The sample is drawn evenly over shards, cells and years;
+with a reference map, changed cells are drawn more often, and weights correct for it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ai4land.legend import MISSING
 from ai4land.predict import Source
 
 REACHES = (1, 3)
-"""Cells from the centre to the side of the neighbourhoods, 3x3 and 7x7, of which the shares of the classes are features."""
+"""Reach in cells of the neighbourhoods, 3x3 and 7x7, whose class shares are features."""
 HALO = max(REACHES)
 MAX_SHARDS = 64
-"""Shards that the sample is drawn from; of more, so many are drawn first."""
+"""Most shards to sample from; if there are more, this many are drawn first."""
 MAX_VISITS = 512
-"""Shards times pairs of years that the sample is drawn from; of more, so many are drawn first."""
+"""Most visits, shards times pairs of years, to sample from; if there are more, about this many are drawn first."""
 MAX_CATEGORIES = 255
-"""Categories that the trees take; a static map with more is taken as a number."""
+"""Most categories of a categorical feature; a static map with more is used as a number."""
 
 Floats = NDArray[np.float32]
 Cells = NDArray[np.intp]
@@ -35,7 +35,7 @@ Cells = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Sample:
-    """Features, class index and weight of the cells to learn from; ``classes`` are those in the maps of training."""
+    """Features, class index and weight of the sampled cells; ``classes`` are those in the training maps."""
 
     columns: Floats
     target: NDArray[np.uint8]
@@ -53,7 +53,7 @@ def draw_sample(
     samples: int,
     rng: np.random.Generator,
 ) -> Sample:
-    """Draw the cells to learn from and read their features; for the parameters see ``fit_suitability``.
+    """Draw the training cells and read their features; for the parameters see ``fit_suitability``.
 
     Raises
     ------
@@ -65,14 +65,14 @@ def draw_sample(
     if not sizes.sum():
         years = sorted({year for pair in pairs for year in pair})
         raise DataError(
-            f"training cells with a class in {years[0]}-{years[-1]} are none, expected some; look at the split and the mask"
+            f"no training cell has a class in {years[0]}-{years[-1]}, expected at least one; check the split and the mask"
         )
     chosen = _draw(sizes.sum(axis=0), samples, rng)
     return _gather(source, cells, tours, sizes, chosen, spec=spec, classes=classes, with_reference=with_reference)
 
 
 def is_category(spec: FeatureSpec) -> list[bool]:
-    """Tell which static maps are categories to the trees."""
+    """Say which static maps are categorical features of the trees."""
     return [0 < len(f.codes) <= MAX_CATEGORIES for f in spec.features]
 
 
@@ -85,7 +85,7 @@ class Place:
         self.position = centres(source.grid.fine) if position else None
 
     def columns(self, at: Cells) -> Floats:
-        """Features of flat indices, ``(cell, feature)``; a category is its place in the spec, NaN where it is new."""
+        """Features at flat indices, ``(cell, feature)``; a category is its index in the spec, NaN where it is unknown."""
         out: list[NDArray[Any]] = []
         for feature, field, category in zip(self.spec.features, self.static, is_category(self.spec), strict=True):
             values = field[at]
@@ -101,9 +101,9 @@ class Place:
 
 
 class Around:
-    """The class of each cell of a map and the shares of the classes around it, of the cells that have one.
+    """The class of each cell of a map, and the class shares of the cells around it.
 
-    Cells are counted in whole numbers, so that the shares are the same bit for bit in every window.
+    Cells are counted in integers, so the shares are bit for bit the same in every window.
     """
 
     def __init__(self, index: NDArray[np.uint8], classes: tuple[int, ...]) -> None:
@@ -114,7 +114,7 @@ class Around:
         self.known = [_box_sum(index != MISSING, reach).ravel() for reach in REACHES]
 
     def columns(self, at: Cells) -> Floats:
-        """Features of flat indices, ``(cell, feature)``; NaN where no cell has a class."""
+        """Features at flat indices, ``(cell, feature)``; NaN where no cell has a class."""
         out: list[Floats] = [self.own[at][:, None]]
         for counts, known in zip(self.counts, self.known, strict=True):
             n = known[at].astype(np.float32)
@@ -138,7 +138,7 @@ def change_columns(now: Floats, then: Floats, lead: NDArray[Any]) -> Floats:
 
 
 def coarse_place(window: Window, at: Cells, factor: int) -> tuple[Window, tuple[Cells, Cells]]:
-    """Find the coarse cells of a window, and the row and column in them of flat indices."""
+    """Give the coarse cells of a window, and the coarse row and column of flat indices within them."""
     first = window.row // factor, window.col // factor
     last = (window.row + window.height - 1) // factor, (window.col + window.width - 1) // factor
     row, col = np.divmod(at, window.width)
@@ -147,11 +147,11 @@ def coarse_place(window: Window, at: Cells, factor: int) -> tuple[Window, tuple[
 
 
 Tour = tuple[Window, list[tuple[int, int]]]
-"""A shard, and the pairs of years to look at there."""
+"""A shard, and the pairs of years to visit there."""
 
 
 def _tours(source: Source, cells: NDArray[np.bool_], pairs: list[tuple[int, int]], rng: np.random.Generator) -> list[Tour]:
-    """Draw the shards and the pairs of years to look at; all of them in a small store."""
+    """Draw the shards and the pairs of years to visit; all of them in a small store."""
     f = source.grid.factor
     windows = [
         w for w in source.grid.shards()
@@ -191,7 +191,7 @@ def _walk(
 
 
 def _inside(source: Source, window: Window, cells: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Tell the fine cells of a window, which may reach beyond the grid, that lie in training cells."""
+    """Mark the fine cells of a window that lie in training cells; the window may reach beyond the grid."""
     f = source.grid.factor
     row = (np.arange(window.row, window.row + window.height) // f).clip(0, cells.shape[0] - 1)
     col = np.arange(window.col, window.col + window.width) // f
@@ -213,7 +213,7 @@ def _count(
 
 
 def _draw(totals: NDArray[np.int64], samples: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Draw numbers from each stratum: of two, half of the sample from the first, as far as they go."""
+    """Draw numbers from each stratum; of two, half of the sample from each as far as it has enough cells."""
     takes = [min(int(totals[0]), samples)]
     if totals.size == 2:
         first = min(int(totals[0]), max(samples // 2, samples - int(totals[1])))
@@ -274,6 +274,6 @@ def _gather(
 
 
 def _within(chosen: NDArray[np.int64], first: int, end: int) -> NDArray[np.int64]:
-    """Of the chosen numbers of a stratum, those of one visit, counted from its first."""
+    """Those of a stratum's chosen numbers that belong to one visit, counted from its first cell."""
     low, high = np.searchsorted(chosen, [first, end])
     return chosen[low:high] - first

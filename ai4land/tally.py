@@ -144,7 +144,7 @@ class Tally:
 
 
 class Sums:
-    """All that is summed over windows: a tally of each year, flicker (:meth:`Flicker.sums`), and the reliability of probabilities.
+    """All sums over windows: a tally of each year, flicker (:meth:`Flicker.sums`), and the reliability of probabilities.
 
     Parameters
     ----------

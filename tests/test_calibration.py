@@ -106,5 +106,5 @@ def test_small_probabilities_are_told_apart() -> None:
 
 @pytest.mark.parametrize("value", [250.0, -0.1])
 def test_values_that_are_not_probabilities_are_refused(value: float) -> None:
-    with pytest.raises(DataError, match=r"confidence is from .*divide scaled values"):
+    with pytest.raises(DataError, match=r"confidence ranges from .*divide scaled values"):
         reliability(np.array([0.5, value]), np.ones(2), np.ones(2))

@@ -1,4 +1,4 @@
-"""The driver against the scores of whole maps."""
+"""The evaluation by windows against the scores of whole maps."""
 
 from __future__ import annotations
 

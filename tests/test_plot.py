@@ -158,7 +158,7 @@ def test_reliability_draws_a_line_a_table(tmp_path: Path) -> None:
     assert pixels(two).shape == (6 * DPI, 5 * DPI, 3)
     assert count(one, "#0a5bb5") > 2000 < count(two, "#0a5bb5")
     assert count(one, "#6b6b6b") < 50 < 1000 < count(two, "#6b6b6b")
-    with pytest.raises(DataError, match="evaluate with them"):
+    with pytest.raises(DataError, match="expected at least one with probabilities"):
         reliability_figure({"model": Reliability().table()}, tmp_path / "none.png")
 
 
@@ -176,7 +176,7 @@ def test_change_map_leaves_out_what_does_not_occur(tmp_path: Path) -> None:
     path = hits_figure(still, still, still, extent=EXTENT, title="Change", path=tmp_path / "change.png")
     assert count(path, HITS_COLOURS["unchanged"]) > 10_000
     assert all(count(path, HITS_COLOURS[name]) == 0 for name in ("hits", "misses", "false alarms", "wrong hits"))
-    with pytest.raises(DataError, match="one shape"):
+    with pytest.raises(DataError, match="expected equal shapes"):
         hits_figure(still, still, still[:2], extent=EXTENT, title="t", path=path)
 
 

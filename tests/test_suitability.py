@@ -239,7 +239,7 @@ def test_what_cannot_be_fitted_is_refused(tiny_store):
     spec = spec_of(tiny_store.path, tiny_store.grid, tiny_store.legend, ones)
     with pytest.raises(ConfigError, match="a year with itself"):
         fitted(tiny_store, pairs=[(2000, 2000)])
-    with pytest.raises(DataError, match="training cells with a class"):
+    with pytest.raises(DataError, match="no training cell has a class"):
         fitted(tiny_store, cells=~ones, spec=spec)
     with pytest.raises(MismatchError, match="training cells are"):
         fitted(tiny_store, cells=np.ones((2, 2), bool), spec=spec)
