@@ -290,8 +290,8 @@ def plan_blocks(
 ) -> list[Block]:
     """List the blocks to compute, the longest first: shards with cells to map, one block a side of the reference year.
 
-    A block holds whole shards of years. A shard with years of both sides belongs to the side of most of its years. Shards of years
-    that are finished are left out.
+    A block holds whole shards of years, without those that are finished. A shard with years of both sides belongs to the side
+    of most of its years.
 
     Parameters
     ----------
