@@ -127,7 +127,7 @@ def level_quotas(shares: NDArray[np.floating], mapped: NDArray[np.integer]) -> N
 
 
 def fit_quotas(want: NDArray[np.int64], size: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Raise quotas ``(coarse cell, class)`` that locked cells made negative to 0, and reduce the others so that they sum to ``size``."""
+    """Raise quotas ``(coarse cell, class)`` that locked cells made negative to 0, and scale the others to the sum ``size``."""
     least = np.maximum(want, 0)
     if (least == want).all():
         return least
