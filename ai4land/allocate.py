@@ -1,9 +1,9 @@
-"""Class maps with whole-number quotas: in every coarse cell exactly so many cells of each class, where they fit best.
+"""Class maps that meet whole-number quotas: every coarse cell gets its number of cells of each class, where they fit best.
 
-To fill the quotas of a coarse cell at the greatest sum of scores is a transportation problem. Its dual has one price a
-class; the best class of a cell is the one with the greatest score less price. :func:`allocate` finds the prices by the
-Newton steps of :mod:`ai4land.constrain` at falling temperature, for all coarse cells side by side. The few cells that are
-then still over are passed on along the cheapest chains of classes (successive shortest paths) until every quota is met.
+Meeting the quotas of a coarse cell with the greatest sum of scores is a transportation problem. Its dual has one price a
+class: a cell takes the class with the greatest score less price. :func:`allocate` finds the prices by the Newton steps of
+:mod:`ai4land.constrain` at falling temperature, for many coarse cells at once. The few excess cells that remain are moved along
+the cheapest chains of classes (:mod:`ai4land.chains`) until every quota is met.
 """
 
 from __future__ import annotations
@@ -21,30 +21,39 @@ from ai4land.errors import DataError
 from ai4land.legend import MISSING
 from ai4land.quotas import fit_quotas
 
+# Scores and classes.
 _BAND = 1 << 17
-"""Fine cells worked on at once."""
-_WORST = -1e4
-"""Scores further below the best of a cell count as that far below."""
+"""Fine cells worked on at a time."""
+_MIN_SCORE = -1e4
+"""Lowest score of a class relative to the best of its cell; lower scores count as this."""
 _FORBIDDEN = -1e6
 """Score of a class that a cell must not get."""
-_CLOSED = 1e7
-"""Price of a class of which there is to be nothing."""
-_NONE = 254
-"""Class before of a cell that has none."""
-_FLOOR = 1e-9
-"""Least part of a class in the smooth sharing."""
-_DOUBT = 4
-"""Cells within the first temperature, as a multiple of those to change."""
-_LEVELS, _COOL, _STEPS = 3, 4, 5
-"""Temperatures, the factor between them, and Newton steps at each."""
-_PRUNE = 3
-"""After the first temperature only the cells most in doubt count, one in so many."""
-_SHIFT = 15.0
+_CLOSED_PRICE = 1e7
+"""Price of a class with the quota 0."""
+_UNSET = 254
+"""Class index before of a cell to fill that has no class yet."""
+
+# Prices, by Newton steps at falling temperature. Values were tuned for time; the quotas are met with any.
+_LEAST_SHARE = 1e-9
+"""Least share of a class in the smooth assignment."""
+_IN_DOUBT = 4
+"""Cells in doubt at the first temperature, as a multiple of the cells that must change class."""
+_LEVELS = 3
+"""Temperatures."""
+_COOLING = 4
+"""Factor between one temperature and the next."""
+_STEPS = 5
+"""Newton steps at a temperature."""
+_PRUNING = 3
+"""From the second temperature on only one cell in so many counts: those most in doubt."""
+_MAX_SHIFT = 15.0
 """Largest change of a price at one temperature, in temperatures."""
-_HARD = 10
-"""Cells too many (but at least one in 250) from which on prices are worked on once more, with all cells and more steps."""
-_REACH = 6.0
-"""Lead of the best class, in last temperatures, from which on a cell is not moved unless it must."""
+
+# What prices leave over, moved along chains of classes.
+_RETRY = 10
+"""Excess cells (at least one in 250) from which on the prices are found again with all cells and more steps."""
+_MARGIN = 6.0
+"""Lead of the best class over the second, in last temperatures, beyond which a cell is moved only if it must."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,8 @@ class Allocation:
     land_cover
         Class indices ``(rows, columns)``, ``MISSING`` where nothing is mapped.
     unmet
-        Cells that each class has, less its quota, ``(class, coarse rows, coarse columns)``: 0 but where locked cells
-        contradict the quotas.
+        Cells of each class less its quota, ``(class, coarse rows, coarse columns)``; not 0 only where locked cells contradict
+        the quotas.
     """
 
     land_cover: NDArray[np.uint8]
@@ -74,32 +83,32 @@ def allocate(
     locked: NDArray[np.bool_] | None = None,
     mapped: NDArray[np.bool_] | None = None,
 ) -> Allocation:
-    """Give each cell a class, so that the quotas are met and the sum of the scores is as large as can be.
+    """Give each cell a class so that the quotas are met and the sum of the scores is nearly the greatest.
 
-    Each coarse cell is solved by itself, and of equal choices the place in the coarse cell decides: the result does not
-    depend on how a map is cut into tiles.
+    Each coarse cell is solved by itself, and ties are broken by the place in the coarse cell, so the result does not depend on
+    how a map is cut into tiles.
 
     Parameters
     ----------
     scores
-        How well each class fits, such as logarithms of probabilities, ``(class, rows, columns)`` of whole coarse cells.
-        They are compared within a cell; one more than 1e4 below the best of its cell counts as 1e4 below.
+        How well each class fits, such as log probabilities, ``(class, rows, columns)`` of whole coarse cells. Only
+        differences within a cell matter; a score more than 1e4 below the best of its cell counts as 1e4 below.
     current
-        Class indices before, ``(rows, columns)``; ``MISSING`` cells stay. None where there is no map yet: then every cell
-        of ``mapped`` is free, and ``keep`` does nothing.
+        Class indices before, ``(rows, columns)``; ``MISSING`` cells stay ``MISSING``. None if there is no map yet: then every
+        cell of ``mapped`` is free, and ``keep`` has no effect.
     quotas
-        Cells of each class, ``(class, rows / factor, columns / factor)``, with the sum of the mapped cells. A coarse cell
-        with a negative quota has none: there every cell gets its best class.
+        Cells of each class, ``(class, rows / factor, columns / factor)``; they sum to the mapped cells. A negative quota means
+        that the coarse cell has none: there every cell gets its best class.
     factor
         Fine cells along one side of a coarse cell.
     keep
-        Added to the score of the class before. With None or infinity only net changes take place: no class that is to
-        gain loses a cell, no class that is to lose gains one, and without quotas nothing changes.
+        Added to the score of the class before. With None or infinity only net changes take place: a class that must gain loses
+        no cell, a class that must lose gains none, and without quotas nothing changes.
     locked
-        Cells that keep their class whatever the quotas are. What they hold beyond a quota is taken from the other
-        classes in proportion, and told in ``unmet``.
+        Cells that keep their class whatever the quotas are. Their excess over a quota is taken from the other classes in
+        proportion and reported in ``unmet``.
     mapped
-        Cells to fill where there is no map before, ``(rows, columns)``.
+        Cells to fill if there is no map before, ``(rows, columns)``.
 
     Raises
     ------
@@ -144,7 +153,7 @@ def allocate(
 def _allocate_segments(
     x: Tensor, was: Tensor, held: Tensor, quotas: NDArray[np.int64], *, bonus: float, net: bool
 ) -> tuple[Tensor, NDArray[np.int64]]:
-    """Allocate coarse cells: classes ``(coarse cell, cell)``, and what each class has beyond its quota."""
+    """Allocate coarse cells; returns classes ``(coarse cell, cell)`` and cells less quotas ``(coarse cell, class)``."""
     n = x.shape[1]
     mapped, known = was != MISSING, was < n
     before = was.clamp(max=n - 1).long()
@@ -158,7 +167,7 @@ def _allocate_segments(
         x = torch.where(top.isfinite()[:, None], x, 0.0)
         top = torch.where(top.isfinite(), top, 0.0)
     x -= top[:, None]
-    x.clamp_(min=_WORST)
+    x.clamp_(min=_MIN_SCORE)
 
     sizes, stuck = mapped.sum(1).numpy(), _count(before, held & known, n)
     asked = np.all(quotas >= 0, axis=1)
@@ -185,7 +194,7 @@ def _allocate_segments(
 
 
 def _fill(x: Tensor, free: Tensor, want: NDArray[np.int64], asked: NDArray[np.bool_]) -> Tensor:
-    """Give every free cell a class: the best one, or in the coarse cells with quotas the best ones that meet them."""
+    """Give every free cell its best class, or, in coarse cells with quotas, the classes that meet them best."""
     best, _ = _best(x)
     over = _count(best, free, x.shape[1]) - want
     rows = torch.from_numpy(np.flatnonzero(asked & (over != 0).any(1)))
@@ -197,15 +206,15 @@ def _fill(x: Tensor, free: Tensor, want: NDArray[np.int64], asked: NDArray[np.bo
     x = x - prices.to(x.dtype)[:, :, None]
     priced, gap = _best(x)
     over = _count(priced, free, x.shape[1]) - goal
-    hard = torch.from_numpy(np.flatnonzero(np.maximum(over, 0).sum(1) > max(_HARD, x.shape[2] // 250)))
+    hard = torch.from_numpy(np.flatnonzero(np.maximum(over, 0).sum(1) > max(_RETRY, x.shape[2] // 250)))
     if len(hard):
         again = torch.zeros_like(prices[hard])
-        warm = width[hard] * _COOL ** (_LEVELS - 1)
+        warm = width[hard] * _COOLING ** (_LEVELS - 1)
         again = _cool(x[hard], free[hard].to(x.dtype), torch.from_numpy(goal)[hard], again, warm, levels=_LEVELS, steps=25)
         x[hard] -= again.to(x.dtype)[:, :, None]
         priced[hard], gap[hard] = _best(x[hard])
         over[hard.numpy()] = _count(priced[hard], free[hard], x.shape[1]) - goal[hard.numpy()]
-    for reach in (_REACH, 8 * _REACH, np.inf):
+    for reach in (_MARGIN, 8 * _MARGIN, np.inf):
         todo = np.flatnonzero((over > 0).any(1))
         if not todo.size:
             break
@@ -214,16 +223,16 @@ def _fill(x: Tensor, free: Tensor, want: NDArray[np.int64], asked: NDArray[np.bo
         place, cell = (i.numpy() for i in torch.nonzero(near, as_tuple=True))
         values = x[pick[place], :, cell].double().numpy()
         classes = priced[pick[place], cell].numpy()
-        left = over[todo]
-        pass_on(values, place, classes, left, limit=np.inf if np.isinf(reach) else -_FORBIDDEN / 10)
+        excess = over[todo]
+        pass_on(values, place, classes, excess, limit=np.inf if np.isinf(reach) else -_FORBIDDEN / 10)
         priced[pick[place], cell] = torch.from_numpy(classes)
-        over[todo] = left
+        over[todo] = excess
     best[rows] = priced
     return best
 
 
 def _best(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Class of the greatest score in each cell, the first of equal ones, and how far ahead of the second it is."""
+    """Class with the greatest score in each cell (the first of equal ones), and its lead over the second."""
     best = torch.zeros_like(x[:, 0], dtype=torch.int64)
     top, second = x[:, 0].clone(), torch.full_like(x[:, 0], -torch.inf)
     for k in range(1, x.shape[1]):
@@ -235,69 +244,69 @@ def _best(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _prices(x: Tensor, free: Tensor, over: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
-    """Prices of the classes at which the best classes nearly meet the quotas, and the width of what is left open.
+    """Find prices at which the best classes nearly meet the quotas; returns them and the last temperature.
 
-    Classes with too few cells first become as cheap as it takes to win one. Then the classes are shared out smoothly, in
-    proportion to exp((score − price) / temperature), and Newton steps find the prices that fit. The temperature starts
-    where some times as many cells are in doubt as have to change, and falls.
+    A class with too few cells first becomes as cheap as it takes to win one. Then cells are assigned smoothly, in proportion to
+    exp((score − price) / temperature), and Newton steps find the prices that meet the quotas. The first temperature puts
+    several times as many cells in doubt as must change class; then it falls.
     """
     size = free.sum(1).clamp(min=1)
     far = torch.where(free, 0.0, -torch.inf).to(x.dtype)
     prices = torch.where(over < 0, (x - x.amax(1, keepdim=True) + far[:, None]).amax(2).double(), 0.0)
-    prices = prices.masked_fill(want == 0, _CLOSED)
+    prices = prices.masked_fill(want == 0, _CLOSED_PRICE)
     weight = free.to(x.dtype)
-    doubt = (over.clamp(min=0).sum(1) * _DOUBT).clamp(min=8).minimum(size // 2)
+    doubt = (over.clamp(min=0).sum(1) * _IN_DOUBT).clamp(min=8).minimum(size // 2)
     _, gap = _best(x - prices.to(x.dtype)[:, :, None])
     heat = _quantile(gap.masked_fill(~free, torch.inf), doubt)
     prices = _cool(x, weight, want, prices, heat, levels=1)
-    some = -(-x.shape[2] // _PRUNE // 16) * 16
+    some = -(-x.shape[2] // _PRUNING // 16) * 16
     best, gap = _best(x - prices.to(x.dtype)[:, :, None])
     near = gap.masked_fill_(~free, torch.inf).topk(some, dim=1, largest=False)
     part = x.gather(2, near.indices[:, None].expand(-1, x.shape[1], -1))
     rest = torch.from_numpy(_count(best, free.scatter(1, near.indices, False), x.shape[1]))
-    left = (want - rest).clamp(min=0)
-    prices = _cool(part, weight.gather(1, near.indices), left, prices, heat / _COOL, levels=_LEVELS - 1)
-    return prices.masked_fill(want == 0, _CLOSED), heat / _COOL ** (_LEVELS - 1)
+    remaining = (want - rest).clamp(min=0)
+    prices = _cool(part, weight.gather(1, near.indices), remaining, prices, heat / _COOLING, levels=_LEVELS - 1)
+    return prices.masked_fill(want == 0, _CLOSED_PRICE), heat / _COOLING ** (_LEVELS - 1)
 
 
 def _quantile(gap: Tensor, rank: Tensor) -> Tensor:
-    """Value of a rank in each row, from every third one where there are many."""
+    """Value of a given rank in each row, estimated from every third value of a long row."""
     step = 3 if gap.shape[1] > 300 else 1
     ordered = gap[:, ::step].sort(1).values
     found = ordered.gather(1, torch.div(rank, step, rounding_mode="floor")[:, None])[:, 0]
-    return found.double().clamp(min=1e-5, max=-_WORST)
+    return found.double().clamp(min=1e-5, max=-_MIN_SCORE)
 
 
 def _cool(x: Tensor, weight: Tensor, want: Tensor, prices: Tensor, heat: Tensor, *, levels: int, steps: int = _STEPS) -> Tensor:
-    """Prices at which the classes of the cells, shared out smoothly at a falling temperature, have what is wanted."""
+    """Find prices at which the smooth assignment meets the quotas, at a falling temperature."""
     share = want / want.sum(1, keepdim=True).clamp(min=1).double()
     p = torch.empty_like(x)
     for _ in range(levels):
         torch.sub(x, prices.to(x.dtype)[:, :, None], out=p)
         p -= p.amax(1, keepdim=True)
         p /= heat[:, None, None].to(x.dtype)
-        p.exp_().clamp_(min=_FLOOR)
+        p.exp_().clamp_(min=_LEAST_SHARE)
         found = solve(p, weight, share, torch.zeros_like(share), tolerance=0.3 / x.shape[2], max_steps=steps)
-        prices = prices - heat[:, None] * found.multipliers.clamp(-_SHIFT, _SHIFT).masked_fill(share == 0, 0.0)
-        heat = heat / _COOL
+        prices = prices - heat[:, None] * found.multipliers.clamp(-_MAX_SHIFT, _MAX_SHIFT).masked_fill(share == 0, 0.0)
+        heat = heat / _COOLING
     return prices
 
 
 def _count(classes: Tensor, which: Tensor, n: int) -> NDArray[np.int64]:
-    """Cells of each class, ``(coarse cell, class)``."""
+    """Count the cells of each class, ``(coarse cell, class)``."""
     flat = (torch.arange(len(classes))[:, None] * (n + 1) + torch.where(which, classes, n)).flatten()
     return torch.bincount(flat, minlength=len(classes) * (n + 1)).unflatten(0, (-1, n + 1))[:, :n].numpy().copy()
 
 
 def _before(current: NDArray[np.uint8] | None, mapped: NDArray[np.bool_] | None, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Classes before: ``MISSING`` where nothing is mapped, ``_NONE`` where there is no class yet."""
+    """Classes before: ``MISSING`` where not mapped, ``_UNSET`` where there is no class yet."""
     if current is None:
         if mapped is None or mapped.shape != shape[1:]:
             raise DataError(
-                f"mapped is {None if mapped is None else mapped.shape}, expected {shape[1:]}; without a map before say "
-                "which cells to fill"
+                f"mapped is {None if mapped is None else mapped.shape}, expected {shape[1:]}; give the cells to "
+                "fill if there is no map before"
             )
-        return np.where(mapped, _NONE, MISSING).astype(np.uint8)
+        return np.where(mapped, _UNSET, MISSING).astype(np.uint8)
     if current.shape != shape[1:]:
         raise DataError(f"map is {current.shape}, expected {shape[1:]}; cut it from the window of the scores")
     top = int(current[current != MISSING].max(initial=0))

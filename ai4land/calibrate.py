@@ -38,7 +38,7 @@ from ai4land.legend import Legend
 from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import Source, predict, read_window_data
-from ai4land.reconstruct import Job, plan_blocks, reconstruct_block, years_between
+from ai4land.reconstruct import BlockSettings, plan_blocks, reconstruct_block, years_between
 from ai4land.splits import TRAIN
 from ai4land.stages import job_of, method_of
 from ai4land.train import Schedule, fit
@@ -163,7 +163,7 @@ def _practice(run: RunConfig, folder: Path) -> _Ground:
     return _Ground(store, grid, legend, spec, cells, pairs, (Block(Window(0, 0, side, side), _YEARS[1:]),), reference)
 
 
-def _job(run: RunConfig, ground: _Ground, folder: Path, there: bool) -> Job:
+def _job(run: RunConfig, ground: _Ground, folder: Path, there: bool) -> BlockSettings:
     """Put together the job of the block, and make its cube."""
     path = folder / "cube.zarr"
     about: dict[str, Any] = {"title": "calibration", "source": "calibration", "totals": "not imposed"}
@@ -173,7 +173,7 @@ def _job(run: RunConfig, ground: _Ground, folder: Path, there: bool) -> Job:
         return job_of(run, Source(ground.store), cube_path=path, reference=ground.reference)
     c, plain = run.constrain, load_crosswalk("identity", ground.legend)
     settings: dict[str, Any] = {"keep": c.keep, "settle": c.settle, "weights": run.scenario.weights}
-    return Job(
+    return BlockSettings(
         str(ground.store), str(path), "", "", ground.reference, 1, plain, method=method_of(run, ground.reference), **settings
     )
 
@@ -219,7 +219,7 @@ class _Found:
     bytes: float
 
 
-def _block(ground: _Ground, block: Block, job: Job, *, busy: bool) -> _Found:
+def _block(ground: _Ground, block: Block, job: BlockSettings, *, busy: bool) -> _Found:
     """Time a block: in seconds of its cores where all will be ``busy``, as other threads then have none to help with, else in seconds."""
     source, window, years = Source(ground.store), block.window, block.years
 

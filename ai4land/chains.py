@@ -1,7 +1,7 @@
-"""Passing cells on between classes along the cheapest chains, in many coarse cells side by side.
+"""Move cells between classes along the cheapest chains, in many coarse cells at once.
 
-A class with a cell too many need not give it to the class that lacks one: it may be cheaper to give one to a third class,
-which gives another on. In every coarse cell these chains are shortest paths in a graph of the classes.
+A class with an excess cell need not give it to the class that lacks one directly: it may be cheaper to give it to a third class,
+which gives up another. In each coarse cell the cheapest chains are shortest paths in a graph of the classes.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-_PART = 6
-"""Part of the cells still to move that moves in one round, as one in so many; the last ones move one by one."""
+_FRACTION = 6
+"""One in so many of the remaining excess cells moves in a round; the last ones move one by one."""
 
 
 def pass_on(
@@ -21,24 +21,24 @@ def pass_on(
     *,
     limit: float,
 ) -> None:
-    """Pass cells on from classes with too many to classes with too few, in place, along the cheapest chains.
+    """Move cells from classes with too many to classes with too few along the cheapest chains, in place.
 
-    In each round every coarse cell moves a few cells along its one cheapest chain. Prices rise by the length of the
-    chains, so that no move is ever cheaper than nothing (successive shortest paths with potentials: Ahuja, Magnanti &
-    Orlin 1993, Network Flows, section 9.7). One cell a round would give the optimum; a part of the rest keeps it short.
+    In each round every coarse cell moves some cells along its cheapest chain. Potentials rise by the lengths of the chains,
+    which keeps all costs non-negative (successive shortest paths with potentials: Ahuja, Magnanti & Orlin 1993, Network
+    Flows, section 9.7). Moving one cell a round would be optimal; moving several saves rounds.
 
     Parameters
     ----------
     values
         Score less price, ``(cell, class)``.
     place
-        Coarse cell of each, ascending.
+        Index of the coarse cell of each cell, ascending.
     classes
-        Of each cell; changed.
+        Class of each cell; modified.
     over
-        Cells of each class beyond its quota, ``(coarse cell, class)``; changed. What no chain can mend stays.
+        Cells of each class less its quota, ``(coarse cell, class)``; modified. What no chain can move remains.
     limit
-        Longest chain to use.
+        Greatest cost of a chain.
     """
     n = values.shape[1]
     potential = np.zeros(over.shape)
@@ -63,7 +63,7 @@ def pass_on(
         good = reach < limit
         potential[ids] += np.where(good[:, None], np.minimum(length, reach[:, None]), 0.0)
         here = np.arange(ids.size)
-        many = np.maximum(np.maximum(over[ids], 0).sum(axis=1) // _PART, 1)
+        many = np.maximum(np.maximum(over[ids], 0).sum(axis=1) // _FRACTION, 1)
         many = np.minimum(many, np.minimum(over[ids, source], -over[ids, target]))
         node, steps = target.copy(), []
         while (going := good & (before[here, node] >= 0)).any():
@@ -86,16 +86,16 @@ def pass_on(
 def _chains(
     arcs: NDArray[np.float64], over: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """Cheapest chain of classes from one with too many to one with too few (Bellman 1958), for each coarse cell.
+    """Find the cheapest chain from a class with too many cells to one with too few in each coarse cell (Bellman 1958).
 
     Returns
     -------
     source, target
         First and last class of the chain.
     length
-        Of the cheapest chain to each class.
+        Cost of the cheapest chain to each class.
     before
-        Class before each on its chain, -1 at the start.
+        Previous class on the chain to each class; -1 at its start.
     """
     here = np.arange(len(over))
     length, before = np.where(over > 0, 0.0, np.inf), np.full(over.shape, -1)

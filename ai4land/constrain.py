@@ -1,10 +1,10 @@
-"""Class probabilities that meet the coarse totals exactly, and stay as close to the network's as they can.
+"""Class probabilities that meet the coarse totals exactly and stay as close as possible to the network's.
 
 In every coarse cell :func:`project` finds the fractions q of least relative entropy to the probabilities p whose mean is
 the scenario's: q_k ∝ p_k exp(λ_k), with one multiplier λ_k a class and coarse cell (Csiszár 1975, Annals of
-Probability 3:146-158). The multipliers minimise a convex function of a dozen variables; all coarse cells are solved side
-by side by damped Newton steps, and the multipliers of one year are a good start for the next. Whole cells are the
-business of :mod:`ai4land.allocate`.
+Probability 3:146-158). The multipliers minimise a convex function of a dozen variables. Many coarse cells are solved at once by
+damped Newton steps, and the multipliers of one year are a good start for the next. Whole cells are assigned by
+:mod:`ai4land.allocate`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _log = logging.getLogger(__name__)
 A = TypeVar("A", NDArray[Any], Tensor)
 
 FLOOR = 1e-9
-"""Least probability of a class that the totals ask for; float32 does not resolve it beside 1."""
+"""Least probability of a class whose total is not 0; float32 does not resolve it beside 1."""
 _LEAST = -80.0
-"""Least logarithm of the factor of a class that the totals ask for."""
-_NAN = "probabilities of mapped cells are not all numbers, expected shares of 0 to 1; look at the network"
+"""Least logarithm of the factor of a class whose total is not 0."""
+_NAN = "probabilities of mapped cells are not all numbers, expected shares of 0 to 1; check the network's output"
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Projection(Generic[A]):
     fractions
         ``(class, rows, columns)``.
     multipliers
-        Float64 ``(class, coarse rows, coarse columns)``, the start for the next year; always finite.
+        Float64 ``(class, coarse rows, coarse columns)``, to start the next year from; always finite.
     residual
         Largest difference over the classes between a total and what the fractions have of it, as a share of the mapped
-        part of the coarse cell, ``(coarse rows, coarse columns)``; 0 where nothing is asked for.
+        part of the coarse cell, ``(coarse rows, coarse columns)``; 0 where there are no totals.
     steps
-        Newton steps of the coarse cell that took most.
+        Newton steps of the slowest coarse cell.
     """
 
     fractions: A
@@ -74,11 +74,11 @@ def project(
     tolerance: float = 1e-7,
     max_steps: int = 80,
 ) -> Projection[A]:
-    """Change probabilities as little as possible so that each coarse cell has the totals.
+    """Change probabilities as little as possible so that each coarse cell meets its totals.
 
-    A class with the total 0 is exactly 0. Other classes count with a probability of at least ``FLOOR``, so that a total is met even
-    where the network's probabilities underflow. Totals that cannot be met, as the fixed cells hold more than there is to
-    be, are replaced by near ones that can, and the residual says by how much.
+    A class with the total 0 is exactly 0. Other classes count with a probability of at least ``FLOOR``, so that a total is met
+    even where the network's probabilities underflow. Totals that the fixed cells make impossible are
+    replaced by near ones, and the residual says by how much.
 
     Each coarse cell is solved by itself: the result does not depend on how a map is cut into tiles.
 
@@ -88,21 +88,21 @@ def project(
         ``(class, rows, columns)`` of whole coarse cells, float32 or float64, an array or a tensor on any device.
     totals
         Shares of the classes in the mapped part of each coarse cell, ``(class, rows / factor, columns / factor)``, with the
-        sum 1. With a NaN the coarse cell keeps its probabilities.
+        sum 1. A coarse cell with a NaN keeps its probabilities.
     factor
         Fine cells along one side of a coarse cell.
     mapped
-        Cells that count, ``(rows, columns)``. The others come back as they are, NaN as 0.
+        Cells that count, ``(rows, columns)``. Others are returned unchanged, NaN as 0.
     areas
-        Area of a cell of each row, ``(rows,)``; without them every cell counts the same.
+        Area of a cell of each row, ``(rows,)``; by default every cell counts the same.
     fixed
         Cells whose fractions must not change, ``(rows, columns)``.
     multipliers
-        To start from, as from the year before.
+        Multipliers to start from, such as those of the year before.
     tolerance
-        Largest residual of a coarse cell that is done; float32 does not get much below 1e-7.
+        Largest residual to stop at; float32 does not get much below 1e-7.
     max_steps
-        Newton steps to take at most.
+        Largest number of Newton steps.
 
     Raises
     ------
@@ -156,10 +156,10 @@ def project(
 
 
 def segments(planes: Tensor, factor: int, *, fill: float) -> Tensor:
-    """Bring the fine cells of each coarse cell together: ``(class, rows, columns)`` to ``(coarse cell, class, cell)``.
+    """Group the fine cells by coarse cell: ``(class, rows, columns)`` to ``(coarse cell, class, cell)``.
 
-    The last dimension is filled up to a multiple of 16, so that all coarse cells lie alike in memory and sums over them
-    come out the same wherever they are.
+    The last dimension is padded to a multiple of 16, so that all coarse cells have one alignment in memory and their sums do not
+    depend on where they lie.
     """
     n, rows, cols = planes.shape
     shape = (rows // factor, cols // factor)
@@ -182,7 +182,7 @@ def _project_segments(
     tolerance: float,
     max_steps: int,
 ) -> tuple[Solution, Tensor]:
-    """Project coarse cells in place; give the multipliers and the residuals. Coarse cells of weight 0 stay as they are."""
+    """Project coarse cells in place; returns multipliers and residuals. Coarse cells of weight 0 do not change."""
     held, room, target = torch.zeros_like(goal), torch.ones_like(goal[:, 0]), goal
     free = weight * ~lock
     if bool(lock.any()):
@@ -220,25 +220,25 @@ def solve(
 ) -> Solution:
     """Find the multipliers of coarse cells by damped Newton steps.
 
-    The function to minimise is Σ_i w_i log Σ_k p_ik exp(λ_k) − Σ_k t_k λ_k. It is self-concordant in the general
-    sense with respect to the spread d of a step over the classes, so that a step cut to log(1 + d) / d of Newton's always
-    goes down (Sun & Tran-Dinh 2019, Mathematical Programming 178:145-213, doi:10.1007/s10107-018-1282-4).
+    The function minimised is Σ_i w_i log Σ_k p_ik exp(λ_k) − Σ_k t_k λ_k. It is self-concordant in the general
+    sense with respect to the spread d of a step over the classes, so that Newton's step scaled by log(1 + d) / d always
+    descends (Sun & Tran-Dinh 2019, Mathematical Programming 178:145-213, doi:10.1007/s10107-018-1282-4).
 
     Parameters
     ----------
     p
         ``(coarse cell, class, cell)``, greater than 0, not normalised.
     weight
-        Of the cells, ``(coarse cell, cell)``; a coarse cell with the sum 0 is left alone.
+        Weight of the cells, ``(coarse cell, cell)``; a coarse cell with the sum 0 is not changed.
     totals, start
         Float64 ``(coarse cell, class)``.
     tolerance, max_steps
-        As of :func:`project`.
+        As in :func:`project`.
 
     Raises
     ------
     DataError
-        If the probabilities hold something that is not a number.
+        If a probability is not a number.
     """
     multipliers = start.clone()
     open_ = totals != 0
@@ -271,7 +271,7 @@ def solve(
 
 
 def total(x: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sum over the cells, ``(coarse cell, class)``; short sums in the dtype of the values, of these in float64."""
+    """Weighted sum over the cells, ``(coarse cell, class)``; sums of 16 in the dtype of the values, their sum in float64."""
     return (x * weight[:, None]).unflatten(2, (-1, 16)).sum(3).sum(2, dtype=torch.float64)
 
 
@@ -283,10 +283,10 @@ def _moments(p: Tensor, root: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _newton(lack: Tensor, mixed: Tensor, open_: Tensor) -> Tensor:
-    """Step that removes what is lacking, cut so that it goes down.
+    """Newton step that removes the lack, scaled so that it descends.
 
-    The second derivatives are the Laplacian of a graph whose edges are the mean products between classes: never a small
-    difference of large numbers. The common shift of all classes, which changes nothing, is made definite.
+    The second derivatives are the Laplacian of a graph whose edges are the mean products between classes, so there is no small
+    difference of large numbers. A common shift of all classes changes nothing; its curvature is set to a positive value.
     """
     edges = mixed - torch.diag_embed(mixed.diagonal(dim1=1, dim2=2))
     curve = torch.diag_embed(edges.sum(2)) - edges
@@ -305,13 +305,13 @@ def _newton(lack: Tensor, mixed: Tensor, open_: Tensor) -> Tensor:
 
 
 def _factors(multipliers: Tensor, open_: Tensor) -> Tensor:
-    """Factors of the classes, the largest of them 1; 0 where the totals allow nothing of a class."""
+    """Factors of the classes, the largest of them 1; 0 where the total of a class is 0."""
     power = multipliers.masked_fill(~open_, -torch.inf)
     return (power - power.amax(1, keepdim=True)).clamp(min=_LEAST).exp() * open_
 
 
 def _plane(values: Any, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Bring an input to the device, after a check of its shape."""
+    """Check the shape of an input and move it to the device."""
     tensor = _tensor(values)
     if tuple(tensor.shape) != shape:
         raise DataError(f"{name} are {tuple(tensor.shape)}, expected {shape}; cut them from the same window")
@@ -319,5 +319,5 @@ def _plane(values: Any, name: str, shape: tuple[int, ...], device: torch.device)
 
 
 def _tensor(values: Any) -> Tensor:
-    """Make a tensor of an array; one that is only for reading is copied."""
+    """Make a tensor of an array, copying a read-only one."""
     return values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=["C", "W"]))

@@ -19,7 +19,7 @@ from ai4land.errors import ConfigError
 from ai4land.legend import Legend, data_file
 
 REMAINDER = "icwtr"
-"""Row of a crosswalk that takes what the states leave of a cell: ice and water."""
+"""Row of a crosswalk for the rest of a cell that no state covers: ice and water."""
 
 
 class Crosswalk(BaseModel):
@@ -30,7 +30,7 @@ class Crosswalk(BaseModel):
     states
         Names of the coarse states, the rows.
     weights
-        ``weights[s][k]`` is the share of state *s* that is expected as class index *k*; every row sums to 1.
+        ``weights[s][k]`` is the expected share of class index *k* in state *s*; every row sums to 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,7 +53,7 @@ class Crosswalk(BaseModel):
         return np.array(self.weights, dtype=np.float64)
 
     def for_states(self, states: Iterable[str]) -> Crosswalk:
-        """Keep the rows of a scenario's states, in their order, and last that of ``REMAINDER`` if there is one and no state is it.
+        """Select the rows of a scenario's states, in their order, then that of ``REMAINDER`` if it is no state.
 
         Raises
         ------

@@ -2,7 +2,7 @@
 
 A :class:`Grid` is a value. It wraps the fine ``odc.geo.GeoBox`` with the number of fine cells along one side of a
 coarse cell (``factor``) and of a shard (``shard``); everything else (coarse GeoBox, shards, windows, coordinates, true
-cell areas) follows from it. Only this module knows the sphere, the dateline and the poles.
+cell areas) follows. Only this module knows the sphere, the dateline and the poles.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WIDE, DEEP = 512, 256
 
 
 class Readable(Protocol):
-    """Anything that is cut by slices into numpy: a numpy, zarr or dask array."""
+    """An array that slices into numpy: numpy, zarr or dask."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,7 +44,7 @@ class Readable(Protocol):
         ...
 
     def __getitem__(self, key: Any) -> Any:
-        """Cut a piece."""
+        """Read a part."""
         ...
 
 
@@ -97,8 +97,8 @@ class Grid:
     factor
         Fine cells along one side of a coarse cell.
     shard
-        Fine cells along one side of a shard: the unit of writing and of inference. A multiple of ``factor``; the
-        grid is a whole number of shards.
+        Fine cells along one side of a shard, the unit of writing and inference: a multiple of ``factor``. The grid
+        is whole shards.
     """
 
     fine: GeoBox
@@ -106,7 +106,7 @@ class Grid:
     shard: int
 
     def __post_init__(self) -> None:
-        """Check that everything nests."""
+        """Check that cells, coarse cells and shards nest."""
         if self.factor < 1 or self.shard < 1 or self.shard % self.factor:
             raise ConfigError(
                 f"shard is {self.shard} fine cells, expected a multiple of the coarse cell ({self.factor} fine cells); "
@@ -133,7 +133,7 @@ class Grid:
         return GeoBox((rows // f, cols // f), Affine(a.a * f, 0.0, a.c, 0.0, a.e * f, a.f), self.fine.crs)
 
     def coarse_centres(self, cells: Window) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Centres of the rows and of the columns of coarse cells, also beyond the grid; past the dateline those of the other side."""
+        """Centres of the rows and columns of coarse cells, also beyond the grid; across the dateline those of the other side."""
         a, cols = self.coarse.affine, cells.col + np.arange(cells.width, dtype=np.float64)
         if self.wraps:
             cols %= self.coarse.shape[1]
@@ -147,7 +147,7 @@ class Grid:
 
     @cached_property
     def wraps(self) -> bool:
-        """Whether the grid goes all the way round, so that its west and east edges touch."""
+        """Whether the grid spans all longitudes, so that its west and east edges meet."""
         return self.geographic and math.isclose(self.shape[1] * self.fine.affine.a, 360.0, abs_tol=1e-6)
 
     @property
@@ -156,14 +156,14 @@ class Grid:
         return edges(self.fine)
 
     def coords(self) -> dict[str, Any]:
-        """Cell centres of the fine and of the coarse grid, computed from integers so that they are always equal."""
+        """Cell centres of the fine and of the coarse grid, computed from integers so that they are bit-equal in every region."""
         return {
             **dict(zip(FINE_DIMS, centres(self.fine), strict=True)),
             **dict(zip(COARSE_DIMS, centres(self.coarse), strict=True)),
         }
 
     def shards(self) -> list[Window]:
-        """Return all shards, row by row from the north-west."""
+        """List all shards, row by row from the north-west."""
         return list(tiles(self.shape, self.shard))
 
     def cell_areas(self) -> NDArray[np.float64]:
@@ -182,7 +182,7 @@ class Grid:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Grid:
-        """Make the grid that :meth:`to_dict` described."""
+        """Make a grid from the values of :meth:`to_dict`."""
         fine = GeoBox(tuple(values["shape"]), Affine(*values["transform"]), values["crs"])
         return cls(fine, int(values["factor"]), int(values["shard"]))
 
@@ -196,7 +196,7 @@ def make_grid(
     origin: tuple[float, float] = (-180.0, 90.0),
     crs: str = "EPSG:4326",
 ) -> Grid:
-    """Cover a region with whole shards of one fixed lattice.
+    """Cover a region with whole shards of a fixed lattice.
 
     Parameters
     ----------
@@ -212,7 +212,7 @@ def make_grid(
     Raises
     ------
     ConfigError
-        If the box is empty, or the lattice of shards reaches beyond a pole or more than once round the globe.
+        If the box is empty, or the lattice of shards reaches beyond a pole or spans more than 360 degrees.
 
     Examples
     --------
@@ -259,14 +259,14 @@ def edges(box: GeoBox) -> Bounds:
 
 
 def centres(box: GeoBox) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Centres of the rows and of the columns of a north-up GeoBox, bit for bit the same for every box of one lattice."""
+    """Centres of the rows and columns of a north-up GeoBox, bit-equal for every box of a lattice."""
     a = box.affine
     rows, cols = box.shape
     return _centres(a.f, a.e, rows), _centres(a.c, a.a, cols)
 
 
 def _centres(start: float, step: float, count: int) -> NDArray[np.float64]:
-    """Count in steps from 0: the edge, rounded to 2^-20 of a cell, is an exact sum in every box of the lattice."""
+    """Count steps from 0: the edge, rounded to 2^-20 of a cell, is exact in every box of the lattice."""
     first = round(start / step * 2**20) / 2**20
     return (first + np.arange(count, dtype=np.float64) + 0.5) * step
 
@@ -301,9 +301,9 @@ def tiles(shape: tuple[int, int], size: int) -> Iterator[Window]:
 
 
 def read_window(array: Readable, window: Window, *, fill: float, wrap: bool) -> NDArray[Any]:
-    """Read a window that may reach beyond the array's last two dimensions.
+    """Read a window of the last two dimensions that may reach beyond the array.
 
-    Rows and columns outside hold ``fill``, except that columns wrap round where ``wrap`` is set (the dateline).
+    Rows and columns outside hold ``fill``; with ``wrap``, columns continue on the other side (the dateline).
 
     >>> read_window(np.arange(8).reshape(2, 4), Window(-1, 3, 2, 3), fill=-9, wrap=True)
     array([[-9, -9, -9],
@@ -336,13 +336,13 @@ def coarse_slices(window: Window, factor: int) -> tuple[slice, slice]:
 
 
 def coarse_window(window: Window, factor: int) -> tuple[Window, tuple[int, int]]:
-    """Find the coarse cells that interpolation to a fine window needs.
+    """Find the coarse cells needed to interpolate to a fine window.
 
     Returns
     -------
     window
-        Coarse cells: one more on each side than the fine window touches. Its size depends on the size of the fine
-        window alone, so that windows of one size make one batch.
+        Coarse cells: one more on each side than the fine window touches. Its size depends only on that of the
+        fine window, so that windows of one size form a batch.
     offset
         Row and column of the first fine cell of ``window``, counted in fine cells from the upper-left corner of the
         coarse window.
@@ -356,7 +356,7 @@ def coarse_window(window: Window, factor: int) -> tuple[Window, tuple[int, int]]
 
 
 def read_coarse(array: Readable, window: Window, *, wrap: bool) -> NDArray[Any]:
-    """Read coarse cells of the last two dimensions, repeating the edge beyond the grid, or wrapping at the dateline."""
+    """Read coarse cells of the last two dimensions; repeat the edge beyond the grid or, with ``wrap``, cross the dateline."""
     rows, cols = array.shape[-2:]
     r = np.clip(np.arange(window.row, window.row + window.height), 0, rows - 1)
     c = np.arange(window.col, window.col + window.width)
@@ -385,7 +385,7 @@ def spatial_ref(box: GeoBox) -> xr.DataArray:
 
 
 def chunk_side(grid: Grid, *, limit: int = WIDE) -> int:
-    """Side of a chunk: whole coarse cells, a divisor of the shard, at most ``limit`` fine cells where there is one.
+    """Side of a chunk in fine cells: whole coarse cells that divide the shard, at most ``limit`` if possible.
 
     >>> chunk_side(make_grid((-180, -90, 180, 90), coarse_cell=0.25, factor=30, shard=1440))
     480

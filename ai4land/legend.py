@@ -26,7 +26,7 @@ _UNKNOWN = 254
 
 
 class LandClass(BaseModel):
-    """One class: its code in the files, a name without blanks, and a colour as ``#rrggbb``."""
+    """One class: its code in files, a name without blanks, and a colour as ``#rrggbb``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,13 +43,13 @@ class Legend(BaseModel):
     name
         Short name, as given to :func:`load_legend`.
     fill
-        The code that means "no land here": ocean or no data. It is the fill value of every map of this legend.
+        Code for no land: ocean or no data. It is the fill value of every map of this legend.
     classes
-        The classes that a map can hold and the model predicts, in the order of their indices.
+        Classes of a map and of the model, in the order of their indices.
     nodata
-        Further codes that count as no data in input files.
+        Other codes that mean no data in input files.
     aliases
-        Codes in input files that are read as another code (sub-classes that this legend merges).
+        Codes in input files that are read as another code: sub-classes that this legend merges.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,7 +81,7 @@ class Legend(BaseModel):
 
     @property
     def n(self) -> int:
-        """Number of classes, the fill left out."""
+        """Number of classes, without the fill."""
         return len(self.classes)
 
     @property
@@ -138,7 +138,7 @@ class Legend(BaseModel):
         return f"known: {sorted({self.fill.code, *self.nodata, *self.codes.tolist(), *self.aliases})}; choose another legend, or add aliases"
 
     def flag_attrs(self) -> dict[str, Any]:
-        """CF attributes of a map of this legend: ``flag_values``, ``flag_meanings`` and the colours beside them."""
+        """CF attributes of a map of this legend: ``flag_values``, ``flag_meanings`` and, not of CF, ``flag_colors``."""
         every = (self.fill, *self.classes)
         return {
             "flag_values": np.array([c.code for c in every], dtype=np.uint8),

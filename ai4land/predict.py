@@ -1,4 +1,4 @@
-"""From the analysis-ready store to class probabilities of a window, year by year."""
+"""Read windows of an analysis-ready store, and predict their class probabilities year by year."""
 
 from __future__ import annotations
 
@@ -18,12 +18,24 @@ from ai4land.legend import Legend
 
 
 class Source:
-    """The arrays of an analysis-ready store that prediction reads, opened without Dask.
+    """An analysis-ready store opened for prediction, without Dask.
 
     Parameters
     ----------
     path
+        Path of the store.
+
+    Attributes
+    ----------
+    grid, legend
         Of the store.
+    static, mask, coarse, land_cover
+        Its arrays: static maps ``(feature, rows, columns)``, cells to map ``(rows, columns)``, the scenario ``(year, state,
+        coarse rows, coarse columns)`` and the observed maps as codes ``(observed year, rows, columns)``.
+    years, observed
+        Years of the scenario and of the observed maps.
+    states, features
+        Names of the scenario's states and of the static maps.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -38,19 +50,19 @@ class Source:
         self.observed = [int(y) for y in np.asarray(group["observed_year"][...])]  # type: ignore[index]
 
     def map_of(self, year: int, window: Window) -> NDArray[np.uint8]:
-        """Class indices of an observed map, ``MISSING`` beyond the grid."""
+        """Read the class indices of an observed map, ``MISSING`` beyond the grid."""
         plane = _Plane(self.land_cover, self.observed.index(year))
         codes = read_window(plane, window, fill=self.legend.fill.code, wrap=self.grid.wraps)
         return self.legend.encode(codes, source=f"map of {year}")
 
     def states_of(self, year: int, cells: Window) -> NDArray[np.float32]:
-        """Coarse states ``(state, rows, columns)``, the edge repeated beyond the grid."""
+        """Read the coarse states ``(state, rows, columns)``; beyond the grid its edge is repeated."""
         return read_coarse(_Plane(self.coarse, self.years.index(year)), cells, wrap=self.grid.wraps)
 
 
 @dataclass(frozen=True)
 class _Plane:
-    """One step of the first dimension of an array, read when it is cut."""
+    """One step of the first dimension of an array, read when it is indexed."""
 
     array: Any
     index: int
@@ -144,8 +156,8 @@ def predict(
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Predict the class probabilities of a window, year by year.
 
-    The result does not depend on how the globe is cut into windows: the window is read with the halo of the network and
-    its origin lies on the network's stride.
+    The result does not depend on how the globe is cut into windows: a window is read with the network's halo, and its origin
+    lies on the network's stride.
 
     Parameters
     ----------
@@ -156,7 +168,7 @@ def predict(
     window
         Fine cells; row, column, height and width must be multiples of the stride.
     spec
-        Of the model.
+        The model's inputs and their normalisation.
     reference
         Year of the reference map; None to predict without one.
     years
@@ -168,6 +180,11 @@ def predict(
     ------
     year, probabilities
         Float32 ``(class, rows, columns)``.
+
+    Raises
+    ------
+    ValueError
+        If the window is off the stride.
     """
     if any(v % forward.stride for v in (window.row, window.col, window.height, window.width)):
         raise ValueError(f"window {window} is off the network's stride of {forward.stride} cells; use whole shards")

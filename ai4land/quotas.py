@@ -1,7 +1,7 @@
-"""Whole-number quotas: how many cells of each class a coarse cell is to have.
+"""Whole-number quotas: how many cells of each class a coarse cell must have.
 
-Shares of a scenario become whole cells by largest remainder (:func:`level_quotas`), or their change is put on top of what a
-map holds (:func:`class_quotas`). Either way the quotas of a coarse cell sum to its mapped cells.
+Shares become whole cells by largest remainder (:func:`level_quotas`), or their change is added to the cells of a map
+(:func:`class_quotas`). Either way the quotas of a coarse cell sum to its mapped cells.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from ai4land.errors import DataError
 
 
 def integer_quotas(counts: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Round along the first axis by largest remainder, so that the sums stay.
+    """Round along the first axis by largest remainder, which preserves the sums.
 
-    Every number is rounded down, then the numbers with the largest remainders get one more each until the sum is that of
-    ``counts``, rounded (Hamilton's method of apportionment). Of equal remainders the first comes first.
+    Every number is rounded down; then those with the largest remainders get one more each until the sum is that of ``counts``,
+    rounded (Hamilton's method of apportionment). Of equal remainders the first wins.
 
     Parameters
     ----------
@@ -45,22 +45,22 @@ def integer_quotas(counts: NDArray[np.floating]) -> NDArray[np.int64]:
 
 
 def add_change(held: NDArray[np.floating], change: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Put a change of class amounts on top of what a map holds; the sum over the classes stays.
+    """Add a change to the class amounts of a map, preserving their sum.
 
-    A class gives up at most what it holds. Where the classes cannot give up as much as the others are to gain, or the other
-    way round, the larger side is cut down in proportion; a class that does not change keeps its amount.
+    A class loses at most what it has. Where total loss and total gain differ, the larger is reduced to the smaller, in
+    proportion over its classes. A class with no change keeps its amount.
 
     Parameters
     ----------
     held
         Amounts of the classes, such as shares or cells, ``(class, ...)``.
     change
-        Change of the amounts, same shape. With a NaN in any class nothing is known.
+        Change of the amounts, same shape. A NaN in any class makes all classes unknown.
 
     Returns
     -------
     numpy.ndarray
-        Amounts with the sum of ``held``, NaN where unknown.
+        Amounts with the sum of ``held``; NaN where unknown.
 
     >>> add_change(np.array([0.2, 0.7, 0.1]), np.array([-0.3, 0.2, 0.1])).round(3).tolist()
     [0.0, 0.833, 0.167]
@@ -78,22 +78,20 @@ def add_change(held: NDArray[np.floating], change: NDArray[np.floating]) -> NDAr
 def class_quotas(counts: NDArray[np.int64], *, wanted: NDArray[np.floating], start: NDArray[np.floating]) -> NDArray[np.int64]:
     """Apply the scenario's change to the number of cells of each class.
 
-    A class gives up at most the cells that it has. Where the classes cannot give up as much as the others are to gain, or
-    the other way round, the larger side is cut down proportionally; a class whose share the scenario does not change
-    keeps its cells.
+    The change is added as by :func:`add_change`: a class whose share the scenario does not change keeps its cells.
 
     Parameters
     ----------
     counts
         Cells of each class in each coarse cell of the reference map, ``(class, ...)``.
     wanted, start
-        Shares of each class that the scenario has, and had in the year of the reference map, ``(class, ...)``. No change
-        where either has a NaN.
+        Class shares in the scenario, now and in the year of the reference map, ``(class, ...)``. A NaN in either means no
+        change.
 
     Returns
     -------
     numpy.ndarray
-        Cells of each class to have, same shape and same sums as ``counts``.
+        Quotas, with the shape and the sums of ``counts``.
     """
     change = (wanted.astype(np.float64) - start.astype(np.float64)) * counts.sum(axis=0)
     change = np.where(np.isfinite(change).all(axis=0), change, 0.0)
@@ -101,19 +99,19 @@ def class_quotas(counts: NDArray[np.int64], *, wanted: NDArray[np.floating], sta
 
 
 def level_quotas(shares: NDArray[np.floating], mapped: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Turn shares into whole cells that sum to the mapped ones.
+    """Turn shares into numbers of cells that sum to the mapped cells.
 
     Parameters
     ----------
     shares
-        Of each class in the mapped part of a coarse cell, ``(class, ...)``, with the sum 1.
+        Class shares of the mapped part of each coarse cell, ``(class, ...)``; they sum to 1.
     mapped
         Mapped cells of each coarse cell, ``(...)``.
 
     Returns
     -------
     numpy.ndarray
-        Same shape as ``shares``; -1 for all classes of a coarse cell with a NaN: no quota.
+        Quotas with the shape of ``shares``; -1 for every class of a coarse cell with a NaN, which has no quota.
 
     >>> level_quotas(np.array([[0.52, np.nan], [0.48, 1.0]]), np.array([10, 10])).tolist()
     [[5, -1], [5, -1]]
@@ -129,7 +127,7 @@ def level_quotas(shares: NDArray[np.floating], mapped: NDArray[np.integer]) -> N
 
 
 def fit_quotas(want: NDArray[np.int64], size: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Cut quotas that locked cells leave negative to 0, and the others in proportion, so that the sums stay."""
+    """Raise quotas ``(coarse cell, class)`` that locked cells made negative to 0, and scale the others to the sum ``size``."""
     least = np.maximum(want, 0)
     if (least == want).all():
         return least

@@ -2,8 +2,9 @@
 
 A block is a shard over the years on one side of the reference year. Its task reads the static maps and the reference map
 once, with a halo that covers the network's receptive radius (wrapped at the dateline; no data beyond the poles and the
-region), walks the years outward (:mod:`ai4land.walk`), writes each shard of years and enters it into the ledger, and returns a receipt. Blocks do not depend on each other: a run that was killed is run again, walks the unfinished blocks anew and
-writes what the ledger lacks.
+region), walks the years outward (:mod:`ai4land.walk`), writes each shard of years, records it in the ledger and returns a
+receipt. Blocks do not depend on each other: after a crash, run again; unfinished blocks are walked again and only what the
+ledger lacks is written.
 """
 
 from __future__ import annotations
@@ -42,18 +43,23 @@ _GOLDEN = 0.6180339887498949
 
 
 def quantise(probabilities: NDArray[np.float32], *, scale: int = FRACTION_SCALE) -> NDArray[np.uint16]:
-    """Turn probabilities into whole numbers of 1/``scale`` that sum to exactly ``scale`` in every cell.
+    """Round probabilities to multiples of 1/``scale`` that sum to exactly 1 in every cell.
 
-    The running sum over the classes plus an offset of the cell is rounded down and differenced, so that each class is off by
-    less than one unit and a class of probability 0 stays 0. The offsets fill 0..1 evenly from cell to cell (multiples of the
-    golden ratio), so that the errors of many cells cancel, also where a class has a small part of a unit everywhere.
+    The running sum over the classes plus an offset of the cell is rounded down and differenced. So the error of a class is
+    below one unit, and a class of probability 0 stays 0. The offsets (multiples of the golden ratio, modulo 1) fill 0..1 evenly
+    over neighbouring cells, so that errors average out even for a class that has a fraction of a unit everywhere.
 
     Parameters
     ----------
     probabilities
         ``(class, rows, columns)``, summing to 1.
     scale
-        Units of 1.
+        Units in 1.
+
+    Returns
+    -------
+    numpy.ndarray
+        Whole numbers of units, uint16 ``(class, rows, columns)``.
 
     >>> quantise(np.full((3, 1, 2), 1 / 3, np.float32), scale=250)[:, 0].tolist()
     [[83, 83], [83, 84], [84, 83]]
@@ -73,12 +79,31 @@ def quantise(probabilities: NDArray[np.float32], *, scale: int = FRACTION_SCALE)
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the tasks of a reconstruction share: paths and plain values, so that a task is small.
+class BlockSettings:
+    """What all blocks of a reconstruction share: paths and plain values, so that a task is small to send.
 
-    ``method``, ``keep`` and ``settle`` say how the totals are imposed (:mod:`ai4land.totals`, :mod:`ai4land.walk`),
-    ``weights`` whether they are of the area or of cells; ``token`` is that of the claim on the cube (:mod:`ai4land.claim`); cells of the class codes ``lock``, and those where the static map
-    ``protected`` is above 0.5, keep the class of the reference map.
+    Attributes
+    ----------
+    store, cube, model
+        Paths or URLs of the analysis-ready store, the cube and the model's folder.
+    checksum
+        Checksum of the model's weights.
+    reference
+        Year of the reference map; None without one.
+    threads
+        Threads of PyTorch in a task.
+    crosswalk
+        From the scenario's states to the classes.
+    precision
+        Of the network.
+    method, keep, settle
+        How the totals are imposed; see :mod:`ai4land.totals` and :mod:`ai4land.walk`.
+    weights
+        Whether the scenario's shares are of the area or of the number of cells.
+    lock, protected
+        Class codes whose cells keep the class of the reference map, and the static map that protects cells where it exceeds 0.5.
+    token
+        Of the claim on the cube (:mod:`ai4land.claim`).
     """
 
     store: str
@@ -98,47 +123,52 @@ class Job:
     token: str | None = None
 
 
-def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
+def reconstruct_block(block: Block, settings: BlockSettings) -> dict[str, Any]:
     """Predict and write one block, year by year outward from the reference map; the task of a worker.
 
     Returns
     -------
     dict
-        A receipt: row and column of the shard, years, and mapped cells.
+        A receipt: ``row`` and ``col`` of the shard, ``years``, and the number of mapped ``cells``.
+
+    Raises
+    ------
+    DataError
+        If the store lacks a year of the scenario.
     """
-    torch.set_num_threads(job.threads)
-    forward, card = ready(job.model, job.checksum, job.precision)
-    source, w = Source(job.store), block.window
-    data = read_window_data(source, w, reference=job.reference, stride=forward.stride, halo=forward.halo)
+    torch.set_num_threads(settings.threads)
+    forward, card = ready(settings.model, settings.checksum, settings.precision)
+    source, w = Source(settings.store), block.window
+    data = read_window_data(source, w, reference=settings.reference, stride=forward.stride, halo=forward.halo)
     receipt = {"row": w.row, "col": w.col, "years": list(block.years), "cells": int(data.mask.sum())}
     # Another task may have done some of this block before it or its worker failed.
-    done = ledger.years_of(job.cube, row=w.row, col=w.col)
+    done = ledger.years_of(settings.cube, row=w.row, col=w.col)
     remaining = [year for year in block.years if year not in done]
     if not remaining:
         return receipt
     lacking = sorted(set(remaining) - set(source.years))
     if lacking:
-        raise DataError(f"store {job.store} lacks the scenario of {lacking}; align anew with these years")
-    parts = sides(remaining, job.reference)
+        raise DataError(f"store {settings.store} lacks the scenario of {lacking}; align anew with these years")
+    parts = sides(remaining, settings.reference)
     walks = parts
-    if job.reference is not None and job.method != "none":
-        walks = [years_between(source.years, job.reference, side[-1]) for side in parts]
-    totals = None if job.method == "none" else totals_of(source, data, job)
-    locked = _locked(source, data, job)
+    if settings.reference is not None and settings.method != "none":
+        walks = [years_between(source.years, settings.reference, side[-1]) for side in parts]
+    totals = None if settings.method == "none" else totals_of(source, data, settings)
+    locked = _locked(source, data, settings)
     predictions = _placed(
         predict(
             forward,
             source,
             data.part,
             spec=card.spec,
-            reference=job.reference,
+            reference=settings.reference,
             years=chain.from_iterable(walks),
             around=data.around,
         ),
         data.part,
         w,
     )
-    writer = Writer(job.cube, w, token=job.token)
+    writer = Writer(settings.cube, w, token=settings.token)
     for side, walked in zip(parts, walks, strict=True):
         steps = walk(
             islice(predictions, len(walked)),
@@ -146,11 +176,11 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
             factor=source.grid.factor,
             totals=totals,
             reference=data.reference,
-            reference_year=job.reference,
+            reference_year=settings.reference,
             locked=locked,
-            keep=job.keep,
-            settle=job.settle,
-            areas=data.areas if job.weights == "area" else None,
+            keep=settings.keep,
+            settle=settings.settle,
+            areas=data.areas if settings.weights == "area" else None,
         )
         for year, made in steps:
             if year in side:
@@ -159,7 +189,7 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
 
 
 def sides(years: Iterable[int], reference: int | None) -> list[list[int]]:
-    """Part years at the reference year, each side in the order of walking away from it.
+    """Split years at the reference year; each side is in the order of walking away from it.
 
     >>> sides(range(2000, 2006), 2003), sides([2004, 2005], 2003)
     ([[2003, 2004, 2005], [2002, 2001, 2000]], [[2004, 2005]])
@@ -173,7 +203,7 @@ def sides(years: Iterable[int], reference: int | None) -> list[list[int]]:
 def _placed(
     predictions: Iterable[tuple[int, NDArray[np.float32]]], part: Window, window: Window
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Put the probabilities of a part into the whole window; elsewhere all classes are alike."""
+    """Place the probabilities of a part in its window; elsewhere all classes are equally likely."""
     for year, p in predictions:
         if part == window:
             yield year, p
@@ -193,40 +223,40 @@ def years_between(years: Iterable[int], reference: int, last: int) -> list[int]:
     return sorted((y for y in years if low <= y <= high), key=lambda y: abs(y - reference))
 
 
-def totals_of(source: Source, data: WindowData, job: Job) -> Totals:
+def totals_of(source: Source, data: WindowData, settings: BlockSettings) -> Totals:
     """Make the totals of a window of whole coarse cells."""
     f, w = source.grid.factor, data.window
     cells = Window(w.row // f, w.col // f, w.height // f, w.width // f)
     return Totals(
         lambda year: source.states_of(year, cells),
         names=source.states,
-        crosswalk=job.crosswalk,
+        crosswalk=settings.crosswalk,
         mapped=data.mask,
         factor=f,
-        areas=data.areas if job.weights == "area" else None,
+        areas=data.areas if settings.weights == "area" else None,
         reference=data.reference,
         reference_year=data.reference_year,
-        level=job.method == "level",
+        level=settings.method == "level",
     )
 
 
-def _locked(source: Source, data: WindowData, job: Job) -> NDArray[np.bool_] | None:
-    """Cells that keep their class; None if there are none."""
-    if data.reference is None or (not job.lock and job.protected is None):
+def _locked(source: Source, data: WindowData, settings: BlockSettings) -> NDArray[np.bool_] | None:
+    """Cells that keep their class; None if no setting asks for any."""
+    if data.reference is None or (not settings.lock and settings.protected is None):
         return None
-    held = np.isin(data.reference, [source.legend.codes.tolist().index(c) for c in job.lock])
-    if job.protected is not None:
-        layer = source.static[(source.features.index(job.protected), *data.window.slices)]
+    held = np.isin(data.reference, [source.legend.codes.tolist().index(c) for c in settings.lock])
+    if settings.protected is not None:
+        layer = source.static[(source.features.index(settings.protected), *data.window.slices)]
         held |= np.nan_to_num(np.asarray(layer)) > 0.5
     return held
 
 
 def _stored(made: Published, mask: NDArray[np.bool_], legend: Legend) -> dict[str, NDArray[Any]]:
-    """Numbers as the cube stores them, one year."""
+    """Encode one year as the cube stores it."""
 
     def share(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        there = mask & np.isfinite(values)
-        return np.where(there, np.rint(np.where(there, values, 0) * SCALE), EMPTY).astype(np.uint8)
+        known = mask & np.isfinite(values)
+        return np.where(known, np.rint(np.where(known, values, 0) * SCALE), EMPTY).astype(np.uint8)
 
     def codes(index: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return np.where(mask, legend.decode(index), legend.fill.code).astype(np.uint8)
@@ -243,7 +273,7 @@ def _stored(made: Published, mask: NDArray[np.bool_], legend: Legend) -> dict[st
 
 
 def notes_on(made: Published, window: Window, factor: int) -> dict[str, Any]:
-    """Note for the ledger how far a year is from its totals, and every coarse cell where locks contradict them."""
+    """Describe for the ledger how far a year is from its totals, and list the coarse cells whose locks contradict them."""
     k, row, col = np.nonzero(made.unmet)
     place = zip((row + window.row // factor).tolist(), (col + window.col // factor).tolist(), k.tolist(), strict=True)
     unmet = [[*p, int(v)] for p, v in zip(place, made.unmet[k, row, col], strict=True)]
@@ -258,20 +288,21 @@ def plan_blocks(
     done: Iterable[tuple[int, int, int]] = (),
     years_a_shard: int = YEARS_A_SHARD,
 ) -> list[Block]:
-    """List the blocks to compute: shards with cells to map, on either side of the reference year, without what is done.
+    """List the blocks to compute, the longest first: shards with cells to map, one block a side of the reference year.
 
-    A block has whole shards of years. Those that have years of both sides are done by the block that has fewer years to walk for them.
+    A block holds whole shards of years, without those that are finished. A shard with years of both sides belongs to the side
+    of most of its years.
 
     Parameters
     ----------
     path
-        Of the analysis-ready store.
+        Path of the analysis-ready store.
     years
-        To map: all of the cube.
+        All years of the cube.
     reference
         Year of the reference map; None without one.
     done
-        Finished (row, column, year).
+        Row and column of the shard, and year, of everything finished.
     years_a_shard
         Years in a shard of the cube.
     """
@@ -279,14 +310,14 @@ def plan_blocks(
     blocks = []
     for groups in sides_of(years, reference=reference, years_a_shard=years_a_shard):
         for w in land_of(source):
-            left = tuple(y for g in groups if any((w.row, w.col, y) not in finished for y in g) for y in g)
-            if left:
-                blocks.append(Block(w, left))
+            missing = tuple(y for g in groups if any((w.row, w.col, y) not in finished for y in g) for y in g)
+            if missing:
+                blocks.append(Block(w, missing))
     return sorted(blocks, key=lambda b: -len(b.years))
 
 
 def sides_of(years: Iterable[int], *, reference: int | None, years_a_shard: int) -> list[list[tuple[int, ...]]]:
-    """Part the shards of years by the side of the reference year that most of their years are on: what is one block of a shard each.
+    """Group the shards of years by the side of the reference year that holds most of their years: one block of each shard.
 
     >>> sides_of(range(2000, 2006), reference=2003, years_a_shard=2)
     [[(2004, 2005)], [(2000, 2001), (2002, 2003)]]
@@ -301,49 +332,51 @@ def land_of(source: Source) -> list[Window]:
     return [w for w in source.grid.shards() if np.asarray(source.mask[w.slices]).any()]
 
 
-def _task(part: NDArray[np.object_], job: Job) -> NDArray[np.object_]:
-    """Do the one block of a chunk of the plan; its receipt takes its place."""
+def _task(part: NDArray[np.object_], settings: BlockSettings) -> NDArray[np.object_]:
+    """Compute the one block in a chunk of the plan and return its receipt."""
     receipt = np.empty(1, dtype=object)
     try:
-        receipt[0] = reconstruct_block(part[0], job)
-    except (StoreError, MismatchError) as error:  # which no other try would mend: not raised, so that Dask makes none
+        receipt[0] = reconstruct_block(part[0], settings)
+    except (StoreError, MismatchError) as error:  # returned, not raised: a retry by Dask could not help
         receipt[0] = error
     return receipt
 
 
 def run_blocks(
-    blocks: list[Block], job: Job, *, client: Client, progress: Callable[[dict[str, Any]], None] | None = None
+    blocks: list[Block], settings: BlockSettings, *, client: Client, progress: Callable[[dict[str, Any]], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Compute blocks on a Dask cluster by ``map_blocks`` over the plan; receipts are gathered as they come.
+    """Compute blocks on a Dask cluster by ``map_blocks`` over the plan, and gather their receipts as they arrive.
 
-    A task gets its block and the job, some hundred bytes, and reads what it needs itself. A block that fails is tried three
+    A task receives its block and the settings, some hundred bytes, and reads the rest itself. A block that fails is tried three
     times, whether it raises or its worker dies.
 
     Raises
     ------
     DataError
-        If blocks failed; the others are finished first, and a further run does only what is missing.
+        If blocks failed. The others are finished first, and running again does only what is missing.
     StoreError, MismatchError
-        If the cube cannot be written, or is another run's by now; the others are not begun.
+        If the cube cannot be written or belongs to another run by now; the remaining blocks are cancelled.
     WorkerError
-        If workers die so that no block is ever done.
+        If workers keep dying and no block is finished.
     """
     if not blocks:
         return []
-    # One chunk a block, so that a task carries its own block and not the whole plan.
+    # One block a chunk, so that a task carries its own block and not the whole plan.
     plan = np.empty(len(blocks), dtype=object)
     plan[:] = blocks
-    receipts = da.map_blocks(_task, da.from_array(plan, chunks=1), dtype=object, meta=np.empty(0, dtype=object), job=job)
+    receipts = da.map_blocks(
+        _task, da.from_array(plan, chunks=1), dtype=object, meta=np.empty(0, dtype=object), settings=settings
+    )
     futures = client.compute(list(receipts.to_delayed()), retries=TRIES - 1)
 
-    def again(block: Block) -> Future[Any]:
+    def retry(block: Block) -> Future[Any]:
         part = np.empty(1, dtype=object)
         part[0] = block
-        return client.submit(_task, part, job, retries=TRIES - 1, priority=1, pure=False)
+        return client.submit(_task, part, settings, retries=TRIES - 1, priority=1, pure=False)
 
     done: list[dict[str, Any]] = []
     failed: list[str] = []
-    for block, outcome in outcomes(dict(zip(futures, blocks, strict=True)), again, client=client):
+    for block, outcome in outcomes(dict(zip(futures, blocks, strict=True)), retry, client=client):
         if isinstance(outcome, BaseException):
             failed.append(f"{block}: {outcome!r}")
             continue
@@ -355,7 +388,7 @@ def run_blocks(
             progress(outcome[0])
     if failed:
         raise DataError(
-            f"{len(failed)} of {len(plan)} blocks failed, the rest is done; mend the cause and run again:\n  "
+            f"{len(failed)} of {len(plan)} blocks failed, the rest is done; fix the cause and run again:\n  "
             + "\n  ".join(failed[:10])
         )
     return done

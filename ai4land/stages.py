@@ -26,7 +26,7 @@ from ai4land.errors import ConfigError, DataError
 from ai4land.forward import Precision, precision_of
 from ai4land.inputs import Tell, crosswalk_of, cubes_of, identity_of, legend_of
 from ai4land.predict import Source
-from ai4land.reconstruct import Job, land_of, plan_blocks, run_blocks
+from ai4land.reconstruct import BlockSettings, land_of, plan_blocks, run_blocks
 from ai4land.runfile import load_run
 from ai4land.stores import Place, folder_of
 from ai4land.totals import STATEMENTS, Method
@@ -69,7 +69,7 @@ def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callab
     r = run.reconstruct
     cores = cores_of_worker(r.cores) if run.cluster == "slurm" and r.threads is None else r.cores
     precision = precision_of(card) if r.precision == "auto" else r.precision
-    work: list[tuple[Place, list[cube.Block], Job]] = []
+    work: list[tuple[Place, list[cube.Block], BlockSettings]] = []
     for name, (path, reference, years) in cubes_of(run).items():
         token = claims.enter_context(claim(path, tell=tell))
         identity = {
@@ -216,10 +216,10 @@ def job_of(
     checksum: str = "",
     threads: int = 1,
     precision: Precision = "float32",
-) -> Job:
+) -> BlockSettings:
     """Put together what the tasks of a reconstruction share."""
     c = run.constrain
-    return Job(
+    return BlockSettings(
         store=str(run.folder / "store.zarr"),
         cube=str(cube_path),
         model=str(run.folder),

@@ -1,11 +1,11 @@
-"""What the scenario says that a map should add up to in each coarse cell.
+"""Class totals that a map must have in each coarse cell, according to the scenario.
 
-Scenario and map often define a class differently. Then the scenario's level says little, but its change counts: by default
-the change of the class shares since the year of the reference map is put on top of what the reference map holds. Where both
-define the classes alike this is the scenario itself. The other way is to take the scenario's level as it is.
+Scenario and map often define a class differently, so that the scenario's level means little while its change is informative.
+By default the change of the class shares since the year of the reference map is added to the shares of the reference map;
+where both define the classes alike this equals the scenario. The alternative is the scenario's level as it is.
 
-LUH2 gives shares of the whole cell, sea included, and a map need not map the sea. A change is therefore scaled from the
-scenario's land to the land that is mapped, and of a level the part that is not mapped is taken to be water first.
+LUH2 gives shares of the whole cell including the sea, which a map need not cover. A change is therefore scaled from the
+scenario's land to the mapped land. From a level, the unmapped part of the cell is subtracted as water first.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ STATEMENTS: dict[Method, str] = {
     "level": "adds up in each coarse cell to the scenario's class shares",
     "none": "the scenario's totals are not imposed",
 }
-"""What is said of the totals in a cube's metadata."""
+"""How the metadata of a cube describe its totals."""
 _LEAST_LAND = 0.01
-"""Share of land below which the scenario's change in a coarse cell is not scaled up any further."""
+"""Least share of land by which the scenario's change in a coarse cell is divided."""
 
 
 class Totals:
-    """Class totals of a window of whole coarse cells, year by year.
+    """Class totals of a window of whole coarse cells, for any year.
 
     Parameters
     ----------
     states
-        Reads the scenario's states of a year in the window, ``(state, coarse rows, coarse columns)``, NaN for none.
+        Reads the scenario's states of a year, ``(state, coarse rows, coarse columns)``, NaN without data.
     names, crosswalk
-        Names of the states, and weights from them to the classes.
+        Names of the states, and their weights for the classes.
     mapped
         Cells that are mapped, ``(rows, columns)``.
     factor
         Fine cells along one side of a coarse cell.
     areas
-        Area of a cell of each row, ``(rows,)``, if the scenario's shares are of the area; None: of the number of cells.
+        Area of a cell of each row, ``(rows,)``, if the scenario's shares are of the area; None if of the number of cells.
     reference, reference_year
-        Class indices of the reference map, ``(rows, columns)``, and its year; None without one: then the level counts.
+        Class indices of the reference map, ``(rows, columns)``, and its year; None: the scenario's level is used.
     level
-        Take the scenario's level even with a reference map.
+        Use the scenario's level even with a reference map.
 
     Attributes
     ----------
@@ -61,10 +61,10 @@ class Totals:
     coverage
         Share of each coarse cell that is mapped, same shape.
     reference_shares
-        Class shares of the mapped part in the reference map, by the scenario's weights (False) and by cells (True); empty
-        without a reference map.
+        Class shares of the mapped part in the reference map, weighted as in the scenario (key False) and by number of cells
+        (key True); empty without a reference map.
     start
-        Shares that the scenario gives in its year.
+        The scenario's shares in the year of the reference map; only with one.
     """
 
     def __init__(
@@ -101,20 +101,20 @@ class Totals:
             self.start = self.scenario(reference_year)
 
     def scenario(self, year: int) -> Shares:
-        """Shares of the coarse cell that the scenario gives, ``(class, coarse rows, coarse columns)``; not to be changed."""
+        """Class shares of the coarse cells in the scenario, ``(class, coarse rows, coarse columns)``; do not modify them."""
         if self._last is None or self._last[0] != year:
             self._last = year, self._weights.to_classes(self._states(year))
         return self._last[1]
 
     def shares(self, year: int, *, by_cells: bool = False) -> Shares:
-        """Shares of the mapped part that a map should have, with the sum 1; NaN where the scenario says nothing.
+        """Class shares that the mapped part of each coarse cell must have; they sum to 1, NaN where the scenario has no data.
 
         Parameters
         ----------
         year
-            Of the map.
+            Year of the map.
         by_cells
-            In numbers of cells even if the scenario's shares are of the area.
+            Give shares of the number of cells even if the scenario's are of the area.
         """
         now = self.scenario(year)
         if self.level:
@@ -128,10 +128,10 @@ class Totals:
         return add_change(held, (now - self.start) * dry / land)
 
     def quotas(self, year: int) -> NDArray[np.int64]:
-        """Whole cells of each class ``(class, coarse rows, coarse columns)``; -1 where the scenario says nothing."""
+        """Number of cells of each class, ``(class, coarse rows, coarse columns)``; -1 where the scenario has no data."""
         return level_quotas(self.shares(year, by_cells=True), self.cells)
 
     @property
     def bias(self) -> Shares:
-        """How much more the reference map holds of each class than the scenario does in its year, as shares of the cell."""
+        """Class shares of the reference map less those of the scenario in its year."""
         return self.reference_shares[False] - self.start

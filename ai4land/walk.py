@@ -1,8 +1,8 @@
 """From probabilities to the published map, year by year outward from the reference map.
 
-Each year starts from the map of the year before. The probabilities are projected onto the scenario's totals, and cells
-change so that the whole-cell totals are met, with a preference for what was there, and not back to what they were a few
-years ago. Nothing depends on which of the years are kept: all years that the scenario has are walked.
+Each year starts from the map of the year before. The probabilities are projected onto the scenario's totals, then as many
+cells change class as the whole-cell totals ask for. Cells prefer to keep their class, and do not return to a class that they
+left a few years before. All years of the scenario are walked, so the result does not depend on which years are kept.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from ai4land.constrain import project
 from ai4land.legend import MISSING
 from ai4land.totals import Totals
 
-_RETURN = 30.0
-"""What going back to a class of the last few years costs, in units of the logarithm of the probability."""
+_RETURN_COST = 30.0
+"""Cost of returning to a class left a few years before, as a logarithm of probability."""
 _LEAST = 1e-12
+"""Least fraction whose logarithm is taken."""
 _NEVER = -10_000
-"""Year in which a cell left a class that it has not left."""
+"""Year of departure from a class that a cell has not left."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,15 @@ class Published:
     Attributes
     ----------
     land_cover, most_likely
-        Class indices ``(rows, columns)``: with the whole-cell totals imposed, and the class of the largest fraction of each
-        cell by itself; ``MISSING`` where not mapped.
+        Class indices ``(rows, columns)``: the map that meets the whole-cell totals, and the class with the largest fraction in
+        each cell; ``MISSING`` where not mapped.
     fractions
         Class fractions with the totals imposed, float32 ``(class, rows, columns)``.
     confidence, change_probability
-        Probability of the class in ``land_cover``, and that the class is not that of the reference map (None without one).
+        Probability of the class in ``land_cover``, and of any class but that of the reference map (None without one).
     unmet
-        Cells that each class has beyond its quota, ``(class, coarse rows, coarse columns)``: not 0 only where locks and
-        totals contradict each other.
+        Cells of each class less its quota, ``(class, coarse rows, coarse columns)``; not 0 only where locked cells contradict
+        the totals.
     residual
         Largest error of the fractions against the totals, as a share of the coarse cell, ``(coarse rows, coarse columns)``.
     """
@@ -72,23 +73,22 @@ def walk(
     Parameters
     ----------
     predictions
-        Year and probabilities ``(class, rows, columns)`` of whole coarse cells; with a reference map the years in order,
-        away from the reference year, none left out that the scenario has.
+        Year and probabilities ``(class, rows, columns)`` of whole coarse cells. With a reference map: every year of the
+        scenario, in order, away from the reference year.
     mapped
         Cells to map, ``(rows, columns)``.
     factor
         Fine cells along one side of a coarse cell.
     totals
-        What the maps should add up to; None: nothing is imposed.
+        What the maps add up to; None: nothing is imposed.
     reference, reference_year
-        Class indices of the reference map, ``MISSING`` where it has none, and its year. Without one each year stands
-        alone.
+        Class indices of the reference map, ``MISSING`` where it has none, and its year; None: each year is made by itself.
     locked
         Cells that keep the class of the reference map, ``(rows, columns)``.
     keep
-        Preference for the class of the year before, as a logarithm of odds; None: only the net change of each class.
+        Preference for the class of the year before, in log odds; None: only the net change of each class takes place.
     settle
-        Years for which a cell does not go back to a class that it has left, unless the totals leave no other way.
+        Years for which a cell does not return to a class that it left, unless the totals leave no other way.
     areas
         Area of a cell of each row if the totals are of the area.
 
@@ -98,7 +98,7 @@ def walk(
     """
     current = None if reference is None else np.where(mapped, reference, np.uint8(MISSING))
     fixed = None if locked is None or current is None else locked & mapped & (current != MISSING)
-    left: NDArray[np.int16] | None = None
+    left_in: NDArray[np.int16] | None = None  # year in which each cell last left each class
     multipliers: NDArray[np.float64] | None = None
     for year, raw in predictions:
         n = len(raw)
@@ -125,17 +125,17 @@ def walk(
                 land_cover = current
             else:
                 scores = np.log(np.maximum(fractions, _LEAST))
-                if left is not None:
-                    for score, gone in zip(scores, left, strict=True):
-                        score[np.abs(np.int16(year) - gone) <= settle] -= _RETURN
+                if left_in is not None:
+                    for score, year_left in zip(scores, left_in, strict=True):
+                        score[np.abs(np.int16(year) - year_left) <= settle] -= _RETURN_COST
                 quotas = totals.quotas(year)
                 got = allocate(scores, current=current, quotas=quotas, factor=factor, keep=keep, locked=fixed, mapped=mapped)
                 land_cover, unmet = got.land_cover, got.unmet
                 if current is not None:
-                    left = np.full(scores.shape, _NEVER, dtype=np.int16) if left is None else left
+                    left_in = np.full(scores.shape, _NEVER, dtype=np.int16) if left_in is None else left_in
                     rows, cols = np.nonzero((land_cover != current) & mapped)
-                    left[current[rows, cols], rows, cols] = year
-                    left[land_cover[rows, cols], rows, cols] = _NEVER
+                    left_in[current[rows, cols], rows, cols] = year
+                    left_in[land_cover[rows, cols], rows, cols] = _NEVER
                     current = land_cover
         chosen = np.where(mapped, land_cover, 0)[None].astype(np.intp)
         confidence = np.take_along_axis(fractions, chosen, axis=0)[0]

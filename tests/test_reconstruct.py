@@ -24,7 +24,7 @@ from ai4land.legend import MISSING
 from ai4land.normalise import fit_spec
 from ai4land.predict import Source, mapped_part, predict
 from ai4land.reconstruct import (
-    Job,
+    BlockSettings,
     _placed,
     land_of,
     plan_blocks,
@@ -82,9 +82,9 @@ def saved(tiny, folder, **kwargs) -> str:
     return save_model(folder, [model.state_dict()], card).weights
 
 
-def job_for(tiny, path, folder, checksum, **options) -> Job:
+def job_for(tiny, path, folder, checksum, **options) -> BlockSettings:
     crosswalk = load_crosswalk("identity", tiny.legend)
-    return Job(str(tiny.path), str(path), str(folder), checksum, 2001, 1, crosswalk, **{"weights": "cells", **options})
+    return BlockSettings(str(tiny.path), str(path), str(folder), checksum, 2001, 1, crosswalk, **{"weights": "cells", **options})
 
 
 def mapped(model, spec, source, size: int, *, reference, years=(2003,)):
