@@ -2,8 +2,4 @@
 
 from __future__ import annotations
 
-import xarray as xr
-
 __version__ = "0.1.0"
-
-xr.set_options(arithmetic_join="exact")

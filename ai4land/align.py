@@ -22,15 +22,14 @@ from distributed import Client
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
-from ai4land.contents import digest_of, joined
 from ai4land.crowd import each
+from ai4land.digests import combine_digests, digest_of
 from ai4land.errors import DataError, MismatchError
 from ai4land.gaps import fill_near
-from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, coarse_slices
+from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, chunk_side, coarse_slices
 from ai4land.legend import Legend
 from ai4land.materialise import Job, Layer, fill_rest, write_cover, write_static
 from ai4land.stores import beside, sweep
-from ai4land.template import chunk_side
 
 _log = logging.getLogger(__name__)
 SCENARIO_YEARS = 16
@@ -193,7 +192,7 @@ def _write_cover(
         if not count:
             raise DataError(f"map of {year} has no class on any mapped cell, expected land; look at the file")
         tell(f"land cover: {year}, a class on {count / mapped:.2%} of the mapped cells")
-    whole = [joined({w: of_shard[i] for w, of_shard in digests.items()}) for i in range(1 + len(maps))]
+    whole = [combine_digests({w: of_shard[i] for w, of_shard in digests.items()}) for i in range(1 + len(maps))]
     return {"mask": whole[0], "land_cover": {str(year): of_map for year, of_map in zip(maps, whole[1:], strict=True)}}
 
 
@@ -223,7 +222,7 @@ def _write_static(part: Path, grid: Grid, layers: Sequence[Layer], client: Clien
     jobs = [Job(w, stand_in[:, *coarse_slices(w, grid.factor)]) for w in sorted(later)]
     for job, found in _shards("static layers, gaps", partial(fill_rest, store=str(part), factor=grid.factor), jobs, client, tell):
         digests[job.window] = found
-    return joined(digests)
+    return combine_digests(digests)
 
 
 def _shards(

@@ -25,7 +25,7 @@ from distributed import Client, Security
 from distributed.core import rpc
 
 from ai4land.errors import ConfigError
-from ai4land.slurm import dashboard
+from ai4land.slurm import dashboard, private
 from ai4land.stores import write_atomically
 
 if TYPE_CHECKING:
@@ -146,8 +146,8 @@ def _task() -> tuple[int, str]:
 
 def _write(place: Path) -> None:
     """Leave certificates to the other tasks, and then the name of this node, by which they know that all is there."""
+    private(place.parent)
     shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
     place.mkdir(mode=0o700)
     made = Security.temporary()
     for key in _KEYS:

@@ -24,6 +24,7 @@ from ai4land.errors import ConfigError, DataError
 from ai4land.grid import FINE_DIMS, Grid, Window
 from ai4land.legend import MISSING, Legend
 from ai4land.regrid import cell_edges, sphere_areas
+from ai4land.years import whole_year
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def open_change(
     """
     if not grid.geographic:
         raise ConfigError(f"grid is in {grid.fine.crs}, expected degrees; files of change are in degrees")
-    years = sorted(int(y) for y in paths)
+    years = sorted(whole_year(y) for y in paths)
     if years != list(range(base_year + 1, base_year + 1 + len(years))) or not years:
         raise DataError(f"changes are for the years {years}, expected every year from {base_year + 1}; give the files that lack")
     read = {year: _read(Path(paths[year]), legend) for year in years}

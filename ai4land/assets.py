@@ -28,9 +28,9 @@ from rasterio.errors import RasterioError
 from ai4land.catalog import find_items, meets, split_bbox
 from ai4land.errors import ConfigError, DataError
 from ai4land.filecheck import check_blocks, check_file
-from ai4land.grid import FINE_DIMS, Grid, Window, edges
+from ai4land.grid import FINE_DIMS, Bounds, Grid, Window, edges
 from ai4land.hrefs import local_path
-from ai4land.lattice import Bounds, check_cells, check_lattice, check_longitudes, crs_of, same_crs, transform_bounds
+from ai4land.lattice import check_cells, check_lattice, check_longitudes, crs_of, same_crs, transform_bounds
 from ai4land.raster import Resampling
 from ai4land.rasterfile import reading
 

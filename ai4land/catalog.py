@@ -20,8 +20,8 @@ from pystac_client.exceptions import APIError
 from pystac_client.warnings import FallbackToPystac
 
 from ai4land.errors import ConfigError, DataError
+from ai4land.grid import Bounds
 from ai4land.hrefs import Beyond, CatalogIO, Reach, local_path
-from ai4land.lattice import Bounds
 
 _log = logging.getLogger(__name__)
 

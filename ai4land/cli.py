@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import ai4land
-from ai4land.config import RunConfig
+from ai4land.config import RunConfig, plain_path
 from ai4land.errors import AI4LandError, ConfigError, DataError, Unfinished
 from ai4land.runfile import load_run
 from ai4land.stores import Place
@@ -49,6 +49,14 @@ SCORES = {
     "allocation_disagreement": "allocation disagreement",
     "coarse_error": "error against coarse totals",
 }
+
+
+def _folder(value: str) -> Path:
+    """Read the folder of an option; a ``file://`` URL is one too."""
+    path = plain_path(value)
+    if "://" in path:
+        raise ConfigError(f"folder is {value!r}, expected one on this machine; give its path")
+    return Path(path)
 
 
 def _tell(line: str) -> None:
@@ -295,7 +303,7 @@ def commit(
 @app.command()
 def fetch(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Inputs, or with --catalog its collections.")],
-    to: Annotated[Path, typer.Option(help="Folder of the mirror.")] = Path("inputs"),
+    to: Annotated[Path, typer.Option(parser=_folder, help="Folder of the mirror.")] = Path("inputs"),
     years: Annotated[str | None, typer.Option(help="Years, e.g. 1992-1999.")] = None,
     bbox: Annotated[str | None, typer.Option(metavar="W,S,E,N", help="Box in degrees; W > E crosses the dateline.")] = None,
     catalog: Annotated[
@@ -325,7 +333,9 @@ def serve(
     cube: Annotated[str, typer.Argument(metavar="CUBE", help="Folder of a cube, or its address (http, s3 ...).")],
     port: Annotated[int, typer.Option(help="where to listen; 0 takes a free port")] = 0,
     host: Annotated[str, typer.Option(help="who can reach it: 0.0.0.0 means everybody")] = "127.0.0.1",
-    catalog: Annotated[Path | None, typer.Option(help="folder of its STAC catalogue (default: stac beside the cube)")] = None,
+    catalog: Annotated[
+        Path | None, typer.Option(parser=_folder, help="folder of its STAC catalogue (default: stac beside the cube)")
+    ] = None,
     cors: Annotated[bool, typer.Option("--cors", help="let web pages of other sites read it in a visitor's browser")] = False,
 ) -> None:
     """Show a cube in the browser: a map of every year, and its files and catalogue over HTTP.

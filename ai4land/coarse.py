@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import netCDF4
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
@@ -22,6 +20,7 @@ from ai4land.errors import DataError
 from ai4land.grid import COARSE_DIMS, Grid
 from ai4land.rasterfile import open_dataset
 from ai4land.regrid import Footprint
+from ai4land.years import years_in
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +31,6 @@ HUGE = 1e19
 LOW, HIGH = -1e-4, 1 + 1e-3
 """Shares of one state, and their sum from above, may leave 0..1 so far by rounding."""
 SUM_TOLERANCE = 2e-3
-_YEARS_SINCE = re.compile(r"^\s*(?:common_)?years?\s+since\s+(-?\d+)(?:-(\d+)(?:-(\d+))?)?", re.IGNORECASE)
 
 
 def open_source(path: str | Path) -> xr.Dataset:
@@ -48,52 +46,6 @@ def open_source(path: str | Path) -> xr.Dataset:
     return xr.decode_cf(open_dataset(path), decode_times=False)
 
 
-def years_in(time: xr.DataArray, *, source: str | Path, units: str | None = None) -> NDArray[np.int64]:
-    """Calendar year of every time step, shape ``(time,)``.
-
-    Parameters
-    ----------
-    time
-        Undecoded time coordinate.
-    source
-        Name of the source for messages.
-    units
-        CF time units to use in place of those in the file: "years since …" or "common_years since …" (a year a unit,
-        whatever the calendar), "days since …" and all else that cftime knows.
-
-    Raises
-    ------
-    DataError
-        If units are lacking or unknown, or two steps fall in one year.
-    """
-    text = str(units or time.attrs.get("units", "")).strip()
-    values = np.asarray(time.values)
-    if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
-        raise DataError(f"time of {source} holds {values.dtype} values or gaps, expected numbers; repair the file")
-    since = _YEARS_SINCE.match(text)
-    if since:
-        month, day = int(since[2] or 1), int(since[3] or 1)
-        years = int(since[1]) + np.floor(values + ((month - 1) * 30.4375 + day - 1) / 365.25 + 1e-6).astype(np.int64)
-    elif not text:
-        raise DataError(
-            f"time of {source} is without units ({values.flat[0]:g} … {values.flat[-1]:g}), expected CF units; "
-            'give time_units, for example "days since 1850-01-01"'
-        )
-    else:
-        try:
-            dates = netCDF4.num2date(values, text, str(time.attrs.get("calendar", "standard")), only_use_cftime_datetimes=True)
-        except (ValueError, OverflowError) as error:
-            raise DataError(
-                f'time units of {source} are {text!r} ({error}), expected "years since …" or "days since …"; give time_units'
-            ) from error
-        years = np.array([date.year for date in np.atleast_1d(np.asarray(dates))], dtype=np.int64)
-    if np.unique(years).size != years.size:
-        raise DataError(
-            f"{source} holds {years.size} time steps in {np.unique(years).size} years, expected one a year; average it first"
-        )
-    return years
-
-
 def held_years(paths: Iterable[str | Path], *, dim: str, units: str | None = None) -> set[int]:
     """Years that files hold along ``dim``, with ``units`` in place of theirs; plain numbers are calendar years.
 
@@ -107,23 +59,6 @@ def held_years(paths: Iterable[str | Path], *, dim: str, units: str | None = Non
                 text = units or (None if "units" in time.attrs else "years since 0-01-01")
                 held |= set(years_in(time, source=path, units=text).tolist())
     return held
-
-
-def pick_years(held: Iterable[int], wanted: Iterable[int] | None, *, source: str | Path) -> list[int]:
-    """Sort the wanted years, all of them if None, and check that they are held.
-
-    >>> pick_years([2016, 2015], None, source="states.nc")
-    [2015, 2016]
-    """
-    there = sorted({int(y) for y in held})
-    years = there if wanted is None else sorted({int(y) for y in wanted})
-    lacking = sorted(set(years) - set(there))
-    if lacking or not years:
-        gaps = "" if there[-1] - there[0] + 1 == len(there) else f" with gaps ({len(there)} years)"
-        raise DataError(
-            f"years are {lacking}, expected years of {source}, which holds {there[0]}..{there[-1]}{gaps}; choose other years"
-        )
-    return years
 
 
 def to_shares(
@@ -207,11 +142,11 @@ def check_sums(
     cut: Footprint,
     source: str | Path,
     tolerance: float = SUM_TOLERANCE,
-    above: bool = False,
+    above: NDArray[np.bool_] | bool = False,
 ) -> None:
-    """Check that sums ``(year, lat, lon)`` are ``want``, or not ``above`` it; the error names the worst cell."""
+    """Check that sums ``(year, lat, lon)`` are ``want``, or, where ``above``, not more; the error names the worst cell."""
     off = total - want
-    worst = np.nan_to_num(off if above else np.abs(off), nan=-np.inf)
+    worst = np.nan_to_num(np.where(above, off, np.abs(off)), nan=-np.inf)
     y, i, j = (int(n) for n in np.unravel_index(int(worst.argmax()), worst.shape))
     if worst[y, i, j] > tolerance:
         raise DataError(

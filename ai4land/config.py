@@ -6,43 +6,51 @@ these models: the stages (``stages.py``) pass on the few values that each needs.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlparse
 
 import yaml
-from dask.system import CPU_COUNT
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-
-def expand_years(value: Any) -> Any:
-    """Expand ``1992-1999``, a number, or a list of both, into a sorted list of years.
-
-    >>> expand_years(["1992-1994", 2001])
-    [1992, 1993, 1994, 2001]
-    """
-    years: set[int] = set()
-    for part in value if isinstance(value, list | tuple | range) else [value]:
-        if isinstance(part, str) and (match := re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part)):
-            first, last = int(match[1]), int(match[2])
-            if first > last:
-                raise ValueError(f"years are {part!r}, expected the first year first")
-            years.update(range(first, last + 1))
-        else:
-            try:
-                years.add(int(part))
-            except TypeError as error:
-                raise ValueError(f"years are {value!r}, expected numbers such as 1992, or ranges such as 1992-1999") from error
-    return sorted(years)
-
+from ai4land.digests import digest
+from ai4land.errors import ConfigError
+from ai4land.years import expand_years
 
 Years = Annotated[list[int], BeforeValidator(expand_years), Field(min_length=1)]
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, values: Any) -> Any:
+        """Refuse ``true`` and ``false`` where they would silently count as 1 and 0."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(str(name))
+            flags = bool in map(type, value if isinstance(value, list) else [value])
+            if flags and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name} is {value}, expected no true or false; give a number or a name")
+        return values
+
+
+def plain_path(value: str) -> str:
+    """Turn a ``file://`` URL into the path that it names; leave paths and other URLs alone.
+
+    >>> plain_path("file:///data/my%20maps"), plain_path("s3://bucket/cube.zarr")
+    ('/data/my maps', 's3://bucket/cube.zarr')
+    """
+    return unquote(urlparse(value).path) if value.startswith("file:/") else value
+
+
+def _folder(value: str) -> str:
+    if "://" in (path := plain_path(value)):
+        raise ValueError(f"folder is {value!r}, expected one on this machine; only the inputs and reconstruct.cube may be URLs")
+    return path
+
+
+Folder = Annotated[str, AfterValidator(_folder)]
 
 
 class GridConfig(_Model):
@@ -335,6 +343,8 @@ class ReconstructConfig(_Model):
     @property
     def cores(self) -> int:
         """Threads of a worker on this machine."""
+        from dask.system import CPU_COUNT
+
         return self.threads or max(1, CPU_COUNT // self.workers)
 
     @property
@@ -355,8 +365,8 @@ class RunConfig(_Model):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     title: str = ""
-    runs: str = "runs"
-    data: str = "."
+    runs: Folder = "runs"
+    data: Folder = "."
     cluster: str = Field(
         default="local",
         description="what trains and maps: local, slurm, allocation (the tasks of this srun), or the address of a Dask scheduler (tcp://…)",
@@ -410,8 +420,22 @@ class RunConfig(_Model):
         return Path(self.runs) / self.name
 
     def path(self, value: str) -> str:
-        """Resolve a path or URL of the run file against ``data``."""
+        """Resolve a path of the run file against ``data``; a ``file://`` URL becomes a path, other URLs stay."""
+        value = plain_path(value)
         return value if "://" in value or Path(value).is_absolute() else str(Path(self.data) / value)
+
+    def file(self, value: str) -> Path:
+        """Resolve the path of an input that must be on this machine.
+
+        Raises
+        ------
+        ConfigError
+            If it is the URL of something elsewhere.
+        """
+        path = self.path(value)
+        if "://" in path:
+            raise ConfigError(f"input is {value}, expected a file on this machine; fetch it and give its path")
+        return Path(path)
 
     def fingerprint(self, *sections: str) -> str:
         """Hash the named sections: equal hashes mean equal settings."""
@@ -425,12 +449,3 @@ class RunConfig(_Model):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-
-
-def digest(value: Any) -> str:
-    """Hash any JSON value to 16 hexadecimal digits.
-
-    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
-    True
-    """
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

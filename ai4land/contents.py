@@ -12,29 +12,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zarr
-from numpy.typing import NDArray
+
+from ai4land.digests import DIGEST_BYTES, combine_digests
 
 _SAMPLE, _SAMPLES = 2**16, 64
-_BYTES = 16
-
-
-def digest_of(*arrays: NDArray[Any]) -> str:
-    """Digest of values, their types and shapes."""
-    made = hashlib.blake2b(digest_size=_BYTES)
-    for values in arrays:
-        made.update(f"{values.dtype.str}{values.shape}".encode())
-        made.update(np.ascontiguousarray(values).data)
-    return made.hexdigest()
-
-
-def joined(digests: Mapping[Any, str]) -> str:
-    """Digest of digests by name, whatever the order they came in."""
-    made = hashlib.blake2b(digest_size=_BYTES)
-    for name, found in sorted(digests.items()):
-        made.update(f"{name}={found};".encode())
-    return made.hexdigest()
 
 
 def contents_of(path: Path, *, maps: Iterable[int], states: Iterable[int]) -> str:
@@ -52,13 +34,13 @@ def contents_of(path: Path, *, maps: Iterable[int], states: Iterable[int]) -> st
     parts = {name: held.get(name, "") for name in ("mask", "static")}
     for name, years in (("land_cover", maps), ("coarse", states)):
         parts |= {f"{name} {year}": held.get(name, {}).get(str(year), "") for year in years}
-    return joined(parts)
+    return combine_digests(parts)
 
 
 def sample_of(path: Path) -> str:
     """Digest of a file's size and of 64 samples spread evenly over it, 4 MB in all; of a smaller file all of it."""
     size = path.stat().st_size
-    made = hashlib.blake2b(str(size).encode(), digest_size=_BYTES)
+    made = hashlib.blake2b(str(size).encode(), digest_size=DIGEST_BYTES)
     with path.open("rb") as file:
         if size <= _SAMPLE * _SAMPLES:
             made.update(file.read())

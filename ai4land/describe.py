@@ -12,7 +12,7 @@ from affine import Affine
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 
-from ai4land.config import digest
+from ai4land.digests import digest
 from ai4land.errors import DataError
 from ai4land.stores import Place, open_place
 

@@ -22,12 +22,11 @@ from typing import Any
 import requests
 
 from ai4land.catalog import Modifier
-from ai4land.config import expand_years
 from ai4land.download import Stored, copy, download, verify
 from ai4land.errors import ConfigError, DataError
 from ai4land.filecheck import refuse_pickle
+from ai4land.grid import Bounds
 from ai4land.hrefs import Beyond, local_path, origin
-from ai4land.lattice import Bounds
 from ai4land.mirror import (
     check_ours,
     inside,
@@ -42,6 +41,7 @@ from ai4land.mirror import (
 )
 from ai4land.sources import credits_of, load_source
 from ai4land.wanted import Plan, Wanted, plan_known, plan_stac
+from ai4land.years import expand_years
 
 _log = logging.getLogger(__name__)
 

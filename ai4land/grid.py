@@ -29,6 +29,11 @@ WGS84_E2 = 6.69437999014e-3
 FINE_DIMS = ("latitude", "longitude")
 COARSE_DIMS = ("coarse_latitude", "coarse_longitude")
 
+Bounds = tuple[float, float, float, float]
+"""West, south, east, north."""
+WIDE, DEEP = 512, 256
+"""Largest side of a chunk in cells: of arrays with one year in a chunk, and with several."""
+
 
 class Readable(Protocol):
     """Anything that is cut by slices into numpy: a numpy, zarr or dask array."""
@@ -64,6 +69,21 @@ class Window:
     def slices(self) -> tuple[slice, slice]:
         """Row and column slices, for a window inside the grid."""
         return slice(self.row, self.row + self.height), slice(self.col, self.col + self.width)
+
+    def inside(self, other: Window) -> tuple[slice, slice]:
+        """Row and column slices of this window in an array that holds ``other``, a window around it."""
+        return Window(self.row - other.row, self.col - other.col, self.height, self.width).slices
+
+    def union(self, other: Window) -> Window:
+        """Smallest window around both.
+
+        >>> Window(0, 0, 4, 8).union(Window(-2, 2, 3, 3))
+        Window(row=-2, col=0, height=6, width=8)
+        """
+        row, col = min(self.row, other.row), min(self.col, other.col)
+        bottom = max(self.row + self.height, other.row + other.height)
+        right = max(self.col + self.width, other.col + other.width)
+        return Window(row, col, bottom - row, right - col)
 
 
 @dataclass(frozen=True)
@@ -131,7 +151,7 @@ class Grid:
         return self.geographic and math.isclose(self.shape[1] * self.fine.affine.a, 360.0, abs_tol=1e-6)
 
     @property
-    def bounds(self) -> tuple[float, float, float, float]:
+    def bounds(self) -> Bounds:
         """West, south, east, north."""
         return edges(self.fine)
 
@@ -168,7 +188,7 @@ class Grid:
 
 
 def make_grid(
-    bbox: tuple[float, float, float, float],
+    bbox: Bounds,
     *,
     coarse_cell: float,
     factor: int,
@@ -231,7 +251,7 @@ def make_grid(
     return grid
 
 
-def edges(box: GeoBox) -> tuple[float, float, float, float]:
+def edges(box: GeoBox) -> Bounds:
     """West, south, east and north edge of a north-up GeoBox."""
     a = box.affine
     rows, cols = box.shape
@@ -362,3 +382,14 @@ def spatial_ref(box: GeoBox) -> xr.DataArray:
     attrs = {**box.crs.proj.to_cf(), "spatial_ref": box.crs.to_wkt()}
     attrs["GeoTransform"] = " ".join(repr(float(v)) for v in box.affine.to_gdal())
     return xr.DataArray(np.int32(0), attrs=attrs)
+
+
+def chunk_side(grid: Grid, *, limit: int = WIDE) -> int:
+    """Side of a chunk: whole coarse cells, a divisor of the shard, at most ``limit`` fine cells where there is one.
+
+    >>> chunk_side(make_grid((-180, -90, 180, 90), coarse_cell=0.25, factor=30, shard=1440))
+    480
+    """
+    cells = grid.shard // grid.factor
+    sides = [grid.shard // n for n in range(1, cells + 1) if cells % n == 0]
+    return max((side for side in sides if side <= limit), default=grid.factor)

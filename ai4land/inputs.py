@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ai4land.coarse import held_years
-from ai4land.config import FractionsConfig, Luh2Config, RunConfig, SharesConfig, digest
+from ai4land.config import FractionsConfig, Luh2Config, RunConfig, SharesConfig
+from ai4land.crosswalk import Crosswalk, load_crosswalk
+from ai4land.digests import digest
 from ai4land.errors import ConfigError
 from ai4land.fractions import FractionFile, fraction_years
 from ai4land.grid import Grid, make_grid
 from ai4land.ledger import part
-from ai4land.legend import Crosswalk, Legend, load_crosswalk, load_legend
+from ai4land.legend import Legend, load_legend
 from ai4land.splits import VALIDATION, Scored, Split, make_split
 from ai4land.stores import Place, folder_of
 
@@ -28,7 +30,7 @@ def grid_of(run: RunConfig) -> Grid:
 def legend_of(run: RunConfig) -> Legend:
     """Load the legend of a run."""
     name = run.landcover.legend
-    return load_legend(run.path(name) if name.endswith(".yaml") else name)
+    return load_legend(run.file(name) if name.endswith(".yaml") else name)
 
 
 def split_of(run: RunConfig, grid: Grid) -> Split:
@@ -57,7 +59,7 @@ def split_of(run: RunConfig, grid: Grid) -> Split:
 def crosswalk_of(run: RunConfig, legend: Legend) -> Crosswalk:
     """Load the crosswalk from the states of the scenario to the legend."""
     name = run.scenario.crosswalk
-    return load_crosswalk(name if name == "identity" or not name.endswith(".csv") else run.path(name), legend)
+    return load_crosswalk(run.file(name) if name.endswith(".csv") else name, legend)
 
 
 def cubes_of(run: RunConfig) -> dict[str, tuple[Place, int | None, list[int]]]:
@@ -68,7 +70,8 @@ def cubes_of(run: RunConfig) -> dict[str, tuple[Place, int | None, list[int]]]:
     r = run.reconstruct
     place: Place = run.folder / "cube.zarr"
     if r.cube is not None:
-        place = r.cube if folder_of(r.cube) is None else Path(run.path(r.cube))
+        given = run.path(r.cube)
+        place = given if folder_of(given) is None else Path(given)
     made: dict[str, tuple[Place, int | None, list[int]]] = {"cube": (part(place, r.part), r.reference, list(r.years))}
     for name, experiment in (("validation", run.split.validation), ("test", run.split.test)):
         if experiment is None:
@@ -84,7 +87,7 @@ def map_source(run: RunConfig) -> str | dict[int, Path]:
     source = run.landcover.source
     if source is None:
         raise ConfigError("landcover has no source, expected one; its maps are those of a STAC collection")
-    return run.path(source) if isinstance(source, str) else {year: Path(run.path(p)) for year, p in source.items()}
+    return run.path(source) if isinstance(source, str) else {year: run.file(p) for year, p in source.items()}
 
 
 def mask_year(run: RunConfig) -> int:
@@ -93,22 +96,18 @@ def mask_year(run: RunConfig) -> int:
 
 
 def identity_of(run: RunConfig) -> dict[str, Any]:
-    """Say what the store of a run is made from."""
-    s = run.scenario
+    """Say what the store of a run, and all that is made from it, comes from: settings, and what legend and crosswalk hold."""
+    legend = legend_of(run)
+    crosswalk = crosswalk_of(run, legend)
+    codes = legend.model_dump(mode="json", include={"nodata", "aliases"})
     return {
         **{name: run.fingerprint(name) for name in ("grid", "landcover", "scenario", "static")},
+        "legend": digest([legend.fill.code, [(c.code, c.name) for c in legend.classes], codes]),
+        "crosswalk": digest([crosswalk.states, crosswalk.weights]),
         "reference": run.reconstruct.reference,
         **({"mask_year": mask_year(run)} if run.reconstruct.reference is None else {}),
-        **_own(run),
-        **({"interpolated": "linearly, in scenario years that the files lack"} if _interpolates(s) else {}),
+        **({"interpolated": "linearly, in scenario years that the files lack"} if _interpolates(run.scenario) else {}),
     }
-
-
-def _own(run: RunConfig) -> dict[str, str]:
-    """Digests of the legend and the crosswalk that are a user's own files."""
-    named = {"legend": (run.landcover.legend, ".yaml"), "crosswalk": (run.scenario.crosswalk, ".csv")}
-    paths = {what: Path(run.path(name)) for what, (name, suffix) in named.items() if name.endswith(suffix)}
-    return {f"{what}_file": digest(path.read_text(encoding="utf-8")) for what, path in paths.items() if path.is_file()}
 
 
 def _interpolates(s: object) -> bool:
@@ -155,4 +154,4 @@ def held_states(run: RunConfig) -> set[int]:
 
 def fraction_files(run: RunConfig, s: FractionsConfig) -> list[FractionFile]:
     """List the files of a scenario of fractions."""
-    return [FractionFile(Path(run.path(f.path)), f.year, f.year_dim, dict(f.select)) for f in s.files]
+    return [FractionFile(run.file(f.path), f.year, f.year_dim, dict(f.select)) for f in s.files]

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from ai4land.assets import items_in, load_asset
 from ai4land.catalog import years_of_item
-from ai4land.coarse import years_in
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import Grid, Window
 from ai4land.legend import Legend
 from ai4land.raster import open_raster
 from ai4land.rasterfile import is_xarray, open_dataset, pick_variable, reading
+from ai4land.years import years_in
 
 MapResampling = Literal["exact", "nearest", "mode"]
 MapSource = str | Path | Mapping[int, str | Path]

@@ -10,10 +10,9 @@ from affine import Affine
 from odc.geo.crs import CRS
 
 from ai4land.errors import ConfigError, DataError
-from ai4land.grid import Grid
+from ai4land.grid import Bounds, Grid
 from ai4land.rasterfile import RasterLayer
 
-Bounds = tuple[float, float, float, float]
 SIZE_TOLERANCE = 1e-5
 """Relative difference of cell sizes that counts as none."""
 OFFSET_TOLERANCE = 0.02

@@ -1,14 +1,13 @@
-"""Class schemes: the codes, names and colours of a land-cover map, and how coarse states become its classes.
+"""Class schemes: the codes, names and colours of a land-cover map.
 
-A :class:`Legend` is read from YAML and a :class:`Crosswalk` from CSV. The built-in ones lie in ``ai4land/data``; a
-user's own file of the same form works by its path. This is the only module that knows class codes.
+A :class:`Legend` is read from YAML: a built-in one in ``ai4land/data``, or a user's own file of the same form. This is
+the only module that knows class codes.
 
 Inside the model a class is its *index* (0 … n − 1, in the order of the legend); ``MISSING`` stands for no class.
 """
 
 from __future__ import annotations
 
-import csv
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.yamlfile import read_yaml
@@ -152,7 +151,14 @@ def _builtin(folder: str, suffix: str) -> list[str]:
     return sorted(p.name.removesuffix(suffix) for p in files("ai4land").joinpath("data", folder).iterdir())
 
 
-def _locate(name: str | Path, folder: str, suffix: str) -> Path:
+def data_file(name: str | Path, folder: str, suffix: str) -> Path:
+    """Find a file of ``ai4land/data`` by its name, or a user's own by its path.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
     path = Path(name)
     if path.suffix == suffix:
         if not path.is_file():
@@ -172,104 +178,9 @@ def load_legend(name: str | Path) -> Legend:
     >>> load_legend("lccs_level1").n
     22
     """
-    path = _locate(name, "legends", ".yaml")
+    path = data_file(name, "legends", ".yaml")
     try:
         values = read_yaml(path, what="legend file")
         return Legend(**{"name": path.stem, **values})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"legend file {path} is not valid: {error}; see ai4land/data/legends for the form") from error
-
-
-class Crosswalk(BaseModel):
-    """Weights that spread coarse states over the classes of a legend.
-
-    Attributes
-    ----------
-    states
-        Names of the coarse states, the rows.
-    weights
-        ``weights[s][k]`` is the share of state *s* that is expected as class index *k*; every row sums to 1.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    states: tuple[str, ...]
-    weights: tuple[tuple[float, ...], ...]
-
-    @field_validator("weights")
-    @classmethod
-    def _rows(cls, rows: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
-        for number, row in enumerate(rows):
-            if any(not 0 <= v <= 1 for v in row) or abs(sum(row) - 1) > 1e-6:
-                raise ValueError(f"crosswalk row {number + 1} sums to {sum(row):g}, expected weights of 0..1 that sum to 1")
-        return rows
-
-    @cached_property
-    def matrix(self) -> NDArray[np.float64]:
-        """Weights as an array, shape ``(state, class)``."""
-        return np.array(self.weights, dtype=np.float64)
-
-    def select(self, states: list[str]) -> Crosswalk:
-        """Keep these states, in this order."""
-        lacking = [s for s in states if s not in self.states]
-        if lacking:
-            raise ConfigError(
-                f"crosswalk {self.name} has no row for the states {lacking}; it knows {list(self.states)}; add rows to the CSV file"
-            )
-        order = [self.states.index(s) for s in states]
-        return Crosswalk(name=self.name, states=tuple(states), weights=tuple(self.weights[i] for i in order))
-
-    def to_classes(self, shares: NDArray[Any]) -> NDArray[np.float64]:
-        """Turn shares of states ``(state, …)`` into shares of classes ``(class, …)``."""
-        return np.tensordot(self.matrix.T, shares.astype(np.float64), axes=1)
-
-
-def load_crosswalk(name: str | Path, legend: Legend) -> Crosswalk:
-    """Load the crosswalk from coarse states to a legend.
-
-    Parameters
-    ----------
-    name
-        ``identity`` (coarse shares of the same legend, states named by their codes), a built-in name such as
-        ``luh2_to_hildaplus``, or the path of a CSV file: a row a state, a column a class code, ``#`` for comments.
-    legend
-        The legend whose codes the columns are. Classes without a column get weight 0.
-
-    Raises
-    ------
-    ConfigError
-        If a column is not a code of the legend, a weight is not a number, or a row does not sum to 1.
-    """
-    if str(name) == "identity":
-        unit = np.eye(legend.n)
-        return Crosswalk(name="identity", states=tuple(str(c) for c in legend.codes), weights=tuple(map(tuple, unit.tolist())))
-    path = _locate(name, "crosswalks", ".csv")
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
-        rows = list(csv.reader(lines))
-        columns = [int(c) for c in rows[0][1:]]
-        unknown = [c for c in columns if c not in legend.codes]
-        if unknown:
-            raise ValueError(f"columns {unknown} are not codes of legend {legend.name} ({legend.codes.tolist()})")
-        if len(set(columns)) != len(columns):
-            raise ValueError(f"columns are {columns}, expected each class code once")
-        place = {int(code): k for k, code in enumerate(legend.codes)}
-        states, weights = [], []
-        for row in rows[1:]:
-            if len(row) != len(rows[0]):
-                raise ValueError(f"row {row[0]!r} has {len(row)} cells, expected {len(rows[0])}")
-            if row[0] in states:
-                raise ValueError(f"row {row[0]!r} is given twice, expected each state once")
-            line = [0.0] * legend.n
-            for code, value in zip(columns, row[1:], strict=True):
-                line[place[code]] = float(value)
-            if abs(sum(line) - 1) > 1e-6:
-                raise ValueError(f"row {row[0]!r} sums to {sum(line):g}, expected 1")
-            states.append(row[0])
-            weights.append(tuple(line))
-        return Crosswalk(name=path.stem, states=tuple(states), weights=tuple(weights))
-    except (ValueError, IndexError) as error:
-        raise ConfigError(
-            f"crosswalk {path} is not valid: {error}; the form is a header 'state,code,code,…' and a row a state"
-        ) from error

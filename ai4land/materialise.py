@@ -15,7 +15,7 @@ import rasterio
 import zarr
 from numpy.typing import NDArray
 
-from ai4land.contents import digest_of
+from ai4land.digests import digest_of
 from ai4land.gaps import fill_far, fill_near, stand_ins
 from ai4land.grid import Grid, Window
 from ai4land.stores import writing

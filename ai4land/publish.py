@@ -23,7 +23,7 @@ import zarr
 
 from ai4land import export, mlm, stac
 from ai4land.checkpoint import CARD, Card, load_card
-from ai4land.config import RunConfig, StaticLayer, expand_years
+from ai4land.config import RunConfig, StaticLayer
 from ai4land.credits import LICENCE, Credit, credits_of
 from ai4land.describe import Map, open_group, read_map
 from ai4land.errors import ConfigError, DataError
@@ -31,6 +31,7 @@ from ai4land.inputs import cubes_of
 from ai4land.ledger import part_of
 from ai4land.sources import mix
 from ai4land.stores import Place, beside, folder_of, inside, sweep
+from ai4land.years import expand_years
 
 Tell = Callable[[str], None]
 _log = logging.getLogger(__name__)

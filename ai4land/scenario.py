@@ -1,86 +1,26 @@
-"""Class shares of a map product as a scenario, and how any scenario becomes class shares.
+"""Class shares of a map product as a scenario.
 
 A scenario is one float32 DataArray ``coarse`` (year, state, coarse_latitude, coarse_longitude) of shares of the cell, NaN
-where the source has no data. :func:`open_shares` reads class shares of a map product on a coarse grid, its states are the
-class codes. :func:`class_shares` turns the states of any scenario into shares of the classes of a legend.
+where the source has no data. :func:`open_shares` reads class shares of a map product on a coarse grid; its states are the
+class codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
-from ai4land.coarse import (
-    as_scenario,
-    blocks,
-    check_shares,
-    check_sums,
-    open_source,
-    pick_years,
-    to_shares,
-    years_in,
-)
+from ai4land.coarse import as_scenario, blocks, check_shares, check_sums, open_source, to_shares
 from ai4land.errors import DataError
-from ai4land.grid import COARSE_DIMS, Grid
-from ai4land.legend import Crosswalk
+from ai4land.grid import Grid
 from ai4land.rasterfile import reading
 from ai4land.regrid import find_centres, footprint
+from ai4land.years import pick_years, years_in
 
-REMAINDER = "icwtr"
-"""Row of a crosswalk that takes what the states leave of a cell: ice and water."""
 _BLOCK_BYTES = 128e6
-
-
-def spread(states: NDArray[np.floating], *, names: list[str], crosswalk: Crosswalk) -> NDArray[np.float64]:
-    """Spread the states of one year ``(state, rows, cols)`` over classes ``(class, rows, cols)``; see :func:`class_shares`."""
-    shares = states.astype(np.float64)
-    if takes_remainder(names, crosswalk):
-        shares = np.concatenate([shares, np.clip(1 - shares.sum(axis=0, keepdims=True), 0, None)])
-        names = [*names, REMAINDER]
-    return crosswalk.select(names).to_classes(shares)
-
-
-def takes_remainder(names: list[str], crosswalk: Crosswalk) -> bool:
-    """Tell whether what the states leave of a cell is spread as well."""
-    return REMAINDER in crosswalk.states and REMAINDER not in names
-
-
-def class_shares(coarse: xr.DataArray, *, crosswalk: Crosswalk) -> xr.DataArray:
-    """Spread the states of a scenario over the classes of a legend.
-
-    Parameters
-    ----------
-    coarse
-        Scenario (year, state, coarse_latitude, coarse_longitude).
-    crosswalk
-        Weights for every state of the scenario. With a row ``icwtr`` and no state of this name, what the states leave of a
-        cell, 1 - sum, is spread by this row.
-
-    Returns
-    -------
-    xarray.DataArray
-        float64 (year, class, coarse_latitude, coarse_longitude), ``class`` the index in the legend; NaN stays NaN.
-
-    Raises
-    ------
-    ConfigError
-        If the crosswalk has no row for a state.
-    """
-    source = coarse.transpose("year", "state", *COARSE_DIMS)
-    names = [str(s) for s in source["state"].values]
-    out = np.stack([spread(np.asarray(part.values), names=names, crosswalk=crosswalk) for part in source])
-    kept = {name: coarse[name].values for name in ("year", *COARSE_DIMS)}
-    return xr.DataArray(
-        out,
-        dims=("year", "class", *COARSE_DIMS),
-        coords={**kept, "class": np.arange(out.shape[1])},
-        name="class_shares",
-        attrs={"units": "1", "long_name": "expected share of the class in the cell"},
-    )
 
 
 def open_shares(
@@ -91,7 +31,6 @@ def open_shares(
     years: Iterable[int] | None = None,
     class_dim: str = "class_code",
     year_dim: str = "year",
-    state_names: Sequence[str] | None = None,
 ) -> xr.DataArray:
     """Read the class shares of a map product on the coarse cells of a grid.
 
@@ -109,8 +48,6 @@ def open_shares(
         Dimension of the classes, with their codes as coordinate.
     year_dim
         Dimension of the years: calendar years, or CF time with units.
-    state_names
-        The codes as text in the order wanted, or new names in the order of the classes; by default the codes as they come.
 
     Returns
     -------
@@ -134,15 +71,7 @@ def open_shares(
                 f"{variable} in {path} is over {array.dims} with the coordinates {sorted(map(str, dataset.coords))}, expected "
                 f"{year_dim}, {class_dim}, {lat}, {lon}; give year_dim and class_dim"
             )
-        codes = [str(c) for c in dataset[class_dim].values.tolist()]
-        names = codes if state_names is None else list(state_names)
-        known = set(names) & set(codes)
-        if len(set(names)) != len(codes) or len(names) != len(codes) or (known and known != set(codes)):
-            raise DataError(
-                f"state_names is {names}, expected the classes {codes} of {path} in any order, or a new name for each; "
-                "leave it out to keep the codes"
-            )
-        order = [codes.index(n) for n in names] if known else list(range(len(codes)))
+        names = [str(c) for c in dataset[class_dim].values.tolist()]
         time = dataset[year_dim]
         held = years_in(time, source=path, units=None if "units" in time.attrs else "years since 0-01-01").tolist()
         wanted = pick_years(held, years, source=path)
@@ -155,9 +84,7 @@ def open_shares(
                 part = cut.cut(array.isel({year_dim: steps}), dims=(lat, lon))
             if array.dims.index(year_dim) > array.dims.index(class_dim):
                 part = part.swapaxes(0, 1)
-            shares = to_shares(
-                part[:, order], units=str(array.attrs.get("units", "")), lat=cut.lat, source=f"{variable} in {path}"
-            )
+            shares = to_shares(part, units=str(array.attrs.get("units", "")), lat=cut.lat, source=f"{variable} in {path}")
             total = check_shares(shares, names=names, years=held[steps], cut=cut, source=path)
             check_sums(total, want=1.0, what="classes that sum to", years=held[steps], cut=cut, source=path)
             values[done : done + len(shares)] = cut.to_box(shares)

@@ -108,7 +108,7 @@ class InputSource:
     legend
         Class scheme of a land-cover map, as given to :func:`ai4land.legend.load_legend`; None for other data.
     crosswalks
-        Built-in crosswalks from its states, as given to :func:`ai4land.legend.load_crosswalk`.
+        Built-in crosswalks from its states, as given to :func:`ai4land.crosswalk.load_crosswalk`.
     access
         How to get it.
     page

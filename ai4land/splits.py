@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ai4land.config import digest
+from ai4land.digests import digest
 from ai4land.errors import ConfigError, DataError, MismatchError
 
 TRAIN, VALIDATION, TEST, BUFFER = 0, 1, 2, 3

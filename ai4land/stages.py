@@ -19,8 +19,9 @@ from ai4land.align import open_store
 from ai4land.alignment import align
 from ai4land.checkpoint import check_fits, load_model
 from ai4land.claim import claim
-from ai4land.config import RunConfig, digest
+from ai4land.config import RunConfig
 from ai4land.contents import held_of
+from ai4land.digests import digest
 from ai4land.errors import ConfigError, DataError
 from ai4land.forward import Precision, precision_of
 from ai4land.inputs import Tell, crosswalk_of, cubes_of, identity_of, legend_of

@@ -19,7 +19,7 @@ from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
 import ai4land
-from ai4land.grid import FINE_DIMS, Grid, Window, centres, spatial_ref
+from ai4land.grid import DEEP, FINE_DIMS, Grid, Window, centres, chunk_side, spatial_ref
 from ai4land.legend import Legend
 from ai4land.overviews import level_factors, multiscales
 
@@ -37,20 +37,6 @@ YEARS_A_SHARD = 10
 """Years in a shard of the cube, unless asked for otherwise."""
 _FRACTION_YEARS = 2
 """Years in a shard of the fractions, which are an array a class."""
-_WIDE, _DEEP = 512, 256
-"""Cells along the side of a chunk at most: of one year, and of some."""
-
-
-def chunk_side(grid: Grid, *, limit: int = _WIDE) -> int:
-    """Side of a chunk: whole coarse cells, a divisor of the shard, at most ``limit`` fine cells where there is one.
-
-    >>> from ai4land.grid import make_grid
-    >>> chunk_side(make_grid((-180, -90, 180, 90), coarse_cell=0.25, factor=30, shard=1440))
-    480
-    """
-    cells = grid.shard // grid.factor
-    sides = [grid.shard // n for n in range(1, cells + 1) if cells % n == 0]
-    return max((side for side in sides if side <= limit), default=grid.factor)
 
 
 def depths(years: int, years_a_shard: int) -> tuple[int, int]:
@@ -105,7 +91,7 @@ def make_template(
     standard = {"standard_name": "land_cover_lccs"} if legend.name.startswith("lccs") else {}
     codes = {**standard, **flags, "cell_methods": "area: mode"}
     blank = f"code {legend.fill.code} ({legend.fill.name}): not mapped"
-    count, (rows, cols), wide, side = len(years), grid.shape, chunk_side(grid), chunk_side(grid, limit=_DEEP)
+    count, (rows, cols), wide, side = len(years), grid.shape, chunk_side(grid), chunk_side(grid, limit=DEEP)
     plane: dict[str, Any] = {
         "shape": (count, rows, cols),
         "dims": ("time", *FINE_DIMS),

@@ -23,8 +23,8 @@ import requests
 
 from ai4land.catalog import Modifier, find_collection, find_items
 from ai4land.errors import ConfigError, DataError
+from ai4land.grid import Bounds
 from ai4land.hrefs import Beyond, origin
-from ai4land.lattice import Bounds
 from ai4land.mirror import file_item, safe_name
 from ai4land.sources import InputSource, SourceFile, catalog_path
 

@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ai4land.config import Coordinate, LandCoverConfig, RunConfig, StaticLayer, digest, expand_years
+from ai4land.config import Coordinate, LandCoverConfig, RunConfig, StaticLayer
 from ai4land.errors import ConfigError
 from ai4land.runfile import load_run, pipelines
 
@@ -93,6 +91,13 @@ def test_overrides_reach_nested_keys_lists_and_years():
         ("constrain.keep=-1", r"constrain\.keep: .*greater than or equal to 0"),
         ("constrain.protected=parks", r"constrain\.protected is 'parks', expected a static map of \['elevation'"),
         ("train.precision=float16", r"train\.precision: .*'float32'"),
+        ("split.train=[1992.9]", r"split\.train: .*expected numbers such as 1992"),
+        ("train.steps=true", r"steps is True, expected no true or false"),
+        ("reconstruct.reference=true", r"reference is True, expected no true or false"),
+        ("split.train=true", r"train is True, expected no true or false"),
+        ("constrain.lock=[11, true]", r"lock is \[11, True\], expected no true or false"),
+        ("runs=s3://bucket/runs", r"folder is 's3://bucket/runs', expected one on this machine"),
+        ("data=https://a.org/data", r"folder is 'https://a.org/data', expected one on this machine"),
     ],
 )  # fmt: skip
 def test_bad_overrides_are_refused_by_name(override, message):
@@ -187,6 +192,16 @@ def test_data_is_expanded_from_the_environment(tmp_path, monkeypatch):
         load_run("uk.yaml", ["data=${AI4LAND_NOT_SET}/x"])
 
 
+def test_file_urls_are_paths_in_every_setting_that_names_a_place():
+    run = load_run("demo.yaml", ["runs=file:///some/my%20runs", "data=file:///some/data"])
+    assert run.folder == Path("/some/my runs") / run.name and run.data == "/some/data"
+    assert run.path("file:///x/a.tif") == run.path("file:/x/a.tif") == "/x/a.tif"
+    assert run.file("file:///x/a.csv") == Path("/x/a.csv") and run.file("a.csv") == Path("/some/data/a.csv")
+    assert run.path("s3://bucket/a.zarr") == "s3://bucket/a.zarr"
+    with pytest.raises(ConfigError, match=r"input is s3://bucket/a\.csv, expected a file on this machine"):
+        run.file("s3://bucket/a.csv")
+
+
 def test_paths_start_at_data():
     run = load_run("demo.yaml", ["data=base"])
     assert run.path("a/b.tif") == str(Path("base/a/b.tif"))
@@ -212,21 +227,6 @@ def test_runs_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         run.train.steps = 3
     assert isinstance(run, RunConfig)
-
-
-@given(st.lists(st.tuples(st.integers(1000, 2100), st.integers(0, 30)), min_size=1, max_size=5))
-def test_expand_years_is_the_sorted_union(ranges):
-    parts = [f"{a} - {a + n}" if n else a for a, n in ranges]
-    expected = sorted({y for a, n in ranges for y in range(a, a + n + 1)})
-    assert expand_years(parts) == expected
-    assert expand_years(expected) == expected
-
-
-@given(st.dictionaries(st.text(max_size=4), st.integers(), max_size=5))
-def test_digest_ignores_order_alone(values):
-    assert digest(values) == digest(dict(reversed(values.items())))
-    assert digest(values) != digest({**values, "another key": 0})
-    assert len(digest(values)) == 16
 
 
 @pytest.mark.parametrize(

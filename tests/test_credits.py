@@ -5,7 +5,6 @@ import pytest
 from ai4land import sources
 from ai4land.credits import credits_of
 from ai4land.errors import ConfigError
-from tests.test_publish import terrain  # noqa: F401 a fixture
 
 
 @pytest.mark.parametrize(
@@ -23,7 +22,7 @@ def test_licence_covers_all_inputs(ids, others, want):
     assert sources.mix({*(c.licence for c in credits_of(ids)), *others}) == want
 
 
-def test_sources_and_collections_are_credited_once(terrain):  # noqa: F811 the fixture
+def test_sources_and_collections_are_credited_once(terrain):
     found = credits_of(["luh2-v2h", "luh2-v2h"], [(str(terrain), "relief"), (str(terrain), "relief"), ("none.json", "luh2-v2h")])
     assert [c.title for c in found] == [sources.load_source("luh2-v2h").title, "Relief"]
     source, relief = found

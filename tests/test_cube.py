@@ -12,45 +12,17 @@ from ai4land import cube, ledger
 from ai4land.cube import Block
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import Window, make_grid
-from ai4land.legend import MISSING, load_legend
+from ai4land.legend import MISSING
 from ai4land.overviews import reduce_classes
-from ai4land.template import EMPTY, FRACTION_SCALE, SCALE, VARIABLES, make_template
-from ai4land.writer import Writer, write_block
-
-GRID = make_grid((-180, -90, 180, 90), coarse_cell=45.0, factor=8, shard=16)
-LEGEND = load_legend("hildaplus")
-YEARS = [2000, 2001, 2005, 2006, 2007]
-ABOUT = {"grid": GRID, "legend": LEGEND, "years": YEARS, "title": "t", "source": "s", "totals": "exact", "years_a_shard": 4}
-PAIRS = [Window(0, 0, 16, 16), Window(16, 32, 16, 16)]
+from ai4land.template import EMPTY, SCALE, VARIABLES, make_template
+from ai4land.writer import Writer
+from tests.cubes import ABOUT, GRID, LEGEND, PAIRS, YEARS, cells, fill, write_block
 
 
 @pytest.fixture
 def path(tmp_path):
     cube.create(tmp_path / "cube.zarr", identity={"model": "a"}, **ABOUT)
     return tmp_path / "cube.zarr"
-
-
-def cells(block: Block, seed: int = 0, legend=LEGEND):
-    rng = np.random.default_rng(seed)
-    shape = (len(block.years), block.window.height, block.window.width)
-    index = rng.integers(0, legend.n, shape).astype(np.uint8)
-    fraction = np.zeros((shape[0], legend.n, *shape[1:]), np.uint16)
-    np.put_along_axis(fraction, index[:, None].astype(np.int64), FRACTION_SCALE, axis=1)
-    sure = np.full(shape, SCALE, np.uint8)
-    codes = legend.decode(index)
-    return {
-        "land_cover": codes,
-        "most_likely": codes[:, ::-1],
-        "fraction": fraction,
-        "confidence": sure,
-        "change_probability": sure,
-    }
-
-
-def fill(path, windows, years=YEARS, seed=0):
-    for i, window in enumerate(windows):
-        block = Block(window, tuple(years))
-        write_block(path, block, cells(block, seed=seed + i))
 
 
 def whole(path):

@@ -8,12 +8,13 @@ import netCDF4
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from ai4land.coarse import blocks, to_shares
 from ai4land.errors import DataError
 from ai4land.grid import centres, make_grid
-from ai4land.luh2 import LUH3_STATES, STATES, blocks, open_states, pick_years, to_shares, years_in
+from ai4land.luh2 import LUH3_STATES, STATES, open_states
 
 GRID = make_grid((-10, 40, 20, 60), coarse_cell=5, factor=2, shard=4)
 LAT, LON = np.arange(87.5, -90, -5.0), np.arange(-177.5, 180, 5.0)
@@ -217,6 +218,18 @@ def test_sums_are_checked_and_the_worst_cell_is_named(tmp_path):
         open_states(write(tmp_path / "b.nc", [2000], edit=overfill), grid=GRID)
 
 
+def test_where_the_static_file_has_no_ice_and_water_sums_stay_below_one(tmp_path):
+    def overfill(fields):
+        fields[0, :, 7, 35] = 0.1
+
+    icwtr = ICWTR.copy()
+    icwtr[7, 35] = np.nan
+    static = write_static(tmp_path / "static.nc", icwtr)
+    assert np.isfinite(open_states(write(tmp_path / "a.nc", [2000]), grid=GRID, static=static).values[0, :, 1, 1]).all()
+    with pytest.raises(DataError, match=r"is 1\.2 in 2000 at 52\.5 N -2\.5 E"):
+        open_states(write(tmp_path / "b.nc", [2000], edit=overfill), grid=GRID, static=static)
+
+
 def test_static_file_of_another_grid_is_refused(tmp_path):
     path, static = write(tmp_path / "a.nc", [2000]), write_static(tmp_path / "static.nc")
     with xr.open_dataset(static) as whole:
@@ -238,35 +251,10 @@ def test_rounding_is_clipped_and_half_missing_cells_are_dropped(tmp_path, caplog
     assert np.isnan(coarse.sel(coarse_latitude=52.5, coarse_longitude=2.5).values).all()
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.integers(851, 2500), min_size=1, max_size=20, unique=True),
-    st.sampled_from(
-        ["years since 850-01-01 0:0:0", "common_years since 850-1-1", "days since 850-01-01", "days since 1-5-1 00:00:00"]
-    ),
-    st.floats(0, 0.6),
-)
-def test_years_come_back_from_every_encoding(years, units, within):
-    day = 365 if units.startswith("days") else 1
-    since = 1 if "1-5-1" in units else 850
-    time = xr.DataArray([(y - since + within) * day for y in years], dims="time", attrs={"units": units, "calendar": "noleap"})
-    assert years_in(time, source="x").tolist() == years
-
-
-def test_two_steps_in_a_year_are_refused():
-    with pytest.raises(DataError, match="expected one a year"):
-        years_in(xr.DataArray([0, 200], dims="time", attrs={"units": "days since 2000-01-01"}), source="x")
-
-
 @given(st.lists(st.integers(0, 60), unique=True, max_size=30).map(sorted), st.integers(1, 7))
 def test_blocks_cover_the_indices_in_order(index, size):
     cut = list(blocks(index, size))
     assert [i for s in cut for i in range(s.start, s.stop)] == index and all(s.stop - s.start <= size for s in cut)
-
-
-def test_no_year_is_refused():
-    with pytest.raises(DataError, match=r"holds 2000\.\.2001"):
-        pick_years([2000, 2001], [], source="x")
 
 
 def test_reduced_states_of_europe(real_data):

@@ -10,14 +10,14 @@ import sys
 import threading
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 
 import ai4land
 from ai4land import serve
 from ai4land.errors import ConfigError, DataError
-from tests.test_atlas import some_codes, write_maps
+from tests import ROOT
+from tests.maps import some_codes, write_maps
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **env},
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
         )
         self.first = self.process.stderr.readline()
         self.url = re.search(r"http://[^/]+/", self.first)[0]

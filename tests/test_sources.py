@@ -3,7 +3,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from pathlib import Path
 
 import pystac
 import pytest
@@ -11,13 +10,13 @@ import yaml
 from pystac.validation import validate_dict
 from pystac.validation.stac_validator import STACValidator
 
+from ai4land.crosswalk import load_crosswalk
 from ai4land.errors import ConfigError
 from ai4land.inputs import needed_years
-from ai4land.legend import load_crosswalk, load_legend
+from ai4land.legend import load_legend
 from ai4land.runfile import load_run, pipelines
 from ai4land.sources import catalog_path, credits_of, licence_of, load_source, load_sources
 
-ROOT = Path(__file__).parents[1]
 FILE_EXTENSION = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
 GLOBAL = ("global_1km.yaml", "global_300m.yaml")
 DOCUMENTS = sorted(catalog_path().parent.rglob("*.json"))

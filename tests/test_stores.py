@@ -13,8 +13,6 @@ import time
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import until
-from test_cube import ABOUT, PAIRS, YEARS, cells, fill
 
 from ai4land import claim as claims
 from ai4land import cube, ledger, stores
@@ -24,6 +22,8 @@ from ai4land.grid import Window, make_grid
 from ai4land.stores import delete, inside, lock, names, read, write
 from ai4land.verify import strike, verify
 from ai4land.writer import Writer
+from tests.cubes import ABOUT, PAIRS, YEARS, cells, fill
+from tests.waiting import until
 
 
 @pytest.fixture(params=["folder", "file URL", "s3", "memory"])

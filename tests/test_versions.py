@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from test_cube import ABOUT, PAIRS, YEARS, fill
 from typer.testing import CliRunner
 
 from ai4land import cli, cube, versions
@@ -18,6 +17,7 @@ from ai4land.grid import Window, make_grid
 from ai4land.stores import delete, folder_of, inside, names, open_place, read, write
 from ai4land.verify import strike, verify
 from ai4land.versions import commit, open_version, repository_path
+from tests.cubes import ABOUT, PAIRS, YEARS, fill
 
 icechunk = pytest.importorskip("icechunk", reason="Icechunk is not installed: pip install ai4land[icechunk]")
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ai4land.crosswalk import Crosswalk
 from ai4land.grid import block_sum
-from ai4land.legend import Crosswalk
 from ai4land.totals import Totals
 from ai4land.walk import walk
 

@@ -5,11 +5,9 @@ import importlib.util
 import io
 import json
 import socket
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -17,7 +15,6 @@ from urllib.parse import urljoin
 import numpy as np
 import pystac
 import pytest
-import uvicorn
 import xarray as xr
 import zarr
 from PIL import Image
@@ -26,38 +23,11 @@ from ai4land.atlas import open_atlas
 from ai4land.cube import open_cube
 from ai4land.errors import ConfigError, DataError
 from ai4land.publish import publish_run
-from ai4land.serve import listen
 from ai4land.tiles import point, series, tile
 from ai4land.web import make_app
-from tests.test_atlas import HILDA, some_codes, write_maps
-from tests.test_publish import make_run
-
-
-@contextlib.contextmanager
-def running(app: Any) -> Iterator[tuple[str, list[tuple[str, str, int]]]]:
-    """Serve an application on a free port; gives its address and what was answered: method, path, status."""
-    answered: list[tuple[str, str, int]] = []
-
-    async def watched(scope, receive, send):
-        async def noted(message):
-            if message["type"] == "http.response.start":
-                answered.append((scope["method"], scope["path"], message["status"]))
-            await send(message)
-
-        await app(scope, receive, noted)
-
-    with listen("127.0.0.1", 0) as sock:
-        server = uvicorn.Server(
-            uvicorn.Config(watched, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=1)
-        )
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{sock.getsockname()[1]}", answered
-        finally:
-            server.should_exit = True
-            thread.join(10)
-            assert not thread.is_alive()
+from tests.maps import HILDA, some_codes, write_maps
+from tests.published import make_run
+from tests.servers import running
 
 
 def ask(url: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
