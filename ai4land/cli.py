@@ -219,9 +219,7 @@ def evaluate(run: RunFile, overrides: Overrides = None) -> None:
 def publish(
     run: RunFile,
     overrides: Overrides = None,
-    to: Annotated[
-        Path | None, typer.Option(parser=_folder, help="Folder of the catalogue (default: stac in that of the run).")
-    ] = None,
+    to: Annotated[str | None, typer.Option(help="Folder of the catalogue (default: stac in that of the run).")] = None,
     base_url: Annotated[str, typer.Option(help="Address that the folder will have.")] = "",
     cog: Annotated[
         list[str] | None,
@@ -232,7 +230,7 @@ def publish(
 
     Example: ai4land publish pipelines/bavaria.yaml --cog 2015
     """
-    from ai4land.publish import publish as write
+    from ai4land.publish import publish_run as write
 
     _out.print(str(write(load_run(run, overrides or []), to=to, base_url=base_url, cog=cog or [], tell=_tell)), soft_wrap=True)
 

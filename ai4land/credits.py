@@ -1,28 +1,25 @@
-"""Whom a map owes its inputs to: licences, producers and citations, collected from the sources of a run and its static maps."""
+"""Credits of a map: licences, producers and citations of its inputs, from the known sources and from STAC collections."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ai4land import sources
 from ai4land.catalog import find_collection
-from ai4land.config import RunConfig, StaticLayer
-from ai4land.describe import Map
 from ai4land.errors import AI4LandError
-from ai4land.inputs import Tell
 
 _log = logging.getLogger(__name__)
 LICENCE = re.compile(r"^[\w\-.+]+$")
-"""What STAC takes as a licence: an SPDX identifier or ``other``."""
+"""Licences that STAC accepts: an SPDX identifier or ``other``."""
 
 
 @dataclass(frozen=True)
 class Credit:
-    """Whom a map owes its inputs to.
+    """Credit of one input of a map.
 
     Attributes
     ----------
@@ -31,11 +28,11 @@ class Credit:
     licence, licence_url
         SPDX identifier or a name, and where it can be read.
     citation, doi
-        How the input is cited.
+        How to cite the input.
     providers
         STAC provider objects.
     url, rel
-        Where the input is described, empty where it has no public address; ``derived_from`` if that is a STAC object.
+        Public address of its description, or empty; ``rel`` is ``derived_from`` if that is a STAC object.
     """
 
     title: str
@@ -48,8 +45,25 @@ class Credit:
     rel: str = "via"
 
 
-def credits_of(run: RunConfig, *, tell: Tell = _log.info) -> list[Credit]:
-    """Collect licences and citations of the inputs: of ``sources``, and of the STAC collections of the maps."""
+def credits_of(
+    names: Sequence[str], collections: Iterable[tuple[str, str]] = (), *, tell: Callable[[str], None] = _log.info
+) -> list[Credit]:
+    """Collect licences and citations of the inputs of a map.
+
+    Parameters
+    ----------
+    names
+        Ids of sources (:mod:`ai4land.sources`).
+    collections
+        Catalogue and id of STAC collections; those that are among ``names`` are left out.
+    tell
+        Called with a line for each collection that cannot be read: it gets a credit without a licence.
+
+    Raises
+    ------
+    ConfigError
+        If a source is not known.
+    """
     found = [
         Credit(
             title=source.title,
@@ -60,26 +74,22 @@ def credits_of(run: RunConfig, *, tell: Tell = _log.info) -> list[Credit]:
             providers=tuple({"name": name, "roles": ["producer"]} for name in source.providers),
             url=source.page or (f"https://doi.org/{source.doi}" if source.doi else ""),
         )
-        for source in sources.credits_of(run.sources)
+        for source in sources.credits_of(names)
     ]
-    named = sorted(
-        {(str(s.catalog), str(s.collection)) for s in run.static if isinstance(s, StaticLayer) and s.catalog}
-        | {(str(run.landcover.catalog), collection) for collection in run.landcover.collections}
-    )
-    for catalog, collection in named:
-        if collection in run.sources:
+    for catalog, collection in sorted(set(collections)):
+        if collection in names:
             continue
         try:
-            found.append(_credit_of(run, catalog, collection))
+            found.append(_credit_of(catalog, collection))
         except (AI4LandError, OSError) as error:
-            tell(f"licence of collection {collection} of {catalog} can not be read: {error}")
+            tell(f"licence of collection {collection} of {catalog} cannot be read: {error}")
             found.append(Credit(title=collection))
     return found
 
 
-def _credit_of(run: RunConfig, catalog: str, collection: str) -> Credit:
-    """Ask the catalogue that a static map comes from."""
-    said = find_collection(run.path(catalog), collection=collection)
+def _credit_of(catalog: str, collection: str) -> Credit:
+    """Read the collection that an input comes from."""
+    said = find_collection(catalog, collection=collection)
     public = {str(e["rel"]): str(e["href"]) for e in said.get("links", []) if e.get("rel") and _web(e.get("href"))}
     return Credit(
         title=str(said.get("title") or collection),
@@ -99,14 +109,3 @@ def _credit_of(run: RunConfig, catalog: str, collection: str) -> Credit:
 
 def _web(address: Any) -> bool:
     return isinstance(address, str) and address.startswith(("https://", "http://"))
-
-
-def licence_of(run: RunConfig, m: Map, credits: Sequence[Credit]) -> str:
-    """Say the licence of what is published: that of the sources, else what the cube says, else ``other``.
-
-    Licences of other inputs count too: one that does not mix with that of the sources makes ``other`` of it.
-    """
-    if not run.sources:
-        said = str(m.attrs.get("license", ""))
-        return said if LICENCE.match(said) else "other"
-    return sources.mix({sources.licence_of(run.sources), *(c.licence for c in credits[len(set(run.sources)) :])})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ def model_item(folder: Path, card: Card, m: Map, *, title: str, collection: str,
     }
 
 
-def model_collection(m: Map, *, id: str, title: str, credits: list[Credit], licence: str, item: dict[str, Any]) -> dict[str, Any]:
+def model_collection(
+    m: Map, *, id: str, title: str, credits: Sequence[Credit], licence: str, item: dict[str, Any]
+) -> dict[str, Any]:
     """Make the collection that holds the model of a run; licences and citations of the inputs stay with the weights too."""
     fields, links = stac.credit_fields(credits, licence=licence)
     properties = item["properties"]

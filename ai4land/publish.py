@@ -1,8 +1,8 @@
-"""Publish a run: a static STAC catalogue of its cube and its model beside them, with maps in other formats.
+"""Publish a cube and its model as a static STAC catalogue, with maps in other formats.
 
-A cube is one collection with an item a year; each part of a cube with parts is a collection of its own, so that a search in
-one never mixes scenarios. The catalogue is made beside its place and moved there when it is whole; one that is there is
-replaced if it is of the same run. Links and hrefs are relative: the folder of a run can be moved or served as it is.
+A cube is one collection with an item for every year. Each part of a cube in parts is a collection of its own, so that a search in
+one never mixes scenarios. The catalogue is made beside its folder and moved there when it is whole; it replaces an older one of the
+same run only. Links and hrefs are relative: the folder of a run can be moved, or served as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,42 +23,76 @@ import zarr
 
 from ai4land import export, mlm, stac
 from ai4land.checkpoint import CARD, Card, load_card
-from ai4land.config import RunConfig
-from ai4land.credits import Credit, credits_of, licence_of
+from ai4land.config import RunConfig, StaticLayer
+from ai4land.credits import LICENCE, Credit, credits_of
 from ai4land.describe import Map, open_group, read_map
 from ai4land.errors import ConfigError, DataError
-from ai4land.inputs import Tell, cubes_of
+from ai4land.inputs import cubes_of
 from ai4land.ledger import part_of
+from ai4land.sources import mix
 from ai4land.stores import Place, beside, folder_of, inside, sweep
 from ai4land.years import expand_years
 
+Tell = Callable[[str], None]
 _log = logging.getLogger(__name__)
 _OURS = re.compile(r"^(.+/(catalog\.json|collection\.json|items\.parquet|thumbnail\.png)|(.+)/\3\.(json|tif))$")
 """Folder and name of the files that a catalogue is made of."""
 _NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 
 
+@dataclass(frozen=True)
+class _About:
+    """What all objects of a catalogue have in common; ``base`` is its address with a slash at the end, or empty."""
+
+    name: str
+    title: str
+    model: Path | None
+    target: Path
+    base: str
+    credits: Sequence[Credit]
+    licence: str
+    tell: Tell
+
+    @property
+    def model_id(self) -> str:
+        """Id of the collection of the model."""
+        return f"{identifier(self.name)}-model"
+
+
 def publish(
-    run: RunConfig,
+    cube: Place,
     *,
-    to: Path | None = None,
+    to: Place,
+    name: str,
+    title: str = "",
+    model: Path | None = None,
+    credits: Sequence[Credit] = (),
+    licence: str | None = None,
     base_url: str = "",
-    cog: Iterable[int | str] = (),
+    cog: Sequence[int] = (),
     tell: Tell = _log.info,
 ) -> Path:
-    """Publish the cube and the model of a run as a static STAC catalogue.
+    """Publish a cube and the model that made it as a static STAC catalogue.
 
     Parameters
     ----------
-    run
-        The run; its cube must be there.
+    cube
+        Folder or URL of a cube; of a part of one, the whole cube is published.
     to
-        Folder of the catalogue; default: ``stac`` in the folder of the run.
+        Folder of the catalogue.
+    name, title
+        Of the run: only the catalogue of a run of the same name is replaced. Default of the title: the name.
+    model
+        Folder with the model card and the weights; None: the catalogue has no model.
+    credits
+        Of the inputs.
+    licence
+        Of the catalogue; None: that in the cube's metadata, or ``other``.
     base_url
         Address that the folder will have. With it objects say where they are (``self``), and the index has addresses
         instead of hrefs relative to itself.
     cog
-        Years to export as cloud-optimised GeoTIFF: numbers, or ranges such as ``2000-2009``.
+        Years to export as cloud-optimised GeoTIFF.
     tell
         Called with lines of progress.
 
@@ -75,36 +110,34 @@ def publish(
     """
     if base_url and not urlparse(base_url).netloc:
         raise ConfigError(f"base URL is {base_url!r}, expected an address such as https://example.org/maps/stac/")
-    if to is not None and re.match(r"[a-z0-9]+:/", str(to)):
+    folder = folder_of(to)
+    if folder is None:
         raise ConfigError(
             f"folder of the catalogue is {to}, expected one on this machine; publish there and copy it, with --base-url"
         )
-    base = f"{base_url.rstrip('/')}/" if base_url else ""
-    target = (to or run.folder / "stac").resolve()
-    cube = root_of(cubes_of(run)["cube"][0])
-    maps = maps_of(cube, id=identifier(run.name), title=_title(run))
-    try:
-        years = expand_years(list(cog))
-    except ValueError as error:
-        raise ConfigError(
-            f"years to export can not be read: {error}; give numbers such as 2004, or ranges such as 2000-2009"
-        ) from error
-    lacking = [y for y in years if not any(y in m.years for m in maps)]
+    target, cube = folder.resolve(), root_of(cube)
+    maps = maps_of(cube, id=identifier(name), title=title or name)
+    lacking = [y for y in cog if not any(y in m.years for m in maps)]
     if lacking:
         raise ConfigError(f"years to export are {lacking}, expected some of {stac.span(maps[0].years)}; choose years of the cube")
     if find_spec("rustac") is None:
-        raise ConfigError("rustac is not installed, which writes the index of the items; pip install 'ai4land[publish]'")
-    _check_target(target, run.name)
+        raise ConfigError(
+            "rustac, which writes the index of the items, is not installed; install it with: pip install 'ai4land[publish]'"
+        )
+    _check_target(target, name)
     if isinstance(cube, Path) and (target in (cube, *cube.parents) or cube in target.parents):
         raise ConfigError(
             f"folder of the catalogue is {target}, expected one apart from the cube {cube}; choose another one with --to"
         )
-    credits = credits_of(run, tell=tell)
-    licence = licence_of(run, maps[0], credits)
+    if licence is None:
+        stated = str(maps[0].attrs.get("license", ""))
+        licence = stated if LICENCE.match(stated) else "other"
+    base = f"{base_url.rstrip('/')}/" if base_url else ""
+    about = _About(name, title or name, model, target, base, credits, licence, tell)
     part = beside(target, "part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        _write(run, maps, part, target, cube=cube, base=base, cog=years, credits=credits, licence=licence, tell=tell)
+        _write(about, maps, part, cube=cube, cog=cog)
         _move(part, target)
         sweep(target)
     finally:
@@ -172,49 +205,39 @@ def maps_of(cube: Place, *, id: str, title: str) -> list[Map]:
 # -- writing --------------------------------------------------------------------------------------------------------------
 
 
-def _write(
-    run: RunConfig,
-    maps: Sequence[Map],
-    folder: Path,
-    target: Path,
-    *,
-    cube: Place,
-    base: str,
-    cog: Sequence[int],
-    credits: list[Credit],
-    licence: str,
-    tell: Tell,
-) -> None:
-    """Write the whole catalogue into ``folder``, as it will be at ``target``."""
-    children, items, single = [], [], len(maps) == 1
+def _write(about: _About, maps: Sequence[Map], folder: Path, *, cube: Place, cog: Sequence[int]) -> None:
+    """Write the whole catalogue into ``folder``, as it will be at its target."""
+    collections, items, target = [], [], about.target
     for m in maps:
         group = open_group(m.path)
         here = folder / m.id
         export.thumbnail(group, year=m.years[-1], box=m.box, flags=m.flags, path=here / "thumbnail.png")
-        made = [_item(m, year, group, here, target=target, export_it=year in cog, tell=tell) for year in m.years]
+        made = [_item(m, year, group, here, target=target, export_it=year in cog, tell=about.tell) for year in m.years]
         assets = {"thumbnail": stac.image_asset("./thumbnail.png", f"Land cover of {m.years[-1]}")}
         assets["items"] = {
             "href": "../items.parquet",
             "type": stac.PARQUET_TYPE,
-            "roles": ["collection-mirror" if single else "index"],
+            "roles": ["collection-mirror" if len(maps) == 1 else "index"],
             "title": "Items of the catalogue as stac-geoparquet",
         }
         root, store = _relative(m.path, target / m.id), _relative(cube, target / m.id)
-        about = stac.collection(m, credits=credits, licence=licence, cube=root, root=store, assets=assets)
-        about["links"] += [stac.link("item", f"./{i['id']}/{i['id']}.json", "application/geo+json") for i in made]
-        children.append((m, about))
+        collection = stac.collection(m, credits=about.credits, licence=about.licence, cube=root, root=store, assets=assets)
+        collection["links"] += [stac.link("item", f"./{i['id']}/{i['id']}.json", "application/geo+json") for i in made]
+        collections.append((m, collection))
         items += made
-    made_by = _model(run, maps, folder, target, base=base, credits=credits, licence=licence, tell=tell)
-    for m, about in children:
-        if m.id in made_by:
-            about["links"].append(stac.link("derived_from", made_by[m.id], "application/geo+json", title="Model"))
-        _save(about, folder, f"{m.id}/collection.json", base)
-    for made_item in items:
-        _save(made_item, folder, _place(made_item), base)
-    _index([_from_root(i, base) for i in items], folder / "items.parquet")
-    named = [(m.id, m.title) for m in maps] + ([(model_id(run), f"{_title(run)}: model")] if made_by else [])
-    root_object = stac.catalog(id=f"{identifier(run.name)}-catalog", title=_title(run), run=run.name, children=named, index=True)
-    _save(root_object, folder, "catalog.json", base)
+    models = _model(about, maps, folder)
+    for m, collection in collections:
+        if m.id in models:
+            collection["links"].append(stac.link("derived_from", models[m.id], "application/geo+json", title="Model"))
+        _save(collection, folder, f"{m.id}/collection.json", about.base)
+    for item in items:
+        _save(item, folder, _place(item), about.base)
+    _index([_from_root(i, about.base) for i in items], folder / "items.parquet")
+    children = [(m.id, m.title) for m in maps] + ([(about.model_id, f"{about.title}: model")] if models else [])
+    catalog = stac.catalog(
+        id=f"{identifier(about.name)}-catalog", title=about.title, run=about.name, children=children, index=True
+    )
+    _save(catalog, folder, "catalog.json", about.base)
 
 
 def _item(m: Map, year: int, group: zarr.Group, folder: Path, *, target: Path, export_it: bool, tell: Tell) -> dict[str, Any]:
@@ -229,44 +252,25 @@ def _item(m: Map, year: int, group: zarr.Group, folder: Path, *, target: Path, e
     return stac.item(m, year, cube=cube, cog=f"./{id}.tif", thumbnail="./thumbnail.png")
 
 
-def _model(
-    run: RunConfig,
-    maps: Sequence[Map],
-    folder: Path,
-    target: Path,
-    *,
-    base: str,
-    credits: list[Credit],
-    licence: str,
-    tell: Tell,
-) -> dict[str, str]:
-    """Write the collection and the item of the model; give its href from each collection that it made."""
-    if not (run.folder / CARD).is_file():
-        tell(f"no model in {run.folder}: the catalogue describes the cube alone")
+def _model(about: _About, maps: Sequence[Map], folder: Path) -> dict[str, str]:
+    """Write the collection and the item of the model; return its href from each collection that it made."""
+    if about.model is None or not (about.model / CARD).is_file():
+        about.tell(f"no model in {about.model}: the catalogue describes the cube alone")
         return {}
-    card = load_card(run.folder)
+    card = load_card(about.model)
     made = [m for m in maps if _made(m, card)]
     if not made:
-        tell(f"model in {run.folder} is not the one that the cube was made with: the catalogue describes the cube alone")
+        about.tell(f"model in {about.model} is not the one that the cube was made with: the catalogue describes the cube alone")
         return {}
-    id = model_id(run)
+    id = about.model_id
     item_id = f"{id}-{card.weights[:12]}"
-    to_folder = _relative(run.folder.resolve(), target / id / item_id)
-    item = mlm.model_item(run.folder, card, made[0], title=_title(run), collection=id, to_folder=to_folder)
-    about = mlm.model_collection(made[0], id=id, title=_title(run), credits=credits, licence=licence, item=item)
-    about["links"].append(stac.link("item", f"./{item_id}/{item_id}.json", "application/geo+json"))
-    _save(about, folder, f"{id}/collection.json", base)
-    _save(item, folder, _place(item), base)
+    to_folder = _relative(about.model.resolve(), about.target / id / item_id)
+    item = mlm.model_item(about.model, card, made[0], title=about.title, collection=id, to_folder=to_folder)
+    described = mlm.model_collection(made[0], id=id, title=about.title, credits=about.credits, licence=about.licence, item=item)
+    described["links"].append(stac.link("item", f"./{item_id}/{item_id}.json", "application/geo+json"))
+    _save(described, folder, f"{id}/collection.json", about.base)
+    _save(item, folder, _place(item), about.base)
     return dict.fromkeys([m.id for m in made], f"../{id}/{item_id}/{item_id}.json")
-
-
-def model_id(run: RunConfig) -> str:
-    """Id of the collection of a run's model."""
-    return f"{identifier(run.name)}-model"
-
-
-def _title(run: RunConfig) -> str:
-    return run.title or run.name
 
 
 def _made(m: Map, card: Card) -> bool:
@@ -352,3 +356,55 @@ def _move(part: Path, target: Path) -> None:
             old.replace(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+# -- of a run (for run/publish.py) -----------------------------------------------------------------------------------------
+
+
+def publish_run(
+    run: RunConfig, *, to: Place | None = None, base_url: str = "", cog: Iterable[int | str] = (), tell: Tell = _log.info
+) -> Path:
+    """Publish the cube and the model of a run; see :func:`publish`.
+
+    Parameters
+    ----------
+    run
+        The run; its cube must be there.
+    to
+        Folder of the catalogue; default: ``stac`` in the folder of the run.
+    base_url, tell
+        As in :func:`publish`.
+    cog
+        Years to export as cloud-optimised GeoTIFF: numbers, or ranges such as ``2000-2009``.
+
+    Raises
+    ------
+    DataError, ConfigError
+        As in :func:`publish`; and if the years to export cannot be read.
+    """
+    try:
+        years = expand_years(list(cog))
+    except ValueError as error:
+        raise ConfigError(
+            f"years to export cannot be read: {error}; give numbers such as 2004, or ranges such as 2000-2009"
+        ) from error
+    credits = credits_of(run.sources, collections_of(run), tell=tell)
+    return publish(
+        cubes_of(run)["cube"][0],
+        to=run.folder / "stac" if to is None else to,
+        name=run.name,
+        title=run.title or "",
+        model=run.folder,
+        credits=credits,
+        licence=mix({c.licence for c in credits}) if run.sources else None,
+        base_url=base_url,
+        cog=years,
+        tell=tell,
+    )
+
+
+def collections_of(run: RunConfig) -> set[tuple[str, str]]:
+    """Catalogue and id of the STAC collections that a run reads maps from."""
+    static = {(s.catalog, s.collection) for s in run.static if isinstance(s, StaticLayer) and s.catalog}
+    maps = {(run.landcover.catalog, collection) for collection in run.landcover.collections}
+    return {(run.path(str(catalog)), str(collection)) for catalog, collection in static | maps}

@@ -14,7 +14,7 @@ from zarr.storage import MemoryStore, StorePath
 
 from ai4land import ledger
 from ai4land.claim import check_claim
-from ai4land.cube import Block, template_of
+from ai4land.cube import template_of
 from ai4land.grid import Window
 from ai4land.legend import MISSING, Legend
 from ai4land.overviews import reduce_classes
@@ -137,20 +137,3 @@ class Writer:
 
 def _level(name: str) -> bool:
     return name.startswith("overviews/") and name.endswith("/land_cover")
-
-
-def write_block(place: Place, block: Block, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write and record a shard over whole shards of years.
-
-    Parameters
-    ----------
-    place
-        Of the cube.
-    block
-        What is written; its years must be those of whole shards to be recorded.
-    arrays
-        As in :meth:`Writer.add`, with the years before: ``(year, [class,] rows, columns)``.
-    """
-    writer = Writer(place, block.window)
-    for i, year in enumerate(block.years):
-        writer.add(year, {name: data[i] for name, data in arrays.items()})

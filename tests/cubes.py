@@ -9,7 +9,7 @@ from ai4land.cube import Block
 from ai4land.grid import Window, make_grid, spatial_ref
 from ai4land.legend import load_legend
 from ai4land.template import FRACTION_SCALE, SCALE
-from ai4land.writer import write_block
+from ai4land.writer import Writer
 
 GRID = make_grid((-180, -90, 180, 90), coarse_cell=45.0, factor=8, shard=16)
 LEGEND = load_legend("hildaplus")
@@ -33,6 +33,13 @@ def cells(block: Block, seed: int = 0, legend=LEGEND):
         "confidence": sure,
         "change_probability": sure,
     }
+
+
+def write_block(place, block: Block, arrays) -> None:
+    """Write years of a shard, and record it if they are whole shards of years; arrays as in ``Writer.add``, with the years before."""
+    writer = Writer(place, block.window)
+    for i, year in enumerate(block.years):
+        writer.add(year, {name: data[i] for name, data in arrays.items()})
 
 
 def fill(path, windows, years=YEARS, seed=0):

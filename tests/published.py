@@ -13,7 +13,7 @@ from ai4land.config import RunConfig
 from ai4land.grid import Window, make_grid
 from ai4land.legend import Legend, load_legend
 from ai4land.template import FRACTION_EMPTY, SCALE
-from ai4land.writer import write_block
+from tests.cubes import write_block
 from tests.models import card, network
 
 GRID = make_grid((-180, -90, 180, 90), coarse_cell=45.0, factor=16, shard=64)

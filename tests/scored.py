@@ -18,7 +18,7 @@ from ai4land.predict import Source
 from ai4land.reconstruct import land_of, plan_blocks
 from ai4land.template import FRACTION_EMPTY, FRACTION_SCALE
 from ai4land.unet import UNet
-from ai4land.writer import write_block
+from tests.cubes import write_block
 
 YEARS = [2000, 2001, 2002, 2003]
 

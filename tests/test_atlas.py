@@ -14,7 +14,7 @@ from ai4land.errors import ConfigError, DataError
 from ai4land.grid import centres, make_grid, spatial_ref
 from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE
 from ai4land.tiles import point, tile
-from ai4land.writer import write_block
+from tests.cubes import write_block
 from tests.maps import CODES, FLAGS, HILDA, only, pixels, plain, some_codes, write_maps
 
 

@@ -39,7 +39,7 @@ from ai4land.credits import credits_of
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.export import equal_area
 from ai4land.legend import Legend
-from ai4land.publish import publish
+from ai4land.publish import publish, publish_run
 from tests import ROOT
 from tests.models import card, network
 from tests.published import GRID, HILDA, YEARS, codes_of, make_cube, make_run, run_in, write_years
@@ -60,7 +60,7 @@ def published(tmp_path_factory, terrain) -> tuple[RunConfig, Path]:
     """A run with sources and a static map of a catalogue, and its catalogue with two years as GeoTIFF."""
     static = [{"name": "height", "catalog": str(terrain), "collection": "relief", "asset": "height"}]
     run = make_run(tmp_path_factory.mktemp("a folder"), sources=["hildaplus-v2", "luh2-v2h"], static=static)
-    return run, publish(run, cog=[2004, 2100])
+    return run, publish_run(run, cog=[2004, 2100])
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_every_object_is_valid(published, schemas):
 def test_objects_of_an_own_legend_without_sources_and_model_are_valid(tmp_path, schemas):
     run = make_run(tmp_path, legend=OWN, model=False)
     said: list[str] = []
-    path = publish(run, cog=[850], tell=said.append)
+    path = publish_run(run, cog=[850], tell=said.append)
     assert check_all(path.parent, schemas) == 2 + len(YEARS) and any("no model" in line for line in said)
     about = objects(path.parent)["tiny-map/collection.json"]
     assert about["license"] == "other" and [p["name"] for p in about["providers"]] == ["AI4Land"]
@@ -193,11 +193,8 @@ def test_someone_else_maps_from_this_map(published, server, where):
         load_asset(every, asset="land_cover", grid=GRID, resampling="exact", dtype="uint8")
 
 
-def test_the_catalogue_tells_the_licence_to_someone_else(published, tmp_path):
-    static = [
-        {"name": "before", "catalog": str(published[1]), "collection": "tiny-map", "asset": "land_cover", "categorical": True}
-    ]
-    (credit,) = credits_of(run_in(tmp_path, static=static))
+def test_the_catalogue_tells_the_licence_to_someone_else(published):
+    (credit,) = credits_of([], [(str(published[1]), "tiny-map")])
     assert credit.licence == "CC-BY-SA-4.0" and credit.title == "A *map* of <i>land</i>" and "AI4Land" in credit.citation
     assert {p["name"] for p in credit.providers} >= {"AI4Land", "Hill Survey"}
 
@@ -288,7 +285,7 @@ def test_index_holds_the_items(published):
 
 
 def test_with_a_base_url_objects_say_where_they_are(published, tmp_path):
-    path = publish(published[0], to=tmp_path / "out", base_url="https://example.org/a/stac/", cog=[2004])
+    path = publish_run(published[0], to=tmp_path / "out", base_url="https://example.org/a/stac/", cog=[2004])
     for place, value in objects(path.parent).items():
         (own,) = [link["href"] for link in value["links"] if link["rel"] == "self"]
         assert own == f"https://example.org/a/stac/{place}"
@@ -325,17 +322,17 @@ def test_catalogue_that_is_gone_is_told_and_its_licence_counts_as_unknown(tmp_pa
     static = [{"name": "height", "catalog": "gone/catalog.json", "collection": "relief", "asset": "height"}]
     run = make_run(tmp_path, model=False, sources=["hildaplus-v2"], static=static)
     said: list[str] = []
-    about = objects(publish(run, tell=said.append).parent)["tiny-map/collection.json"]
+    about = objects(publish_run(run, tell=said.append).parent)["tiny-map/collection.json"]
     assert about["license"] == "other" and any("licence of collection relief" in line for line in said)
     assert "relief: licence not stated" in about["description"]
 
 
 def test_licence_is_that_of_the_sources(tmp_path):
     run = make_run(tmp_path, model=False, sources=["hildaplus-v2"])
-    about = objects(publish(run).parent)["tiny-map/collection.json"]
+    about = objects(publish_run(run).parent)["tiny-map/collection.json"]
     assert about["license"] == sources.load_source("hildaplus-v2").licence
     with pytest.raises(ConfigError, match="source is 'nobody'"):
-        publish(make_run(tmp_path / "b", model=False, sources=["nobody"]))
+        publish_run(make_run(tmp_path / "b", model=False, sources=["nobody"]))
 
 
 # -- a folder that is ours ----------------------------------------------------------------------------------------------------
@@ -345,8 +342,8 @@ def test_published_again_gives_the_same_bytes(published):
     run, path = published
     before = contents(path.parent)
     code = (
-        "import sys; from pathlib import Path; from ai4land.publish import publish; from ai4land.config import RunConfig;"
-        "publish(RunConfig.model_validate_json(sys.argv[1]), cog=[2004, 2100])"
+        "import sys; from pathlib import Path; from ai4land.publish import publish_run; from ai4land.config import RunConfig;"
+        "publish_run(RunConfig.model_validate_json(sys.argv[1]), cog=[2004, 2100])"
     )
     subprocess.run([sys.executable, "-c", code, run.model_dump_json()], check=True, timeout=60, cwd=ROOT)
     assert contents(path.parent) == before and b"2026-01-02T03:04:05Z" in before["tiny-map/collection.json"]
@@ -362,64 +359,64 @@ def test_what_is_not_ours_is_not_replaced(tmp_path):
         (folder / "catalog.json").write_text(text or "") if text else (folder / "a.txt").write_text("mine")
         before = contents(folder)
         with pytest.raises(ConfigError, match="files that are not a catalogue of ai4land"):
-            publish(run, to=folder)
+            publish_run(run, to=folder)
         assert contents(folder) == before
-    path = publish(run, to=tmp_path / "out")
+    path = publish_run(run, to=tmp_path / "out")
     (path.parent / "tiny-map" / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds tiny-map/notes.txt, which would be lost"):
-        publish(run, to=tmp_path / "out")
+        publish_run(run, to=tmp_path / "out")
     (path.parent / "tiny-map" / "notes.txt").unlink()
-    publish(run, to=tmp_path / "out")
+    publish_run(run, to=tmp_path / "out")
     other = run.model_copy(update={"name": "second"})
     other.folder.mkdir()
     shutil.copytree(run.folder / "cube.zarr", other.folder / "cube.zarr")
     with pytest.raises(ConfigError, match=r"catalogue of run 'tiny.map', expected 'second'"):
-        publish(other, to=tmp_path / "out")
+        publish_run(other, to=tmp_path / "out")
     for within in (run.folder, run.folder / "cube.zarr", run.folder / "cube.zarr" / "stac"):
         with pytest.raises(ConfigError):
-            publish(run, to=within)
+            publish_run(run, to=within)
 
 
 def test_a_failure_leaves_the_old_catalogue(tmp_path):
     run = make_run(tmp_path)
-    path = publish(run)
+    path = publish_run(run)
     before = contents(path.parent)
     (run.folder / "model.safetensors").write_bytes(b"spoiled")
     with pytest.raises(MismatchError, match="checksum"):
-        publish(run)
+        publish_run(run)
     assert contents(path.parent) == before
     assert {p.name for p in run.folder.iterdir() if p.is_dir()} == {"cube.zarr", "cube.ledger", "stac"}
 
 
 def test_what_a_killed_publication_left_is_removed_by_the_next(tmp_path):
     run = make_run(tmp_path, model=False)
-    path = publish(run)
+    path = publish_run(run)
     want = contents(path.parent)
     dead = subprocess.Popen(["true"])
     dead.wait()
     for kind in ("old", "part"):
         shutil.copytree(path.parent, run.folder / f".stac.{socket.gethostname()}.{dead.pid}.{kind}")
     shutil.rmtree(path.parent)
-    assert contents(publish(run).parent) == want
+    assert contents(publish_run(run).parent) == want
     assert not [p for p in run.folder.iterdir() if p.name.startswith(".")]
 
 
 def test_what_can_not_be_published_is_refused(tmp_path):
     run = run_in(tmp_path)
     with pytest.raises(DataError, match="ai4land reconstruct"):
-        publish(run)
+        publish_run(run)
     make_cube(run.folder / "cube.zarr", years=YEARS, finish=False)
     with pytest.raises(DataError, match="no finished year"):
-        publish(run)
+        publish_run(run)
     assert cube.show(run.folder / "cube.zarr") == YEARS
     with pytest.raises(ConfigError, match=r"years to export are \[1999\]"):
-        publish(run, cog=[2004, 1999])
-    with pytest.raises(ConfigError, match="years to export can not be read"):
-        publish(run, cog=["next"])
+        publish_run(run, cog=[2004, 1999])
+    with pytest.raises(ConfigError, match="years to export cannot be read"):
+        publish_run(run, cog=["next"])
     with pytest.raises(ConfigError, match="base URL is 'stac'"):
-        publish(run, base_url="stac")
+        publish_run(run, base_url="stac")
     with pytest.raises(ConfigError, match="expected one on this machine"):
-        publish(run, to=Path("s3://bucket/stac"))
+        publish_run(run, to="s3://bucket/stac")
     assert not (run.folder / "stac").exists()
 
 
@@ -453,7 +450,7 @@ def test_cube_elsewhere_is_described_where_it_is(published, server, tmp_path, sc
     place = f"{server}/cube.zarr"
     reconstruct = {"reference": 2004, "years": YEARS, "cube": place}
     run = run_in(tmp_path, reconstruct=reconstruct)
-    path = publish(run, cog=[2005], base_url="https://example.org/stac")
+    path = publish_run(run, cog=[2005], base_url="https://example.org/stac")
     assert check_all(path.parent, schemas) == 2 + len(YEARS)
     found = objects(path.parent)
     for at in ("tiny-map/collection.json", "tiny-map/tiny-map-850/tiny-map-850.json"):
@@ -486,7 +483,7 @@ def test_one_run_publishes_all_parts_of_a_cube_in_an_object_store(bucket, tmp_pa
     for part, years in (("historical", [2004]), ("ssp126", [2005])):
         make_cube(f"{place}/{part}", years=years)
     run = run_in(tmp_path, reconstruct={"reference": 2004, "years": [2005], "cube": place, "part": "ssp126"})
-    path = publish(run, cog=[2005])
+    path = publish_run(run, cog=[2005])
     found = objects(path.parent)
     for part in ("historical", "ssp126"):
         about = found[f"tiny-map-{part}/collection.json"]
@@ -496,19 +493,34 @@ def test_one_run_publishes_all_parts_of_a_cube_in_an_object_store(bucket, tmp_pa
         np.testing.assert_array_equal(file.read(1), codes_of(HILDA, 2005))
 
 
+@pytest.mark.parametrize("kind", ["folder", "file", "memory"])
+def test_a_cube_at_any_kind_of_place_is_published(tmp_path, kind):
+    path = tmp_path / "a b" / "cube.zarr"
+    place = {"folder": path, "file": path.as_uri(), "memory": f"memory://{tmp_path.name}/cube.zarr"}[kind]
+    make_cube(place, years=[2004, 2005], license="CC-BY-4.0" if kind == "file" else "free for all")
+    to = tmp_path / "out it"
+    catalog = publish(place, to=to.as_uri() if kind == "file" else to, name="tiny.map", cog=[2005])
+    about = objects(catalog.parent)["tiny-map/collection.json"]
+    assert about["assets"]["cube"]["href"] == (place if kind == "memory" else "../../a b/cube.zarr")
+    assert about["title"] == "tiny.map" and about["license"] == ("CC-BY-4.0" if kind == "file" else "other")
+    with rasterio.open(catalog.parent / "tiny-map" / "tiny-map-2005" / "tiny-map-2005.tif") as file:
+        np.testing.assert_array_equal(file.read(1), codes_of(HILDA, 2005))
+    assert publish(place, to=to, name="tiny.map") == catalog == to / "catalog.json"
+
+
 def test_years_that_are_whole_are_published_and_more_of_them_later(tmp_path):
     run = run_in(tmp_path)
     place, years = run.folder / "cube.zarr", [2004, 2005]
     make_cube(place, years=years, finish=False, license="CC-BY-4.0", years_a_shard=1, whole=1)
     assert cube.show(place) == [2004]
-    path = publish(run, cog=[2004])
+    path = publish_run(run, cog=[2004])
     assert sorted(p.name for p in (path.parent / "tiny-map").iterdir() if p.is_dir()) == ["tiny-map-2004"]
     about = objects(path.parent)["tiny-map/collection.json"]
     assert about["license"] == "CC-BY-4.0" and about["extent"]["temporal"]["interval"][0][1] == "2004-12-31T23:59:59Z"
     for window in GRID.shards():
         write_years(place, window, [2005], HILDA)
     assert cube.show(place) == years
-    assert {i["id"] for i in objects(publish(run).parent).values()} >= {"tiny-map-2004", "tiny-map-2005"}
+    assert {i["id"] for i in objects(publish_run(run).parent).values()} >= {"tiny-map-2004", "tiny-map-2005"}
     assert not list(path.parent.rglob("*.tif"))
 
 
@@ -518,7 +530,7 @@ def test_model_of_another_cube_is_left_out(tmp_path):
     shutil.rmtree(run.folder / "cube.zarr")
     make_cube(run.folder / "cube.zarr", years=[2004], model="0" * 64)
     said: list[str] = []
-    assert "tiny-map-model/collection.json" not in objects(publish(run, tell=said.append).parent)
+    assert "tiny-map-model/collection.json" not in objects(publish_run(run, tell=said.append).parent)
     assert any("not the one that the cube was made with" in line for line in said)
 
 
@@ -543,7 +555,7 @@ def test_parts_of_a_cube_are_collections(tmp_path, schemas):
     run = run_in(tmp_path)
     for part, years in (("historical", [2004]), ("ssp126", [2005, 2100])):
         make_cube(run.folder / "cube.zarr" / part, years=years)
-    path = publish(run, cog=[2005])
+    path = publish_run(run, cog=[2005])
     assert check_all(path.parent, schemas) == 3 + 3
     root = pystac.Catalog.from_file(str(path))
     assert [c.id for c in root.get_children()] == ["tiny-map-historical", "tiny-map-ssp126"]

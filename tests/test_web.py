@@ -22,7 +22,7 @@ from PIL import Image
 from ai4land.atlas import open_atlas
 from ai4land.cube import open_cube
 from ai4land.errors import ConfigError, DataError
-from ai4land.publish import publish
+from ai4land.publish import publish_run
 from ai4land.tiles import point, series, tile
 from ai4land.web import make_app
 from tests.maps import HILDA, some_codes, write_maps
@@ -266,7 +266,7 @@ def test_the_catalogue_leads_to_the_cube(url):
 def test_every_link_of_a_published_run_is_answered(tmp_path):
     """A catalogue by :mod:`ai4land.publish`, followed from page to page as a browser of catalogues does."""
     run = make_run(tmp_path, sources=["hildaplus-v2"])
-    publish(run, cog=[2004])
+    publish_run(run, cog=[2004])
     with running(make_app(str(run.folder / "cube.zarr"))) as (url, _):
         todo, seen = [f"{url}/stac/catalog.json"], {}
         while todo:
