@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SLURM_TESTS ?= $(wildcard tests/test_slurm*.py) tests/test_deploy.py
 
 .PHONY: install demo test test-slurm test-faults test-browser slurm-packages chromium lint bench clean
 
@@ -17,17 +16,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install  ## the whole path on a synthetic planet: a model, a cube, a table, pictures in runs/demo
 	$(BIN)/ai4land demo
 
-test: install  ## the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm and not faults and not browser"
+test: install  ## the fast tests, in two processes; a file's tests stay together, as they share what they make
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm and not faults and not browser" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: install  ## minutes of killed processes, full disks and object stores that are away
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults $(ONLY) tests/test_faults.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults tests
 
 test-browser: install chromium  ## the served page in a real Chromium; installs Debian's package
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser $(ONLY) tests/test_page.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests
 
 test-slurm: install slurm-packages  ## real SLURM jobs on a private cluster on this machine; installs Debian's packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(ONLY) $(SLURM_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests
 
 slurm-packages:
 	which slurmctld slurmd sbatch munged slurmdbd mariadbd >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge slurmdbd mariadb-server)
