@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pystac
-import rasterio
 import xarray as xr
 from numpy.typing import NDArray
 
@@ -25,10 +24,11 @@ from ai4land.assets import items_in, load_asset
 from ai4land.catalog import years_of_item
 from ai4land.coarse import years_in
 from ai4land.errors import ConfigError, DataError
+from ai4land.filecheck import open_raster_file
 from ai4land.grid import Grid, Window
 from ai4land.legend import Legend
 from ai4land.raster import open_raster
-from ai4land.rasterfile import is_xarray, open_dataset, pick_variable, reading
+from ai4land.rasterfile import is_xarray, open_dataset, pick_variable
 
 MapResampling = Literal["exact", "nearest", "mode"]
 MapSource = str | Path | Mapping[int, str | Path]
@@ -258,7 +258,7 @@ def _by_pattern(pattern: str) -> dict[int, tuple[str, int | None]]:
 
 
 def _years_of_bands(path: str) -> list[int]:
-    with reading(path), rasterio.open(path) as file:
+    with open_raster_file(path) as file:
         labels = list(file.descriptions)
     years = [_YEAR.findall(label or "") for label in labels]
     if any(len(set(y)) != 1 for y in years):
