@@ -28,7 +28,7 @@ from ai4land.errors import DataError, MismatchError
 from ai4land.gaps import fill_near
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, coarse_slices
 from ai4land.legend import Legend
-from ai4land.materialise import Job, Layer, fill_rest, write_cover, write_static
+from ai4land.materialise import Layer, ShardTask, fill_rest, write_cover, write_static
 from ai4land.stores import beside, sweep
 from ai4land.template import chunk_side
 
@@ -202,7 +202,7 @@ def _write_cover(
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     task = partial(write_cover, store=str(part), mask=mask, maps=list(maps.values()), fill=legend.fill.code, factor=grid.factor)
-    jobs = [Job(w, None if known is None else known[coarse_slices(w, grid.factor)]) for w in grid.shards()]
+    jobs = [ShardTask(w, None if known is None else known[coarse_slices(w, grid.factor)]) for w in grid.shards()]
     counts = np.zeros(1 + len(maps), dtype=np.int64)
     digests: dict[Window, list[str]] = {}
     for job, (made, found) in _shards("land cover", task, jobs, client, tell):
@@ -224,7 +224,7 @@ def _write_cover(
 
 def _write_static(part: Path, grid: Grid, layers: Sequence[Layer], client: Client | None, tell: Callable[[str], None]) -> str:
     task = partial(write_static, store=str(part), grid=grid, layers=layers)
-    every = [Job(w) for w in grid.shards()]
+    every = [ShardTask(w) for w in grid.shards()]
     stand_in = np.full((len(layers), *grid.coarse.shape), np.nan, dtype=np.float32)
     mapped, gaps, far = 0, np.zeros(len(layers), dtype=int), np.zeros(len(layers), dtype=int)
     digests: dict[Window, str] = {}
@@ -245,15 +245,15 @@ def _write_static(part: Path, grid: Grid, layers: Sequence[Layer], client: Clien
         filled = f", {missing / mapped:.2%} of the cells filled from the nearest" if missing else ""
         farther = f", {left / mapped:.2%} from farther than a coarse cell" if left else ""
         tell(f"static layer: {layer.name}{filled}{farther}")
-    jobs = [Job(w, stand_in[:, *coarse_slices(w, grid.factor)]) for w in sorted(later)]
+    jobs = [ShardTask(w, stand_in[:, *coarse_slices(w, grid.factor)]) for w in sorted(later)]
     for job, found in _shards("static layers, gaps", partial(fill_rest, store=str(part), factor=grid.factor), jobs, client, tell):
         digests[job.window] = found
     return joined(digests)
 
 
 def _shards(
-    what: str, task: Callable[[Job], Any], items: Sequence[Job], client: Client | None, tell: Callable[[str], None]
-) -> Iterator[tuple[Job, Any]]:
+    what: str, task: Callable[[ShardTask], Any], items: Sequence[ShardTask], client: Client | None, tell: Callable[[str], None]
+) -> Iterator[tuple[ShardTask, Any]]:
     """Do a task for every shard, and tell of each tenth of them where there are many."""
     step = max(len(items) // 10, 10)
     for count, outcome in enumerate(each(task, items, what=f"{what} of", client=client), start=1):

@@ -1,9 +1,9 @@
 """Annual land-cover maps of any legend, one year at a time.
 
 A source is a path with ``{year}`` in it, a dict from year to path, one GeoTIFF whose band descriptions are years, or one
-NetCDF or Zarr variable with a time or year dimension. :func:`available_years` says what it holds, :func:`find_maps` gives
-each year's :class:`AnnualMap` (:func:`find_catalog_maps` one of STAC items), which reads it, or a window of it, onto the fine grid as codes of the legend: aliases are
-replaced and unknown codes refused before any resampling.
+NetCDF or Zarr variable with a time or year dimension. :func:`find_maps` finds each year's :class:`AnnualMap`,
+:func:`find_catalog_maps` those of STAC items. A map reads itself, or a window of itself, onto the fine grid as codes of the
+legend; aliases are replaced and unknown codes refused before any resampling.
 """
 
 from __future__ import annotations
@@ -34,30 +34,6 @@ MapResampling = Literal["exact", "nearest", "mode"]
 MapSource = str | Path | Mapping[int, str | Path]
 _VARIABLES = ("lccs_class", "land_cover", "LULC_states")
 _YEAR = re.compile(r"(?<!\d)(\d{4})(?!\d)")
-
-
-def available_years(source: MapSource, *, variable: str | None = None) -> list[int]:
-    """List the years that a source holds, sorted.
-
-    Parameters
-    ----------
-    source
-        Path with ``{year}`` in it (and ``*`` if need be), dict from year to path, multi-band GeoTIFF whose bands are
-        described by years, or NetCDF file or Zarr group with a time (dates) or year (numbers) dimension.
-    variable
-        NetCDF or Zarr variable; ``lccs_class``, ``land_cover`` or ``LULC_states`` or the only map in the file if not given.
-
-    Raises
-    ------
-    DataError
-        If there is no map, a year is there twice, or the years can not be read.
-
-    Examples
-    --------
-    >>> available_years({2012: "b.tif", 2009: "a.tif"})
-    [2009, 2012]
-    """
-    return sorted(_locate(source, variable))
 
 
 @dataclass(frozen=True)
@@ -108,8 +84,11 @@ def find_maps(
 
     Parameters
     ----------
-    source, variable
-        As in :func:`available_years`.
+    source
+        Path with ``{year}`` in it (and ``*`` if need be), dict from year to path, multi-band GeoTIFF whose bands are
+        described by years, or NetCDF file or Zarr group with a time (dates) or year (numbers) dimension.
+    variable
+        NetCDF or Zarr variable; ``lccs_class``, ``land_cover`` or ``LULC_states`` or the only map in the file if not given.
     grid
         The target.
     legend
@@ -123,7 +102,7 @@ def find_maps(
     Raises
     ------
     DataError
-        If a year is not there.
+        If there is no map, a year is missing or there twice, or the years cannot be read.
     ConfigError
         If the resampling is none of these.
     """

@@ -37,7 +37,7 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class ShardTask:
     """A shard to be done, with what its task needs of the coarse grid; goes by the name of its window."""
 
     window: Window
@@ -53,7 +53,7 @@ def of_array(values: NDArray[Any]) -> Callable[[Window], NDArray[Any]]:
 
 
 def write_cover(
-    job: Job,
+    job: ShardTask,
     *,
     store: str,
     mask: Callable[[Window], NDArray[np.bool_]],
@@ -82,7 +82,7 @@ def write_cover(
 
 
 def write_static(
-    job: Job, *, store: str, grid: Grid, layers: Sequence[Layer]
+    job: ShardTask, *, store: str, grid: Grid, layers: Sequence[Layer]
 ) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], str]:
     """Write the layers, their gaps filled from near by.
 
@@ -113,7 +113,7 @@ def write_static(
     return int(inside.sum()), gaps, far, values, digest_of(fields)
 
 
-def fill_rest(job: Job, *, store: str, factor: int) -> str:
+def fill_rest(job: ShardTask, *, store: str, factor: int) -> str:
     """Fill what is left of the gaps of a shard by the job's stand-ins (layer, coarse rows, columns); returns the digest of all its layers."""
     w, stand_in = job.window, np.asarray(job.coarse)
     group: Any = zarr.open_group(store, mode="r+")
