@@ -28,7 +28,7 @@ from ai4land.errors import DataError, MismatchError
 from ai4land.gaps import fill_near
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, chunk_side, coarse_slices
 from ai4land.legend import Legend
-from ai4land.materialise import Job, Layer, fill_rest, write_cover, write_static
+from ai4land.materialise import Layer, ShardTask, fill_rest, write_cover, write_static
 from ai4land.stores import beside, sweep
 
 _log = logging.getLogger(__name__)
@@ -84,7 +84,9 @@ def write_store(
     Raises
     ------
     DataError
-        If no cell is mapped, a layer has no value in the mask, or a map has no class there.
+        If no cell is mapped, a layer has no value in the mask, a map has no class there, or something else is at ``path``.
+    MismatchError
+        If a store with another identity, or other contents, is at ``path``. An equal one is kept.
     WorkerError
         If workers die so that a shard is never done.
     """
@@ -101,11 +103,34 @@ def write_store(
         contents = {"coarse": states, **_write_cover(part, grid, legend, mask, maps, known, client, tell)}
         contents["static"] = _write_static(part, grid, layers, client, tell)
         zarr.open_group(part, mode="r+").attrs.update({"identity": identity, "contents": contents, "files": dict(files or {})})
-        if path.exists():
-            shutil.rmtree(path)
-        part.replace(path)
+        _move(part, path, identity, contents, tell)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _move(part: Path, path: Path, identity: dict[str, Any], contents: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Move a finished store into place, or keep an equal one that another process has put there meanwhile."""
+    try:
+        part.replace(path)  # fails if a folder is there that is not empty
+    except OSError as error:
+        if not check_identity(path, identity):
+            raise DataError(
+                f"{path} cannot be made ({error}), expected no folder, or an analysis-ready store; delete what is there"
+            ) from error
+        attrs: Any = zarr.open_group(path, mode="r").attrs
+        held = attrs.get("contents", {})
+        differs = sorted(name for name, part_of in contents.items() if not _covers(held.get(name), part_of))
+        if differs:
+            raise MismatchError(
+                f"store {path} was made meanwhile by another process, and its {', '.join(differs)} differ; "
+                "let one run at a time use a run's folder, and delete the store if its inputs have changed"
+            ) from error
+        tell(f"store: {path} was made meanwhile by another process from the same inputs, and is kept")
+
+
+def _covers(held: Any, wanted: Any) -> bool:
+    """Tell whether digests are equal; of digests by year, whether all that are wanted are held."""
+    return held == wanted or (isinstance(held, dict) and isinstance(wanted, dict) and wanted.items() <= held.items())
 
 
 def block_memory(grid: Grid, layers: int) -> float:
@@ -176,7 +201,7 @@ def _write_cover(
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     task = partial(write_cover, store=str(part), mask=mask, maps=list(maps.values()), fill=legend.fill.code, factor=grid.factor)
-    jobs = [Job(w, None if known is None else known[coarse_slices(w, grid.factor)]) for w in grid.shards()]
+    jobs = [ShardTask(w, None if known is None else known[coarse_slices(w, grid.factor)]) for w in grid.shards()]
     counts = np.zeros(1 + len(maps), dtype=np.int64)
     digests: dict[Window, list[str]] = {}
     for job, (made, found) in _shards("land cover", task, jobs, client, tell):
@@ -198,7 +223,7 @@ def _write_cover(
 
 def _write_static(part: Path, grid: Grid, layers: Sequence[Layer], client: Client | None, tell: Callable[[str], None]) -> str:
     task = partial(write_static, store=str(part), grid=grid, layers=layers)
-    every = [Job(w) for w in grid.shards()]
+    every = [ShardTask(w) for w in grid.shards()]
     stand_in = np.full((len(layers), *grid.coarse.shape), np.nan, dtype=np.float32)
     mapped, gaps, far = 0, np.zeros(len(layers), dtype=int), np.zeros(len(layers), dtype=int)
     digests: dict[Window, str] = {}
@@ -215,19 +240,19 @@ def _write_static(part: Path, grid: Grid, layers: Sequence[Layer], client: Clien
             raise DataError(
                 f"static layer {layer.name} is all nodata on the mapped cells, expected values; look at its file, grid and longitudes"
             )
-        values[:] = fill_near(values, mask=np.ones(values.shape, dtype=bool))
+        values[:] = fill_near(values, mask=np.ones(values.shape, dtype=bool), wrap=grid.wraps)
         filled = f", {missing / mapped:.2%} of the cells filled from the nearest" if missing else ""
         farther = f", {left / mapped:.2%} from farther than a coarse cell" if left else ""
         tell(f"static layer: {layer.name}{filled}{farther}")
-    jobs = [Job(w, stand_in[:, *coarse_slices(w, grid.factor)]) for w in sorted(later)]
+    jobs = [ShardTask(w, stand_in[:, *coarse_slices(w, grid.factor)]) for w in sorted(later)]
     for job, found in _shards("static layers, gaps", partial(fill_rest, store=str(part), factor=grid.factor), jobs, client, tell):
         digests[job.window] = found
     return combine_digests(digests)
 
 
 def _shards(
-    what: str, task: Callable[[Job], Any], items: Sequence[Job], client: Client | None, tell: Callable[[str], None]
-) -> Iterator[tuple[Job, Any]]:
+    what: str, task: Callable[[ShardTask], Any], items: Sequence[ShardTask], client: Client | None, tell: Callable[[str], None]
+) -> Iterator[tuple[ShardTask, Any]]:
     """Do a task for every shard, and tell of each tenth of them where there are many."""
     step = max(len(items) // 10, 10)
     for count, outcome in enumerate(each(task, items, what=f"{what} of", client=client), start=1):

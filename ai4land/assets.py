@@ -10,29 +10,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
 import odc.stac
 import pystac
-import rasterio
 import xarray as xr
 from affine import Affine
 from numpy.typing import DTypeLike
 from odc.geo.crs import CRS
+from odc.geo.geobox import GeoBox
 from pyproj.exceptions import CRSError
 from rasterio.errors import RasterioError
 
 from ai4land.catalog import find_items, meets, split_bbox
 from ai4land.errors import ConfigError, DataError
-from ai4land.filecheck import check_blocks, check_file
+from ai4land.filecheck import Header, check_file, open_raster_file
 from ai4land.grid import FINE_DIMS, Bounds, Grid, Window, edges
 from ai4land.hrefs import local_path
 from ai4land.lattice import check_cells, check_lattice, check_longitudes, crs_of, same_crs, transform_bounds
 from ai4land.raster import Resampling
-from ai4land.rasterfile import reading
 
 
 def load_asset(
@@ -94,7 +93,7 @@ def load_asset(
     for item in items:
         if asset not in item.assets:
             raise DataError(f"asset is {asset!r}, expected one of {sorted(item.assets)} of item {item.id}; choose one")
-        _check_item(item, asset, grid, resampling, patch_url)
+    extents = [_check_item(item, asset, grid, resampling, patch_url) for item in items]
     given = None if nodata is None or np.isnan(nodata) else float(nodata)
     stated = _stated(items[0], asset, "nodata")
     mark = given if stated is None else stated
@@ -104,25 +103,16 @@ def load_asset(
         _check_marked(items[0], asset, mark, patch_url)
     fill = float("nan") if mark is None or kind.kind == "f" else mark if given is None else given
     box = grid.fine if window is None else grid.fine[window.slices]
-    names = [str(d) for d in grid.fine.dimensions]
-    loaded = odc.stac.load(
-        items,
-        bands=[asset],
-        geobox=box,
-        resampling="nearest" if resampling == "exact" else resampling,
-        dtype=kind.name,
-        nodata=fill,
-        chunks=dict.fromkeys(names, grid.shard),
-        groupby=_one_layer,
-        patch_url=patch_url,
-        use_overviews=False,
+    method = "nearest" if resampling == "exact" else resampling
+    load = partial(
+        _load, asset=asset, dtype=kind, resampling=method, nodata=fill, mark=mark, side=grid.shard, patch_url=patch_url
     )
-    field = loaded[asset].isel(time=0, drop=True)
-    if field.odc.geobox != box or field.dims != tuple(names):
-        raise DataError(f"{asset} was loaded on {field.odc.geobox}, expected the grid {box}; report this with the items")
+    field = load(items, box=box)
     attrs: dict[str, str | int] = {k: str(field.attrs[k]) for k in ("units",) if k in field.attrs}
-    if mark is not None:
-        field = field.where(field != mark, np.full((), fill, dtype=kind))
+    for turn, others in _across(items, extents, box):
+        beyond = load(others, box=GeoBox(box.shape, Affine.translation(turn, 0) * box.affine, box.crs))
+        empty = np.isnan(field) if kind.kind == "f" else field == fill
+        field = field.where(~empty, beyond.data)
     if kind.kind == "f":
         field = _scaled(field, items, asset)
     else:
@@ -130,6 +120,49 @@ def load_asset(
     along = (slice(None), slice(None)) if window is None else window.slices
     coords = {d: grid.coords()[d][a] for d, a in zip(FINE_DIMS, along, strict=True)}
     return xr.DataArray(field.data, dims=FINE_DIMS, coords=coords, name=asset, attrs=attrs)
+
+
+def _load(
+    items: Sequence[pystac.Item],
+    *,
+    asset: str,
+    box: GeoBox,
+    dtype: np.dtype[Any],
+    resampling: str,
+    nodata: float,
+    mark: float | None,
+    side: int,
+    patch_url: Callable[[str], str] | None,
+) -> xr.DataArray:
+    """Load one asset onto a box with odc-stac, lazily; ``mark``, the value of missing cells in the files, becomes ``nodata``."""
+    names = [str(d) for d in box.dimensions]
+    loaded = odc.stac.load(
+        items,
+        bands=[asset],
+        geobox=box,
+        resampling=resampling,
+        dtype=dtype.name,
+        nodata=nodata,
+        chunks=dict.fromkeys(names, side),
+        groupby=_one_layer,
+        patch_url=patch_url,
+        use_overviews=False,
+    )
+    field = loaded[asset].isel(time=0, drop=True)
+    if field.odc.geobox != box or field.dims != tuple(names):
+        raise DataError(f"{asset} was loaded on {field.odc.geobox}, expected the grid {box}; report this with the items")
+    return field if mark is None else field.where(field != mark, np.full((), nodata, dtype=dtype))
+
+
+def _across(
+    items: Sequence[pystac.Item], extents: Sequence[tuple[float, float] | None], box: GeoBox
+) -> Iterator[tuple[float, list[pystac.Item]]]:
+    """Find the items whose cells reach into a box from beyond the dateline, and by how many degrees the box has to turn to meet them."""
+    west, _, east, _ = edges(box)
+    for turn in (-360.0, 360.0):
+        others = [i for i, e in zip(items, extents, strict=True) if e and e[0] < east + turn - 1e-9 and e[1] > west + turn + 1e-9]
+        if others:
+            yield turn, others
 
 
 def items_in(catalog: str, *, collection: str, grid: Grid, window: Window) -> list[pystac.Item]:
@@ -163,7 +196,7 @@ def _found(catalog: str, collection: str, bbox: Bounds | None) -> list[pystac.It
 
 
 def _degrees(grid: Grid, window: Window) -> Bounds | None:
-    """Box of a window in degrees, a coarse cell around it; None if it has none."""
+    """Box of a window in degrees, with a coarse cell around it, which may reach beyond the dateline; None if it has none."""
     box = edges(grid.fine[window.slices].buffered(grid.coarse.affine.a))
     try:
         west, south, east, north = transform_bounds(crs_of(grid), CRS("EPSG:4326"), box)
@@ -171,8 +204,6 @@ def _degrees(grid: Grid, window: Window) -> Bounds | None:
         return None
     if not all(map(math.isfinite, (west, south, east, north))):
         return None
-    if west < east:
-        west, east = max(west, -180.0), min(east, 180.0)
     return west, max(south, -90.0), east, min(north, 90.0)
 
 
@@ -216,10 +247,12 @@ def _lattice(item: pystac.Item, asset: str) -> tuple[CRS, Affine, tuple[int, int
         return CRS(code), transform, None if shape is None else (int(shape[0]), int(shape[1]))
 
 
-def _check_item(item: pystac.Item, asset: str, grid: Grid, resampling: str, patch_url: Callable[[str], str] | None) -> None:
+def _check_item(
+    item: pystac.Item, asset: str, grid: Grid, resampling: str, patch_url: Callable[[str], str] | None
+) -> tuple[float, float] | None:
+    """Check an item against the grid; returns the west and east edge of its cells if both are in degrees."""
     name = f"{asset} of item {item.id}"
-    path = local_path(item.assets[asset].href)
-    header = None if path is None else check_file(path)
+    header = _checked(item, asset, patch_url)
     if header is not None:
         check_cells(header.transform, header.shape, header.crs, grid, source=name)
     box = item.bbox
@@ -227,14 +260,14 @@ def _check_item(item: pystac.Item, asset: str, grid: Grid, resampling: str, patc
         east = box[2] if len(box) == 4 else box[3]
         check_longitudes((box[0], box[1], east, 0.0), grid, cell=1e-6, source=name)
     lattice = _lattice(item, asset)
-    if lattice is None and (header is None or resampling == "exact"):
-        with _opened(item, asset, patch_url) as file:
-            found = None if file.crs is None else (CRS(file.crs.to_wkt()), file.transform, file.shape)
-        if found is not None:
-            check_cells(found[1], found[2], found[0], grid, source=name)
-        lattice = found if resampling == "exact" else None
+    if lattice is None and header is not None and resampling == "exact":
+        lattice = header.crs, header.transform, header.shape
+    extent = None
+    place = lattice if header is None else (header.crs, header.transform, header.shape)
+    if place is not None and place[2] is not None and place[0].geographic and grid.geographic:
+        extent = place[1].c, place[1].c + place[2][1] * place[1].a
     if lattice is None:
-        return
+        return extent
     crs, transform, shape = lattice
     if shape is not None:
         check_cells(transform, shape, crs, grid, source=name)
@@ -247,19 +280,22 @@ def _check_item(item: pystac.Item, asset: str, grid: Grid, resampling: str, patc
         raise DataError(
             f"reference system of {name} is {crs.proj.name}, expected {grid.fine.crs} for resampling exact; choose nearest or bilinear"
         )
+    return extent
 
 
-def _opened(item: pystac.Item, asset: str, patch_url: Callable[[str], str] | None) -> Any:
+def _checked(item: pystac.Item, asset: str, patch_url: Callable[[str], str] | None) -> Header | None:
+    """Check the file of an asset; odc-stac itself would open whatever GDAL can."""
     href = item.assets[asset].href
-    with reading(href):
-        file = rasterio.open(patch_url(href) if patch_url else href)
-    check_blocks(file, href)
-    return file
+    path = local_path(href)
+    if path is not None:
+        return check_file(path)
+    return check_file(patch_url(href) if patch_url else href)
 
 
 def _check_marked(item: pystac.Item, asset: str, mark: float, patch_url: Callable[[str], str] | None) -> None:
     """Check that the file itself states its nodata value: odc-stac does not hand the catalogue's on to interpolation."""
-    with _opened(item, asset, patch_url) as file:
+    href = item.assets[asset].href
+    with open_raster_file(patch_url(href) if patch_url else href, trusted=False) as file:
         if file.nodata is None:
             raise DataError(
                 f"nodata value {mark:g} of {asset} is not in the files ({item.assets[asset].href}), expected it there for "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ def find_items(
         Its id.
     bbox
         West, south, east, north in degrees; items that touch it are found. A box that crosses the dateline has
-        ``west > east``, or reaches beyond 180.
+        ``west > east``, or reaches beyond 180 or -180.
     years
         Items whose time touches one of these years, and items without time.
     modifier
@@ -131,20 +132,22 @@ def find_collection(
 
 
 def split_bbox(bbox: Bounds) -> list[Bounds]:
-    """Cut a box in degrees at the dateline.
+    """Cut a box in degrees at the dateline, into boxes within -180..180.
 
-    >>> split_bbox((170, -5, -170, 5)), split_bbox((170, -5, 190, 5))
+    >>> split_bbox((170, -5, -170, 5)), split_bbox((-190, -5, -170, 5))
     ([(170, -5, 180.0, 5), (-180.0, -5, -170, 5)], [(170, -5, 180.0, 5), (-180.0, -5, -170, 5)])
     """
     west, south, east, north = bbox
     if south > north:
         raise ConfigError(f"bbox is {bbox}, expected south < north; swap them")
-    if east > 180 and west < 180:
-        east -= 360
-        if east >= west:
-            return [(-180.0, south, 180.0, north)]
     if west <= east:
-        return [bbox]
+        if east - west >= 360:
+            return [(-180.0, south, 180.0, north)]
+        turns = math.floor((west + 180) / 360) * 360
+        west, east = west - turns, east - turns
+        if east <= 180:
+            return [(west, south, east, north)]
+        east -= 360
     return [(west, south, 180.0, north), (-180.0, south, east, north)]
 
 

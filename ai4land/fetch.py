@@ -24,7 +24,6 @@ import requests
 from ai4land.catalog import Modifier
 from ai4land.download import Stored, copy, download, verify
 from ai4land.errors import ConfigError, DataError
-from ai4land.filecheck import refuse_pickle
 from ai4land.grid import Bounds
 from ai4land.hrefs import Beyond, local_path, origin
 from ai4land.mirror import (
@@ -312,20 +311,13 @@ def _bring(
             stored = verify(path, name=file.name, size=file.size, checksum=file.checksum)
             same = known is None or (known.get("sha256") == stored.sha256 and known.get("href") == _origin(file, folder))
             if same or by_hand:
-                refuse_pickle(path)
                 return stored, "kept"
         except DataError as error:
             if by_hand:
                 raise
             _log.warning("%s; it is brought again", error)
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = bring(file, path)
-    try:
-        refuse_pickle(path)
-    except DataError:
-        path.unlink()
-        raise
-    return stored, "brought"
+    return bring(file, path), "brought"
 
 
 def _origin(file: Wanted, folder: Path) -> str:

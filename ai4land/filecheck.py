@@ -1,4 +1,8 @@
-"""What a small file can do harm with, refused before it is read: pickles, virtual rasters, blocks and axes that fill the memory."""
+"""Refuse files that can do harm, before they are read.
+
+These are rasters that name other files or hosts, and files whose blocks or axes would fill the memory. Nothing here needs a guard
+against pickles: GDAL, netCDF4 and zarr never unpickle.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ import rasterio
 import rasterio.errors
 from affine import Affine
 from odc.geo.crs import CRS
+from rasterio.env import ensure_env_with_credentials
+from rasterio.io import DatasetReader
 
 from ai4land.errors import DataError
 
@@ -19,47 +25,100 @@ MOST_BYTES = 2**30
 """Bytes of one stored block (strip, tile or chunk), which is always read as a whole."""
 LONGEST_AXIS = 2**26
 """Cells of an axis, which is read as a whole when a file is opened."""
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_OF_STRANGERS = ("GTiff", "netCDF", "HDF5", "HDF5Image", "JP2OpenJPEG", "PNG", "JPEG")
+"""GDAL drivers of binary formats that hold all of their values themselves."""
+_OF_USERS = (
+    *_OF_STRANGERS,
+    *("AAIGrid", "BMP", "DTED", "EHdr", "ENVI", "GIF", "GRASSASCIIGrid", "GRIB", "GS7BG", "GSAG", "GSBG", "GTX", "HFA"),
+    *("ILWIS", "PCIDSK", "PCRaster", "RRASTER", "RST", "SAGA", "SRTMHGT", "USGSDEM", "XYZ"),
+)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a GeoTIFF says: rows and columns, from column and row to coordinates, and their reference system."""
+    """Header of a raster: rows and columns, transform from column and row to coordinates, and coordinate reference system."""
 
     shape: tuple[int, int]
     transform: Affine
     crs: CRS
 
 
-def check_file(path: Path) -> Header | None:
-    """Check a local file that the catalogue of a stranger names, before anything of it is read.
+_open = ensure_env_with_credentials(lambda name, drivers: DatasetReader(name, driver=drivers))
+
+
+def open_raster_file(path: str | Path, *, trusted: bool = True) -> Any:
+    """Open a raster with GDAL, in a format that names no other files or hosts.
+
+    Parameters
+    ----------
+    path
+        Path or URL.
+    trusted
+        Whether the user chose the file. If so, more formats are read, and a virtual raster if it is called ``.vrt``.
 
     Returns
     -------
-    Header or None
-        Of a GeoTIFF with a reference system.
+    rasterio.DatasetReader
 
     Raises
     ------
     DataError
-        If it is absent, a pickle, a virtual raster (which could name any other file), or a GeoTIFF that is truncated or whose
-        blocks fill the memory.
+        If the file is damaged, in another format, or stored in blocks that fill the memory.
     """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist, expected a raster file; fetch it again, or correct the catalogue")
-    refuse_pickle(path)
-    with path.open("rb") as stream:
-        head = stream.read(2**12)
-    if b"<VRTDataset" in head:
-        raise DataError(f"{path} is a virtual raster, expected the raster itself; write it: gdal_translate {path} out.tif")
-    if head[:4] not in _TIFF:
-        return None
+    name = str(path)
+    drivers = [*_OF_USERS, *(["VRT"] if name.lower().endswith(".vrt") else [])] if trusted else [*_OF_STRANGERS]
     try:
-        with rasterio.open(path) as file:
-            check_blocks(file, str(path))
-            return None if file.crs is None else Header(file.shape, file.transform, CRS(file.crs.to_wkt()))
+        with rasterio.Env(
+            **({} if trusted else {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"})
+        ):  # looks for no other files beside it
+            file = _open(name, drivers)
     except rasterio.errors.RasterioError as error:
-        raise DataError(f"{path} is truncated or not a GeoTIFF ({error}), expected a whole file; fetch it again") from error
+        kinds = (
+            "GeoTIFF, NetCDF, HDF5, JPEG 2000, PNG or JPEG" if not trusted else "GeoTIFF, NetCDF or another plain raster format"
+        )
+        raise DataError(
+            f"{name} is truncated or not a raster that holds its own values ({error}), expected {kinds}; write or download it "
+            "again, and convert virtual rasters, tile indices and web services (VRT, GTI, STACIT, WMS, WCS): gdal_translate"
+        ) from error
+    try:
+        check_blocks(file, name)
+    except DataError:
+        file.close()
+        raise
+    return file
+
+
+def check_file(place: str | Path) -> Header | None:
+    """Check a raster that a stranger's catalogue names, before any of its values are read.
+
+    Parameters
+    ----------
+    place
+        Path or URL.
+
+    Returns
+    -------
+    Header or None
+        None if the raster has no reference system.
+
+    Raises
+    ------
+    DataError
+        If the file is absent, or :func:`open_raster_file` refuses it as an untrusted one.
+    """
+    path = None if "://" in str(place) else Path(place)
+    if path is not None:
+        if not path.is_file():
+            raise DataError(f"{path} does not exist, expected a raster file; fetch it again, or correct the catalogue")
+        with path.open("rb") as stream:
+            start = stream.read(16)
+        if b"\0" not in start:  # GDAL, asked without a list of drivers, could take a text in such a file for a virtual raster
+            raise DataError(
+                f"{path} is not a binary raster (it begins with {start!r}), expected GeoTIFF, NetCDF, HDF5, JPEG 2000, PNG or JPEG; "
+                "convert it: gdal_translate"
+            )
+    with open_raster_file(place, trusted=False) as file:
+        return None if file.crs is None else Header(file.shape, file.transform, CRS(file.crs.to_wkt()))
 
 
 def check_blocks(file: Any, name: str) -> None:
@@ -100,21 +159,3 @@ def check_block(name: str, shape: tuple[int, ...], block: tuple[int, ...], items
         )
     if len(shape) == 1 and shape[0] > LONGEST_AXIS:
         raise DataError(f"{name} has an axis of {shape[0]} cells, expected at most {LONGEST_AXIS}; cut it")
-
-
-def refuse_pickle(path: str | Path) -> None:
-    """Refuse a Python pickle or NumPy file, whatever its name: no library is given the chance to load it.
-
-    Raises
-    ------
-    DataError
-        If it is one.
-    """
-    if not Path(path).is_file():
-        return
-    with Path(path).open("rb") as stream:
-        head = stream.read(6)
-    pickled = head[:1] == b"\x80" and b"\x02" <= head[1:2] <= b"\x05"
-    kind = "a NumPy file" if head == b"\x93NUMPY" else "a Python pickle" if pickled else ""
-    if kind:
-        raise DataError(f"{path} is {kind}, expected a raster file, and is not loaded; write it as GeoTIFF, NetCDF or Zarr")

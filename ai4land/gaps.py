@@ -24,7 +24,9 @@ def check_any(name: str, field: xr.DataArray, *, nodata: float = math.nan) -> No
         raise DataError(f"{name} is all nodata on the grid, expected values; look at the file's nodata value, bounds and layer")
 
 
-def fill_near(field: NDArray[np.float32], *, mask: NDArray[np.bool_], reach: float = math.inf) -> NDArray[np.float32]:
+def fill_near(
+    field: NDArray[np.float32], *, mask: NDArray[np.bool_], reach: float = math.inf, wrap: bool = False
+) -> NDArray[np.float32]:
     """Fill missing cells inside ``mask`` with the nearest valid value.
 
     Parameters
@@ -34,8 +36,9 @@ def fill_near(field: NDArray[np.float32], *, mask: NDArray[np.bool_], reach: flo
     mask
         Cells that need a value, same shape.
     reach
-        Cells farther than this from a valid one stay missing. The distance is counted in cells between their middles,
-        without wrapping at the dateline.
+        Cells farther than this from a valid one stay missing. The distance is counted in cells, between cell centres.
+    wrap
+        Whether the first column is the neighbour of the last, as on a whole globe.
 
     Returns
     -------
@@ -51,6 +54,11 @@ def fill_near(field: NDArray[np.float32], *, mask: NDArray[np.bool_], reach: flo
     gaps = mask & ~valid
     if not gaps.any() or not valid.any():
         return field
+    if wrap:
+        cols = field.shape[1]
+        beyond = ((0, 0), (cols // 2, cols // 2))
+        wide = fill_near(np.pad(field, beyond, mode="wrap"), mask=np.pad(mask, beyond, mode="wrap"), reach=reach)
+        return wide[:, cols // 2 : cols // 2 + cols]
     from scipy import ndimage  # here, as SciPy loads slowly and training does not need it
 
     index = ndimage.distance_transform_edt(~valid, return_distances=False, return_indices=True)[:, gaps]

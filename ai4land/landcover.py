@@ -1,9 +1,9 @@
 """Annual land-cover maps of any legend, one year at a time.
 
 A source is a path with ``{year}`` in it, a dict from year to path, one GeoTIFF whose band descriptions are years, or one
-NetCDF or Zarr variable with a time or year dimension. :func:`available_years` says what it holds, :func:`find_maps` gives
-each year's :class:`AnnualMap` (:func:`find_catalog_maps` one of STAC items), which reads it, or a window of it, onto the fine grid as codes of the legend: aliases are
-replaced and unknown codes refused before any resampling.
+NetCDF or Zarr variable with a time or year dimension. :func:`find_maps` finds each year's :class:`AnnualMap`,
+:func:`find_catalog_maps` those of STAC items. A map reads itself, or a window of itself, onto the fine grid as codes of the
+legend; aliases are replaced and unknown codes refused before any resampling.
 """
 
 from __future__ import annotations
@@ -17,47 +17,23 @@ from typing import Any, Literal
 
 import numpy as np
 import pystac
-import rasterio
 import xarray as xr
 from numpy.typing import NDArray
 
 from ai4land.assets import items_in, load_asset
 from ai4land.catalog import years_of_item
 from ai4land.errors import ConfigError, DataError
+from ai4land.filecheck import open_raster_file
 from ai4land.grid import Grid, Window
 from ai4land.legend import Legend
 from ai4land.raster import open_raster
-from ai4land.rasterfile import is_xarray, open_dataset, pick_variable, reading
+from ai4land.rasterfile import is_xarray, open_dataset, pick_variable
 from ai4land.years import years_in
 
 MapResampling = Literal["exact", "nearest", "mode"]
 MapSource = str | Path | Mapping[int, str | Path]
 _VARIABLES = ("lccs_class", "land_cover", "LULC_states")
 _YEAR = re.compile(r"(?<!\d)(\d{4})(?!\d)")
-
-
-def available_years(source: MapSource, *, variable: str | None = None) -> list[int]:
-    """List the years that a source holds, sorted.
-
-    Parameters
-    ----------
-    source
-        Path with ``{year}`` in it (and ``*`` if need be), dict from year to path, multi-band GeoTIFF whose bands are
-        described by years, or NetCDF file or Zarr group with a time (dates) or year (numbers) dimension.
-    variable
-        NetCDF or Zarr variable; ``lccs_class``, ``land_cover`` or ``LULC_states`` or the only map in the file if not given.
-
-    Raises
-    ------
-    DataError
-        If there is no map, a year is there twice, or the years can not be read.
-
-    Examples
-    --------
-    >>> available_years({2012: "b.tif", 2009: "a.tif"})
-    [2009, 2012]
-    """
-    return sorted(_locate(source, variable))
 
 
 @dataclass(frozen=True)
@@ -108,8 +84,11 @@ def find_maps(
 
     Parameters
     ----------
-    source, variable
-        As in :func:`available_years`.
+    source
+        Path with ``{year}`` in it (and ``*`` if need be), dict from year to path, multi-band GeoTIFF whose bands are
+        described by years, or NetCDF file or Zarr group with a time (dates) or year (numbers) dimension.
+    variable
+        NetCDF or Zarr variable; ``lccs_class``, ``land_cover`` or ``LULC_states`` or the only map in the file if not given.
     grid
         The target.
     legend
@@ -123,7 +102,7 @@ def find_maps(
     Raises
     ------
     DataError
-        If a year is not there.
+        If there is no map, a year is missing or there twice, or the years cannot be read.
     ConfigError
         If the resampling is none of these.
     """
@@ -258,7 +237,7 @@ def _by_pattern(pattern: str) -> dict[int, tuple[str, int | None]]:
 
 
 def _years_of_bands(path: str) -> list[int]:
-    with reading(path), rasterio.open(path) as file:
+    with open_raster_file(path) as file:
         labels = list(file.descriptions)
     years = [_YEAR.findall(label or "") for label in labels]
     if any(len(set(y)) != 1 for y in years):

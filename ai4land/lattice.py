@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
+import numpy as np
 import rasterio.errors
 import rasterio.warp
 from affine import Affine
@@ -18,6 +20,7 @@ SIZE_TOLERANCE = 1e-5
 OFFSET_TOLERANCE = 0.02
 """Distance from the lattice, in cells, that counts as none."""
 _DRIFT_TOLERANCE = 0.25
+_POINTS = 65
 MOST_CELLS = 2**31
 """Cells of a source that are held at once, under a row of the grid or under a shard."""
 
@@ -110,9 +113,12 @@ def check_place(source: RasterLayer, grid: Grid) -> None:
         check_longitudes(box, grid, cell=source.transform.a, source=source.source)
         if box[1] < -90 - source.transform.a or box[3] > 90 + source.transform.a:
             raise DataError(f"latitudes of {source.source} run {box[1]:g}..{box[3]:g}, expected -90..90; look at its corner")
-    try:
+    there: Bounds | None = None
+    with suppress(rasterio.errors.RasterioError):
         there = transform_bounds(source.crs, crs_of(grid), box)
-    except rasterio.errors.RasterioError:
+    if there is None or not all(map(math.isfinite, there)):
+        there = spread(source.crs, crs_of(grid), box)
+    if there is None:
         return
     west, south, east, north = grid.bounds
     apart = not source.wraps and there[0] < there[2] and (there[0] >= east or there[2] <= west)
@@ -172,3 +178,40 @@ def transform_bounds(source: CRS, target: CRS, box: Bounds) -> Bounds:
         box = (box[0], max(box[1], -90.0), box[2], min(box[3], 90.0))
     west, south, east, north = rasterio.warp.transform_bounds(source.to_wkt(), target.to_wkt(), *box, densify_pts=101)
     return west, south, east, north
+
+
+def spread(source: CRS, target: CRS, box: Bounds) -> Bounds | None:
+    """Find the box in the target system that holds what can be transformed of a box of the source system.
+
+    It is found from points all over the box, and padded by their largest distance. A box in degrees that crosses the dateline has
+    ``east > 180`` or ``west < -180``.
+
+    Returns
+    -------
+    tuple or None
+        None if no point can be transformed.
+    """
+    west, south, east, north = box
+    x, y = np.meshgrid(np.linspace(west, east, _POINTS), np.linspace(south, north, _POINTS))
+    if source.geographic:
+        y = np.clip(y, -90.0, 90.0)
+    there = rasterio.warp.transform(source.to_wkt(), target.to_wkt(), x.ravel(), y.ravel())
+    u, v = (np.asarray(axis, dtype=np.float64).reshape(x.shape) for axis in there)
+    found = np.isfinite(u) & np.isfinite(v)
+    if not found.any():
+        return None
+    u[~found] = v[~found] = np.nan
+    steps = [np.diff(values, axis=axis) for values in (u, v) for axis in (0, 1)]
+    if target.geographic:
+        steps[:2] = [(step + 180) % 360 - 180 for step in steps[:2]]
+        first = u[found][0]
+        u = first + (u - first + 180) % 360 - 180  # each within half a turn of the first
+    pads = [
+        max((float(np.nanmax(np.abs(s))) for s in pair if np.isfinite(s).any()), default=0.0) for pair in (steps[:2], steps[2:])
+    ]
+    return (
+        float(np.nanmin(u)) - pads[0],
+        float(np.nanmin(v)) - pads[1],
+        float(np.nanmax(u)) + pads[0],
+        float(np.nanmax(v)) + pads[1],
+    )

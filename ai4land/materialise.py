@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ai4land.digests import digest_of
 from ai4land.gaps import fill_far, fill_near, stand_ins
-from ai4land.grid import Grid, Window
+from ai4land.grid import Grid, Window, read_window
 from ai4land.stores import writing
 
 _CACHE = 256
@@ -37,7 +37,7 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class ShardTask:
     """A shard to be done, with what its task needs of the coarse grid; goes by the name of its window."""
 
     window: Window
@@ -53,7 +53,7 @@ def of_array(values: NDArray[Any]) -> Callable[[Window], NDArray[Any]]:
 
 
 def write_cover(
-    job: Job,
+    job: ShardTask,
     *,
     store: str,
     mask: Callable[[Window], NDArray[np.bool_]],
@@ -82,7 +82,7 @@ def write_cover(
 
 
 def write_static(
-    job: Job, *, store: str, grid: Grid, layers: Sequence[Layer]
+    job: ShardTask, *, store: str, grid: Grid, layers: Sequence[Layer]
 ) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], str]:
     """Write the layers, their gaps filled from near by.
 
@@ -94,7 +94,7 @@ def write_static(
     group: Any = zarr.open_group(store, mode="r+")
     w = job.window
     inside = np.asarray(group["mask"][w.slices], dtype=bool)
-    outer = _around(w, grid.factor, grid.shape) if inside.any() else w
+    outer = _around(w, grid) if inside.any() else w
     top, left = w.row - outer.row, w.col - outer.col
     own = slice(top, top + w.height), slice(left, left + w.width)
     needs = np.zeros((outer.height, outer.width), dtype=bool)
@@ -104,7 +104,7 @@ def write_static(
     values = np.empty((len(layers), w.height // grid.factor, w.width // grid.factor), dtype=np.float32)
     with rasterio.Env(GDAL_CACHEMAX=_CACHE):
         for k, layer in enumerate(layers):
-            field = layer.read(outer).astype(np.float32, copy=False)
+            field = read_window(_Plane(layer, grid.shape), outer, fill=np.nan, wrap=grid.wraps)
             gaps[k] = np.count_nonzero(needs & ~np.isfinite(field))
             values[k] = stand_ins(field[own], mask=inside, factor=grid.factor)
             fields[k] = fill_near(field, mask=needs, reach=grid.factor)[own]
@@ -113,7 +113,7 @@ def write_static(
     return int(inside.sum()), gaps, far, values, digest_of(fields)
 
 
-def fill_rest(job: Job, *, store: str, factor: int) -> str:
+def fill_rest(job: ShardTask, *, store: str, factor: int) -> str:
     """Fill what is left of the gaps of a shard by the job's stand-ins (layer, coarse rows, columns); returns the digest of all its layers."""
     w, stand_in = job.window, np.asarray(job.coarse)
     group: Any = zarr.open_group(store, mode="r+")
@@ -131,7 +131,23 @@ def _put(group: Any, name: str, key: tuple[Any, ...], values: NDArray[Any]) -> N
         group[name][key] = values
 
 
-def _around(w: Window, margin: int, shape: tuple[int, int]) -> Window:
-    """Grow a window by a margin, as far as the grid goes."""
-    row, col = max(w.row - margin, 0), max(w.col - margin, 0)
-    return Window(row, col, min(w.row + w.height + margin, shape[0]) - row, min(w.col + w.width + margin, shape[1]) - col)
+@dataclass(frozen=True)
+class _Plane:
+    """A layer as an array that is cut by slices."""
+
+    layer: Layer
+    shape: tuple[int, int]
+
+    def __getitem__(self, key: Any) -> NDArray[np.float32]:
+        rows, cols = key[-2:]
+        return self.layer.read(Window(rows.start, cols.start, rows.stop - rows.start, cols.stop - cols.start)).astype(
+            np.float32, copy=False
+        )
+
+
+def _around(w: Window, grid: Grid) -> Window:
+    """Grow a window by a coarse cell on each side: across the dateline if the grid is a whole globe, else as far as the grid goes."""
+    wide, (rows, cols) = w.pad(grid.factor), grid.shape
+    top, left = max(wide.row, 0), wide.col if grid.wraps else max(wide.col, 0)
+    right = wide.col + wide.width if grid.wraps else min(wide.col + wide.width, cols)
+    return Window(top, left, min(wide.row + wide.height, rows) - top, right - left)

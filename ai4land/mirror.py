@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import rasterio
 import rasterio.warp
 
 from ai4land.download import Stored
 from ai4land.errors import DataError
-from ai4land.filecheck import check_file
-from ai4land.rasterfile import reading
+from ai4land.filecheck import open_raster_file
 from ai4land.stores import Unlockable, lock, write_atomically
 
 FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
@@ -141,8 +139,7 @@ def file_item(
     asset: dict[str, Any] = {"type": media_type, "title": title, "roles": ["data"]}
     extensions = []
     if media_type.startswith("image/tiff"):
-        check_file(path)
-        with reading(str(path)), rasterio.open(path) as file:
+        with open_raster_file(path, trusted=False) as file:
             nodata = [None if v is None else "nan" if v != v else v for v in file.nodatavals]
             asset["bands"] = [
                 {"name": d or f"band_{n}", "data_type": t, **({} if v is None else {"nodata": v})}

@@ -26,13 +26,15 @@ from ai4land import lattice
 from ai4land.errors import ConfigError, DataError
 from ai4land.gaps import check_any
 from ai4land.grid import FINE_DIMS, Grid, Window, edges, read_window
-from ai4land.lattice import check_crs, check_lattice, check_place, crs_of, same_crs, too_many, transform_bounds
+from ai4land.lattice import check_crs, check_lattice, check_place, crs_of, same_crs, spread, too_many, transform_bounds
 from ai4land.rasterfile import RasterLayer, open_layer, reading
 
 _log = logging.getLogger(__name__)
 Resampling = Literal["exact", "nearest", "bilinear", "average", "mode", "min", "max"]
 Recode = Callable[[NDArray[Any]], NDArray[Any]]
 _STRIP_CELLS = 2**24
+_MOST_AT_ONCE = 4
+"""Source cells of a piece, in units of ``_STRIP_CELLS``, beyond which it is cut again."""
 _PLANE = "EPSG:3857"
 
 
@@ -162,7 +164,7 @@ def _strips(source: RasterLayer, grid: Grid, window: Window) -> Iterator[Window]
     """Strips of rows of a window, each of so many that neither its own nor the source's cells fill the memory."""
     rows, cols = window.height, window.width
     ahead = _source_window(source, grid, window)
-    cost = max(cols, 0 if ahead is None else ahead.height * ahead.width // rows)
+    cost = max(cols, sum(w.height * w.width for w in _within(source, ahead)) // rows)
     if cost > lattice.MOST_CELLS:
         raise too_many(source.source, cost, "a row")
     height = max(1, min(rows, _STRIP_CELLS // max(cost, 1)))
@@ -171,21 +173,74 @@ def _strips(source: RasterLayer, grid: Grid, window: Window) -> Iterator[Window]
 
 
 def _source_window(source: RasterLayer, grid: Grid, strip: Window) -> Window | None:
-    """Find the source cells around a strip; columns may reach beyond a source that wraps."""
-    t, (rows, cols) = source.transform, source.shape
+    """Find the source cells around a strip; columns may reach beyond a source that wraps, and beyond the dateline."""
+    t = source.transform
+    box = edges(grid.fine[strip.slices])
     try:
-        west, south, east, north = transform_bounds(crs_of(grid), source.crs, edges(grid.fine[strip.slices]))
+        west, south, east, north = transform_bounds(crs_of(grid), source.crs, box)
     except rasterio.errors.RasterioError:
-        west, south, east, north = source.bounds
-    if not all(map(math.isfinite, (west, south, east, north))) or west >= east:
-        west, south, east, north = source.bounds
+        west = math.nan
+    if not all(map(math.isfinite, (west, south, east, north))):
+        found = spread(crs_of(grid), source.crs, box)
+        if found is None:
+            return None
+        west, south, east, north = found
+    if source.crs.geographic and west >= east:
+        east += 360.0
     top, bottom, left, right = (north - t.f) / t.e, (south - t.f) / t.e, (west - t.c) / t.a, (east - t.c) / t.a
     pad = 3 + 2 * math.ceil(max((bottom - top) / strip.height, (right - left) / strip.width))
-    top, bottom = max(math.floor(top) - pad, 0), min(math.ceil(bottom) + pad, rows)
+    top, bottom = max(math.floor(top) - pad, 0), min(math.ceil(bottom) + pad, source.shape[0])
     left, right = math.floor(left) - pad, math.ceil(right) + pad
-    if not source.wraps:
-        left, right = max(left, 0), min(right, cols)
     return Window(top, left, bottom - top, right - left) if top < bottom and left < right else None
+
+
+def _within(source: RasterLayer, window: Window | None) -> list[Window]:
+    """Cut a window to the columns that the source has, on both sides of the dateline; of a source that wraps it has all."""
+    if window is None or source.wraps:
+        return [] if window is None else [window]
+    turns = (-360.0, 0.0, 360.0) if source.crs.geographic else (0.0,)
+    cuts = []
+    for turn in turns:
+        start = window.col + round(turn / source.transform.a)
+        left, right = max(start, 0), min(start + window.width, source.shape[1])
+        if left < right:
+            cuts.append(Window(window.row, left, window.height, right - left))
+    return cuts
+
+
+def _pieces(source: RasterLayer, grid: Grid, strip: Window) -> Iterator[tuple[Window, list[Window]]]:
+    """Cut a strip into the pieces that a source in another reference system can reach, each with the source cells that it needs."""
+    found = spread(source.crs, crs_of(grid), source.bounds)
+    a = grid.fine.affine
+    columns, rows = {(0, strip.width)}, (0, strip.height)
+    if found is not None:
+        west, south, east, north = found
+        rows = max(math.floor((north - a.f) / a.e) - strip.row, 0), min(math.ceil((south - a.f) / a.e) - strip.row, strip.height)
+        columns = set()
+        for turn in (-360.0, 0.0, 360.0) if grid.geographic and east - west < 360 else (0.0,):
+            left, right = ((v + turn - a.c) / a.a - strip.col for v in (west, east))
+            columns.add((max(math.floor(left), 0), min(math.ceil(right), strip.width)))
+    todo = [
+        Window(strip.row + rows[0], strip.col + left, rows[1] - rows[0], right - left)
+        for left, right in sorted(columns)
+        if rows[0] < rows[1] and left < right
+    ]
+    while todo:
+        piece = todo.pop()
+        windows = _within(source, _source_window(source, grid, piece))
+        if sum(w.height * w.width for w in windows) > _MOST_AT_ONCE * _STRIP_CELLS and piece.height * piece.width > 1:
+            todo += _halves(piece)
+        elif windows:
+            yield piece, windows
+
+
+def _halves(w: Window) -> tuple[Window, Window]:
+    """Cut a window across its longer side."""
+    if w.width >= w.height:
+        half = w.width // 2
+        return Window(w.row, w.col, w.height, half), Window(w.row, w.col + half, w.height, w.width - half)
+    half = w.height // 2
+    return Window(w.row, w.col, half, w.width), Window(w.row + half, w.col, w.height - half, w.width)
 
 
 def _cut(values: _Values, grid: Grid, strip: Window) -> NDArray[Any]:
@@ -196,20 +251,37 @@ def _cut(values: _Values, grid: Grid, strip: Window) -> NDArray[Any]:
 
 
 def _warp(values: _Values, grid: Grid, strip: Window, resampling: str) -> NDArray[Any] | None:
+    """Resample a strip; None if the source has no cell there."""
     source = values.layer
-    window = _source_window(source, grid, strip)
-    if window is None:
+    if same_crs(source.crs, crs_of(grid)):
+        windows = _within(source, _source_window(source, grid, strip))
+        pieces = [(strip, windows)] if windows else []
+    else:
+        pieces = list(_pieces(source, grid, strip))
+    if not pieces:
         return None
-    cells = read_window(values, window, fill=np.nan, wrap=source.wraps)
     out = np.full((strip.height, strip.width), np.nan, dtype=values.dtype)
+    for piece, windows in pieces:
+        own = out[piece.row - strip.row :][: piece.height, piece.col - strip.col :][:, : piece.width]
+        for window in windows:
+            cells = _resample(values, grid, piece, window, resampling)
+            np.copyto(own, cells, where=np.isnan(own))
+    return out
+
+
+def _resample(values: _Values, grid: Grid, piece: Window, window: Window, resampling: str) -> NDArray[Any]:
+    """Resample a window of the source onto a piece of the grid with GDAL."""
+    source = values.layer
+    cells = read_window(values, window, fill=np.nan, wrap=source.wraps)
+    out = np.full((piece.height, piece.width), np.nan, dtype=values.dtype)
     from_cells = source.transform * Affine.translation(window.col, window.row)
-    to_cells = grid.fine.affine * Affine.translation(strip.col, strip.row)
+    to_cells = grid.fine.affine * Affine.translation(piece.col, piece.row)
     from_crs, to_crs = source.crs.to_wkt(), crs_of(grid).to_wkt()
     if same_crs(source.crs, crs_of(grid)):
         from_cells, to_cells, from_crs, to_crs = *_in_cells(from_cells, to_cells), _PLANE, _PLANE
         across, down = min(1.0, from_cells.a / to_cells.a), min(1.0, from_cells.e / to_cells.e)
     else:
-        across = down = _scale(source, grid, strip)
+        across = down = _scale(source, grid, piece)
     rasterio.warp.reproject(
         cells,
         out,

@@ -16,7 +16,6 @@ from typing import Any
 
 import netCDF4
 import numpy as np
-import rasterio
 import rasterio.errors
 import rasterio.windows
 import xarray as xr
@@ -29,7 +28,7 @@ from pyproj.exceptions import CRSError
 from xarray.backends.netCDF4_ import NETCDF4_PYTHON_LOCK
 
 from ai4land.errors import DataError
-from ai4land.filecheck import check_block, check_blocks, refuse_pickle
+from ai4land.filecheck import check_block, open_raster_file
 
 _XARRAY_SUFFIXES = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".zarr")
 _LATITUDE = (("latitude", "lat", "nav_lat", "y"), ("latitude", "projection_y_coordinate"))
@@ -103,7 +102,6 @@ def open_layer(
     name = str(path)
     if "://" not in name and not name.startswith("/vsi") and not Path(name).exists():
         raise DataError(f"{name} does not exist, expected a raster file; check the path")
-    refuse_pickle(name)
     return _open_xarray(name, band, variable) if is_xarray(path) else _open_gdal(name, band)
 
 
@@ -139,7 +137,6 @@ def open_dataset(path: str | Path) -> xr.Dataset:
         If it is absent, truncated or neither of both.
     """
     name = str(path)
-    refuse_pickle(name)
     with reading(name, kind="NetCDF or Zarr"):
         if Path(name).is_file():
             with NETCDF4_PYTHON_LOCK, netCDF4.Dataset(name) as file:  # the library is not safe for threads; xarray holds it, too
@@ -198,15 +195,12 @@ def _band(source: str, what: str, labels: list[Any], band: int | str | None) -> 
 
 @contextmanager
 def _open_gdal(name: str, band: int | str | None) -> Iterator[RasterLayer]:
-    with reading(name):
-        file = rasterio.open(name)
-    with file:
+    with open_raster_file(name) as file:
         if file.crs is None:
             raise DataError(f"{name} has no coordinate reference system, expected one; set it: gdal_edit.py -a_srs EPSG:4326")
         t = file.transform
         if t.b or t.d or t.a <= 0:
             raise DataError(f"{name} is rotated or mirrored ({tuple(t)[:6]}), expected columns from west to east; use gdalwarp")
-        check_blocks(file, name)
         number = _band(name, "bands", list(file.descriptions), band)
         rows, cols = file.shape
         north_up = t.e < 0

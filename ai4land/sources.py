@@ -136,22 +136,13 @@ def catalog_path() -> Path:
     return Path(str(files("ai4land").joinpath("catalogs", "inputs", "catalog.json")))
 
 
-def load_sources() -> dict[str, InputSource]:
-    """Load every source that the package knows, by id.
-
-    >>> sorted(load_sources())[:3]
-    ['c3s-lc', 'chelsa-bioclim', 'cop-dem-glo-30']
-    """
-    return dict(_sources())
-
-
 def load_source(name: str) -> InputSource:
-    """Load one source.
+    """Load one source that the package knows.
 
     Raises
     ------
     ConfigError
-        If there is none of that id.
+        If no source has that id.
 
     >>> load_source("hildaplus-v2").doi
     '10.1594/PANGAEA.974335'

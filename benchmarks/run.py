@@ -57,7 +57,7 @@ from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import Source, predict
 from ai4land.quotas import add_change, level_quotas
-from ai4land.reconstruct import Job, quantise, reconstruct_block, run_blocks
+from ai4land.reconstruct import BlockSettings, quantise, reconstruct_block, run_blocks
 from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, YEARS_A_SHARD
 from ai4land.train import Schedule, fit
 from ai4land.unet import UNet, interpolate
@@ -127,10 +127,10 @@ class Setting:
         """Path of the analysis-ready store."""
         return self.folder / "store.zarr"
 
-    def job(self, path: Path, precision: Precision = "float32") -> Job:
+    def job(self, path: Path, precision: Precision = "float32") -> BlockSettings:
         """Make the job with which :func:`reconstruct_block` writes into a cube."""
         identity = load_crosswalk("identity", self.legend)
-        return Job(
+        return BlockSettings(
             str(self.store), str(path), str(self.folder), self.checksum, YEARS[0], CORES, identity, precision, method="none"
         )
 
@@ -393,7 +393,7 @@ def reconstruct_rows(s: Setting) -> list[Row]:
                 x[:, last - fine.shape[1] : last] = fine
                 folded.head(folded.trunk(x))
 
-    def ours(job: Job) -> None:
+    def ours(job: BlockSettings) -> None:
         # Like a worker: several blocks at once.
         with ThreadPoolExecutor(ReconstructConfig(reference=None, years=[2000], threads=CORES).hands) as hands:
             list(hands.map(partial(reconstruct_block, job=job), blocks))

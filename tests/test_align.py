@@ -1,26 +1,30 @@
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import socket
 import subprocess
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
+import rasterio
 import xarray as xr
 import zarr
-from hypothesis import HealthCheck, given, settings
+from affine import Affine
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
 from ai4land.align import check_identity, open_store, write_store
 from ai4land.cluster import local
 from ai4land.errors import DataError, MismatchError
-from ai4land.grid import COARSE_DIMS, Grid, Window, chunk_side, make_grid
+from ai4land.grid import COARSE_DIMS, Grid, Window, make_grid
 from ai4land.legend import load_legend
 from ai4land.materialise import Layer, of_array
+from ai4land.raster import open_raster
+from ai4land.template import chunk_side
 from tests.stores import write_tiny_store
 
 YEARS = [2001, 2003]
@@ -86,8 +90,13 @@ def test_coarse_states_stay_coarse(tmp_path):
     xr.testing.assert_identical(coarse.drop_attrs().rename(None), made["coarse"])
 
 
+def distance(rows, cols, width):
+    """Distance in cells on a globe of so many columns."""
+    return np.hypot(rows, np.minimum(np.abs(cols), width - np.abs(cols)))
+
+
 def filled_by_definition(field, mask, factor: int) -> np.ndarray:
-    """Fill gaps cell by cell: from the nearest value within a coarse cell's breadth, else from the nearest coarse cell's stand-in."""
+    """Fill gaps of a globe cell by cell: from the nearest value within a coarse cell, else from the nearest coarse cell's stand-in."""
     valid, rows, cols = np.isfinite(field), field.shape[0] // factor, field.shape[1] // factor
     values, own = np.argwhere(valid), np.argwhere(valid & mask)
     middle = np.floor_divide(own, factor) * factor + (factor - 1) / 2
@@ -102,19 +111,19 @@ def filled_by_definition(field, mask, factor: int) -> np.ndarray:
         out[cell] = {float(field[cell])}
         if valid[cell] or not mask[cell]:
             continue
-        away = np.hypot(*(values - cell).T)
+        away = distance(*(values - cell).T, field.shape[1])
         if away.min() <= factor:
             out[cell] = set(field[tuple(values[np.isclose(away, away.min())].T)].tolist())
         else:
-            far = {c: np.hypot(c[0] - cell[0] // factor, c[1] - cell[1] // factor) for c in options}
+            far = {c: distance(c[0] - cell[0] // factor, c[1] - cell[1] // factor, cols) for c in options}
             out[cell] = set().union(*(options[c] for c, d in far.items() if np.isclose(d, min(far.values()))))
     return out
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10**6), lost=st.sampled_from([0.05, 0.5, 0.9, 0.99]), bad=st.sampled_from([np.nan, np.inf, -np.inf]))
-def test_gaps_are_filled_alike_however_the_grid_is_cut(tmp_path, seed, lost, bad):
-    rng = np.random.default_rng(seed)
+def test_gaps_are_filled_alike_however_the_grid_is_cut(tmp_path_factory, seed, lost, bad):
+    folder, rng = tmp_path_factory.mktemp("cut"), np.random.default_rng(seed)
     height = rng.permutation(32 * 64).reshape(32, 64).astype(np.float32)
     blobs = ndimage.gaussian_filter(rng.random(height.shape), rng.choice([0, 1, 4]))
     height[blobs < np.quantile(blobs, lost)] = bad
@@ -122,8 +131,8 @@ def test_gaps_are_filled_alike_however_the_grid_is_cut(tmp_path, seed, lost, bad
     mask[tuple(np.argwhere(np.isfinite(height))[0])] = True
     stored = []
     for shard in (8, 16, 32):
-        write_store(tmp_path / "s.zarr", **parts(shard=shard, height=height, mask=mask))
-        stored.append(open_store(tmp_path / "s.zarr")["static"][0].values)
+        write_store(folder / f"{shard}.zarr", **parts(shard=shard, height=height, mask=mask))
+        stored.append(open_store(folder / f"{shard}.zarr")["static"][0].values)
     for other in stored[1:]:
         np.testing.assert_array_equal(stored[0], other)
     assert np.isfinite(stored[0][mask]).all()
@@ -214,6 +223,37 @@ def test_a_layer_is_never_in_memory_whole(tmp_path):
     assert np.isfinite(open_store(tmp_path / "s.zarr")["static"]).all()
 
 
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 10**6), shard=st.sampled_from([16, 32]))
+def test_a_planet_rolled_by_half_has_the_same_static_layers_rolled(tmp_path_factory, seed, shard):
+    folder, rng = tmp_path_factory.mktemp("planet"), np.random.default_rng(seed)
+    coarser, finer = rng.random((16, 32)).astype("float32"), rng.random((128, 256)).astype("float32")
+    coarser[rng.random(coarser.shape) < 0.6] = np.nan
+    finer[rng.random((8, 16)).repeat(16, 0).repeat(16, 1) < 0.7] = np.nan
+    mask = rng.random((32, 64)) < 0.8
+    found = {}
+    for turn in (0, 1):
+        made = parts(shard=shard, mask=np.roll(mask, 32 * turn, axis=1))
+        layers = []
+        for name, values, resampling in (
+            ("coarser", coarser, "bilinear"),
+            ("finer", finer, "average"),
+            ("code", finer, "nearest"),
+        ):
+            rolled = np.roll(values, values.shape[1] // 2 * turn, axis=1)
+            rows, cols = values.shape
+            path = folder / f"{name}{turn}.tif"
+            place = {"crs": "EPSG:4326", "transform": Affine(360 / cols, 0, -180, 0, -180 / rows, 90), "nodata": np.nan}
+            with rasterio.open(path, "w", "GTiff", height=rows, width=cols, count=1, dtype="float32", **place) as file:
+                file.write(rolled, 1)
+            read = partial(open_raster, path, grid=made["grid"], resampling=resampling)
+            layers.append(Layer(name, False, lambda window, read=read: read(window=window).values))
+        write_store(folder / f"{turn}.zarr", **{**made, "layers": layers})
+        found[turn] = open_store(folder / f"{turn}.zarr")["static"].values
+        assert np.isfinite(found[turn][:, made["mask"](Window(0, 0, 32, 64))]).all()
+    np.testing.assert_allclose(np.roll(found[0], 32, axis=2), found[1], rtol=2e-6)
+
+
 def test_layer_without_a_value_on_the_mask_leaves_no_store(tmp_path):
     made = parts()
     height = np.where(made["mask"](Window(0, 0, *made["grid"].shape)), np.nan, 1.0)
@@ -252,13 +292,59 @@ def test_failed_writing_keeps_the_old_store(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"] and check_identity(tmp_path / "s.zarr", made["identity"])
 
 
-def test_writing_again_replaces_the_store(tmp_path):
-    made = parts()
-    write_store(tmp_path / "s.zarr", **made)
-    layers = [dataclasses.replace(made["layers"][1], name="only")]
-    write_store(tmp_path / "s.zarr", **{**made, "layers": layers, "identity": {"static": "c"}})
-    assert open_store(tmp_path / "s.zarr")["feature"].values.tolist() == ["only"]
+def stamps(folder):
+    """Every file with its inode and time of change: equal if nothing was written, moved or deleted."""
+    return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_second_of_two_runs_keeps_the_finished_store_of_the_first(tmp_path):
+    made, path, lines, seen = parts(), tmp_path / "s.zarr", [], []
+
+    def other_run_first(window):
+        if not path.exists():  # the other run finishes while this one reads its maps
+            write_store(tmp_path / "other.zarr", **made)
+            (tmp_path / "other.zarr").replace(path)
+            seen.append(stamps(path))
+        return made["maps"][2001](window)
+
+    write_store(path, **{**made, "maps": {**made["maps"], 2001: other_run_first}, "progress": lines.append})
+    assert seen and stamps(path) == seen[0]
+    assert any("made meanwhile by another process from the same inputs, and is kept" in line for line in lines)
     assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
+
+
+@pytest.mark.parametrize("change", ["identity", "contents", "years"])
+def test_a_store_that_appeared_and_differs_is_neither_deleted_nor_taken(tmp_path, change):
+    made, path = parts(), tmp_path / "s.zarr"
+    write_store(path, **made)
+    before = stamps(path)
+    other = dict(made)
+    if change == "identity":
+        other["identity"] = {"grid": "a", "static": "c"}
+    elif change == "contents":
+        other["layers"] = [made["layers"][1], made["layers"][0]]
+    else:
+        other["maps"] = {**made["maps"], 2005: made["maps"][2003]}
+    expected = {"identity": r"differs in static", "contents": "its static differ", "years": "its land_cover differ"}[change]
+    with pytest.raises(MismatchError, match=expected):
+        write_store(path, **other)
+    assert stamps(path) == before and [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
+
+
+def test_a_store_of_more_years_serves_a_run_of_fewer(tmp_path):
+    made, path = parts(), tmp_path / "s.zarr"
+    write_store(path, **made)
+    before = stamps(path)
+    write_store(path, **{**made, "maps": {2003: made["maps"][2003]}})
+    assert stamps(path) == before
+
+
+def test_a_folder_that_is_no_store_is_not_deleted(tmp_path):
+    (tmp_path / "s.zarr").mkdir()
+    (tmp_path / "s.zarr" / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="expected no folder, or an analysis-ready store; delete what is there"):
+        write_store(tmp_path / "s.zarr", **parts())
+    assert (tmp_path / "s.zarr" / "thesis.txt").read_text() == "years of work"
 
 
 def test_identity_tells_what_differs(tmp_path):

@@ -8,12 +8,13 @@ import xarray as xr
 from affine import Affine
 
 from ai4land import lattice
-from ai4land.assets import load_asset
+from ai4land.assets import items_in, load_asset
 from ai4land.catalog import find_items
 from ai4land.errors import ConfigError, DataError
 from ai4land.gaps import check_any
-from ai4land.grid import FINE_DIMS, make_grid
-from tests.catalogs import GRID, VALUES, ZONES, make_item, write_cog
+from ai4land.grid import FINE_DIMS, Window, make_grid
+from tests.catalogs import save, write_cog
+from tests.test_catalog import GRID, VALUES, ZONES, make_item
 
 
 def test_two_halves_make_one_exact_lazy_layer(world):
@@ -59,6 +60,41 @@ def test_scale_and_offset_of_the_catalogue_are_applied(tmp_path):
     item = make_item("a", {"t": path}, GRID.fine.affine, GRID.shape, extra={"t": fields}, hrefs="file://{}")
     field = load_asset([item], asset="t", grid=GRID, resampling="bilinear")
     np.testing.assert_allclose(field.values, 15.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("resampling", ["exact", "bilinear", "average"])
+def test_tiles_that_reach_over_the_dateline_fill_both_edges_of_the_globe(tmp_path, resampling):
+    items, half, over = [], GRID.shape[1] // 2, 3
+    for name, start in (("east", half - over), ("west", -over)):
+        columns = np.arange(start, start + half) % GRID.shape[1]
+        t = GRID.fine.affine * Affine.translation(start, 0)
+        path = write_cog(tmp_path / f"{name}.tif", np.nan_to_num(VALUES)[:, columns], t)
+        items.append(make_item(name, {"h": path}, t, (GRID.shape[0], half), bbox=[t.c, -90, t.c + 180, 90]))
+    catalog = save(tmp_path, {"tiles": items})
+    for window in (None, *GRID.shards()):
+        w = window or Window(0, 0, *GRID.shape)
+        there = items_in(str(catalog), collection="tiles", grid=GRID, window=w)
+        got = load_asset(there, asset="h", grid=GRID, resampling=resampling, window=window).values
+        np.testing.assert_array_equal(got, np.nan_to_num(VALUES)[w.slices])
+
+
+def test_a_window_at_one_side_of_the_dateline_finds_the_tile_at_the_other(tmp_path):
+    width = 18
+    items = []
+    for col in range(0, GRID.shape[1], width):
+        t = GRID.fine.affine * Affine.translation(col, 0)
+        files = {"h": write_cog(tmp_path / f"{col}.tif", VALUES[:, col : col + width], t)}
+        items.append(make_item(f"{col:03d}", files, t, (GRID.shape[0], width)))
+    catalog = str(save(tmp_path, {"tiles": items}))
+    last = GRID.shape[1] - width
+    found = {
+        c: {i.id for i in items_in(catalog, collection="tiles", grid=GRID, window=Window(0, c, 36, width))} for c in (0, 36, last)
+    }
+    assert found == {
+        0: {"000", "018", f"{last:03d}"},
+        36: {"018", "036", "054"},
+        last: {"000", f"{last - width:03d}", f"{last:03d}"},
+    }
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------------

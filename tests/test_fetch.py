@@ -344,16 +344,6 @@ def test_files_beside_a_local_catalogue_are_copied_and_others_refused(files, tmp
     assert not list((tmp_path / "m2").rglob("*.tif"))
 
 
-def test_a_pickle_is_not_taken_for_a_raster(files, tmp_path):
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "west.tif").write_bytes(b"\x80\x04cos\nsystem\n")
-    catalog = write_static(site, [make_item("west", {"zone": "../../west.tif"})])
-    for _ in range(2):
-        assert "is a Python pickle" in quick("zones", to=tmp_path / "mirror", catalog=catalog).failed["west/zone.tif"]
-        assert not list((tmp_path / "mirror").rglob("*.tif"))
-
-
 def test_a_wrong_checksum_of_the_catalogue_fails(server, files, tmp_path):
     right = verify(files / "west.tif", name="a").multihash
     for n, checksum in enumerate((right, right[:-4] + "0000", "nonsense")):

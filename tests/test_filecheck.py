@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import socket
 from datetime import UTC, datetime
 
 import netCDF4
@@ -11,6 +12,7 @@ import pystac
 import pytest
 import rasterio
 import torch
+import xarray as xr
 import zarr
 from affine import Affine
 
@@ -18,7 +20,7 @@ from ai4land import lattice
 from ai4land.assets import load_asset
 from ai4land.checkpoint import load_state
 from ai4land.errors import DataError
-from ai4land.filecheck import MOST_BYTES, check_file
+from ai4land.filecheck import MOST_BYTES, check_file, open_raster_file
 from ai4land.grid import make_grid
 from ai4land.lattice import check_cells
 from ai4land.raster import open_raster
@@ -51,26 +53,18 @@ def test_the_mark_would_be_left(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".tif", ".nc", ".npy", ".h5"])
-@pytest.mark.parametrize("protocol", [2, 5])
-def test_pickles_are_refused_under_any_name(tmp_path, mark, suffix, protocol):
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_pickles_are_refused_under_any_name_and_never_loaded(tmp_path, mark, suffix, protocol):
     path = tmp_path / f"a{suffix}"
-    path.write_bytes(pickle.dumps(Evil(mark), protocol=protocol))
+    path.write_bytes(pickle.dumps(Evil(mark), protocol=protocol) + bytes(100))
     for read in (lambda: open_layer(path).__enter__(), lambda: open_dataset(path), lambda: check_file(path)):
-        with pytest.raises(DataError, match=rf"a\{suffix} is a Python pickle, expected a raster file, and is not loaded"):
+        with pytest.raises(DataError, match=rf"a\{suffix} is (truncated or )?not a|a\{suffix} is truncated or not NetCDF"):
             read()
 
 
-def test_old_pickles_and_numpy_files_are_refused_too(tmp_path, mark):
-    (tmp_path / "a.nc").write_bytes(pickle.dumps(Evil(mark), protocol=0))
-    with pytest.raises(DataError, match="truncated or not NetCDF"):
-        open_dataset(tmp_path / "a.nc")
-    np.save(tmp_path / "b.npy", np.array([Evil(mark)], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match="is a NumPy file"):
-        open_layer(tmp_path / "b.npy")
-
-
+@pytest.mark.parametrize("dtype", ["<f8", "|O"])
 @pytest.mark.parametrize("place", ["filters", "compressor"])
-def test_a_zarr_array_of_pickles_is_refused(tmp_path, mark, place):
+def test_a_zarr_array_of_pickles_is_refused(tmp_path, mark, place, dtype):
     group = tmp_path / "a.zarr"
     (group / "latitude").mkdir(parents=True)
     codec = {"id": "pickle", "protocol": 5}
@@ -78,7 +72,7 @@ def test_a_zarr_array_of_pickles_is_refused(tmp_path, mark, place):
         "zarr_format": 2,
         "shape": [2],
         "chunks": [2],
-        "dtype": "<f8",
+        "dtype": dtype,
         "fill_value": 0.0,
         "order": "C",
         "compressor": None,
@@ -184,12 +178,117 @@ def test_giant_chunks_of_zarr_are_refused_unread(tmp_path):
         open_dataset(tmp_path / "a.zarr")
 
 
-def test_virtual_rasters_and_broken_files_of_a_catalogue_are_refused(tmp_path):
-    (tmp_path / "a.tif").write_text('<?xml version="1.0"?>\n<VRTDataset rasterXSize="1" rasterYSize="1"></VRTDataset>')
-    with pytest.raises(DataError, match=r"a\.tif is a virtual raster"):
-        check_file(tmp_path / "a.tif")
+# -- formats ------------------------------------------------------------------------------------------------------------
+
+VRT = """<VRTDataset rasterXSize="72" rasterYSize="36"><SRS>EPSG:4326</SRS><GeoTransform>-180,5,0,90,0,-5</GeoTransform>
+<VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>{secret}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>
+</VRTRasterBand></VRTDataset>"""
+GTI = "<GDALTileIndexDataset><IndexDataset>{secret}</IndexDataset><LocationField>location</LocationField></GDALTileIndexDataset>"
+WMS = """<GDAL_WMS><Service name="TMS"><ServerUrl>{host}/${{z}}/${{x}}/${{y}}.png</ServerUrl></Service><DataWindow><UpperLeftX>-180</UpperLeftX>
+<UpperLeftY>90</UpperLeftY><LowerRightX>180</LowerRightX><LowerRightY>-90</LowerRightY><TileLevel>1</TileLevel></DataWindow></GDAL_WMS>"""
+WCS = "<WCS_GDAL><ServiceURL>{host}/wcs?</ServiceURL><Version>1.0.0</Version><CoverageName>a</CoverageName></WCS_GDAL>"
+WMTS = "<GDAL_WMTS><GetCapabilitiesUrl>{host}/wmts</GetCapabilitiesUrl><Layer>a</Layer></GDAL_WMTS>"
+STACIT = """{{"type": "FeatureCollection", "stac_version": "1.0.0", "features": [{{"type": "Feature", "stac_version": "1.0.0", "id": "a",
+"stac_extensions": ["https://stac-extensions.github.io/projection/v1.1.0/schema.json"], "collection": "c", "links": [],
+"properties": {{"datetime": "2020-01-01T00:00:00Z", "proj:epsg": 4326}}, "assets": {{"a": {{"href": "{secret}", "roles": ["data"],
+"proj:shape": [36, 72], "proj:transform": [5, 0, -180, 0, -5, 90]}}}}}}]}}"""
+POINTING = {"VRT": VRT, "GTI": GTI, "WMS": WMS, "WCS": WCS, "WMTS": WMTS, "STACIT": STACIT}
+
+
+@pytest.fixture
+def host():
+    """A server on this machine; fails the test if anybody connects to it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+@pytest.mark.parametrize("kind", sorted(POINTING))
+@pytest.mark.parametrize("suffix", [".tif", ".xml", ".nc", ".json", ""])
+def test_formats_that_name_other_files_or_hosts_are_refused_and_reach_neither(tmp_path, host, kind, suffix):
+    secret = write_empty(tmp_path / "secret.tif", 72)
+    path = tmp_path / f"a{suffix}"
+    path.write_text(POINTING[kind].format(secret=secret, host=host))
+    with pytest.raises(DataError, match=rf"a{suffix} is not a binary raster"):
+        check_file(path)
+    expected = "NetCDF" if suffix == ".nc" else "is truncated or not a raster that holds its own values"
+    with pytest.raises(DataError, match=expected), open_layer(path):
+        pass
+    with (
+        pytest.raises(DataError, match="convert virtual rasters, tile indices and web services"),
+        open_raster_file(path, trusted=False),
+    ):
+        pass
+
+
+def test_the_formats_would_reach_the_file_they_name(tmp_path):
+    secret = write_empty(tmp_path / "secret.tif", 72)
+    for kind in ("VRT", "STACIT"):
+        (tmp_path / kind).write_text(POINTING[kind].format(secret=secret, host=""))
+        with rasterio.open(tmp_path / kind) as file:
+            assert file.driver == kind and file.shape == (36, 72)
+
+
+def test_a_tile_index_is_refused_whatever_it_is_stored_in(tmp_path):
+    secret = write_empty(tmp_path / "secret.tif", 72)
+    feature = {
+        "type": "Feature",
+        "properties": {"location": str(secret)},
+        "geometry": {"type": "Polygon", "coordinates": [[[-180, -90], [180, -90], [180, 90], [-180, 90], [-180, -90]]]},
+    }
+    (tmp_path / "i.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    index = GTI.format(secret=tmp_path / "i.geojson")
+    (tmp_path / "a.tif").write_text(index)
+    for name in (tmp_path / "a.tif", f"GTI:{tmp_path / 'i.geojson'}"):
+        with pytest.raises(DataError, match="holds its own values"):
+            open_raster_file(name, trusted=False)
+
+
+def test_the_user_may_name_a_virtual_raster_by_its_suffix_and_a_stranger_may_not(tmp_path):
+    (tmp_path / "a.vrt").write_text(VRT.format(secret=write_empty(tmp_path / "own.tif", 72)))
+    with open_layer(tmp_path / "a.vrt") as layer:
+        assert layer.shape == (36, 72)
+    with pytest.raises(DataError, match=r"a\.vrt is not a binary raster"):
+        check_file(tmp_path / "a.vrt")
+
+
+def test_a_text_in_front_of_a_binary_file_does_not_hide_a_virtual_raster(tmp_path):
+    text = VRT.format(secret=write_empty(tmp_path / "secret.tif", 72)).encode()
+    with netCDF4.Dataset(tmp_path / "b.nc", "w") as file:
+        file.createDimension("x", 2)
+    size = 1 << (len(text) - 1).bit_length()
+    (tmp_path / "a.nc").write_bytes(text.ljust(size, b"\0") + (tmp_path / "b.nc").read_bytes())
+    with rasterio.open(tmp_path / "a.nc") as file:
+        assert file.driver == "VRT"
+    with pytest.raises(DataError, match=r"a\.nc is not a binary raster"):
+        check_file(tmp_path / "a.nc")
+
+
+@pytest.mark.parametrize(
+    ("driver", "suffix"), [("GTiff", "tif"), ("netCDF", "nc"), ("PNG", "png"), ("JP2OpenJPEG", "jp2"), ("HFA", "img")]
+)
+def test_ordinary_formats_are_read(tmp_path, driver, suffix):
+    path = tmp_path / f"a.{suffix}"
+    profile = {"driver": driver, "height": 36, "width": 72, "count": 1, "dtype": "uint8", "crs": "EPSG:4326"}
+    values = np.full((36, 72), 7, "uint8")
+    if driver == "netCDF":
+        coords = {"lat": 87.5 - 5 * np.arange(36), "lon": -177.5 + 5 * np.arange(72)}
+        xr.DataArray(values, dims=("lat", "lon"), coords=coords, name="v").to_netcdf(path)
+    else:
+        with rasterio.open(path, "w", **profile, transform=Affine(5, 0, -180, 0, -5, 90)) as file:
+            file.write(values, 1)
+    with open_raster_file(path) as file:
+        assert file.driver == driver and np.abs(file.read(1) - 7.0).max() <= (driver == "JP2OpenJPEG")
+    if driver != "HFA":
+        header = check_file(path)
+        assert driver in ("netCDF", "PNG") or (header is not None and header.shape == (36, 72))
+
+
+def test_broken_and_absent_files_of_a_catalogue_are_refused(tmp_path):
     (tmp_path / "b.tif").write_bytes(b"II*\0" + b"\xff" * 20)
-    with pytest.raises(DataError, match=r"b\.tif is truncated or not a GeoTIFF"):
+    with pytest.raises(DataError, match=r"b\.tif is truncated or not a raster"):
         check_file(tmp_path / "b.tif")
     with pytest.raises(DataError, match=r"none\.tif does not exist"):
         check_file(tmp_path / "none.tif")

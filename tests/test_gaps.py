@@ -31,6 +31,24 @@ def test_gaps_take_a_nearest_value_within_reach_and_nothing_else_changes(seed, r
         assert filled[tuple(cell)] in field[tuple(valid[np.isclose(distance, distance.min())].T)]
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), reach=st.sampled_from([1.5, 3, np.inf]), cols=st.sampled_from([9, 12]))
+def test_on_a_globe_the_nearest_value_may_lie_beyond_the_dateline(seed, reach, cols):
+    random = np.random.default_rng(seed)
+    field = np.where(random.random((5, cols)) < 0.9, np.nan, random.random((5, cols))).astype(np.float32)
+    field[2, 0] = 0.5
+    mask = random.random(field.shape) < 0.6
+    filled = fill_near(field, mask=mask, reach=reach, wrap=True)
+    valid = np.argwhere(np.isfinite(field))
+    for row, col in np.argwhere(mask & ~np.isfinite(field)):
+        across = np.abs(valid[:, 1] - col)
+        distance = np.hypot(valid[:, 0] - row, np.minimum(across, cols - across))
+        near = field[tuple(valid[np.isclose(distance, distance.min())].T)]
+        assert filled[row, col] in near if distance.min() <= reach else np.isnan(filled[row, col])
+    rolled = fill_near(np.roll(field, 4, 1), mask=np.roll(mask, 4, 1), reach=reach, wrap=True)
+    np.testing.assert_array_equal(np.isfinite(rolled), np.isfinite(np.roll(filled, 4, 1)))
+
+
 def test_what_has_no_gap_or_no_value_is_given_back():
     field, mask = np.ones((2, 2), np.float32), np.ones((2, 2), bool)
     assert fill_near(field, mask=mask) is field

@@ -12,7 +12,7 @@ from affine import Affine
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import make_grid
-from ai4land.landcover import available_years, find_catalog_maps, find_maps
+from ai4land.landcover import find_catalog_maps, find_maps
 from ai4land.legend import load_legend
 from tests.catalogs import make_item, save, write_cog
 
@@ -68,7 +68,6 @@ def test_the_same_maps_come_from_every_kind_of_source(tmp_path):
         *(tmp_path / n for n in ("all.tif", "days.nc", "years.nc", "plain.nc", "cube.zarr")),
     ]
     for source in sources:
-        assert available_years(source) == years
         got = read(source, LCCS)
         assert list(got) == years
         for year, codes in zip(years, maps, strict=True):
@@ -149,9 +148,9 @@ def test_sources_that_are_not_clear_are_refused(tmp_path):
     }
     for source, text in bad.items():
         with pytest.raises(DataError, match=text):
-            available_years(source)
+            find_maps(source, grid=GRID, legend=LCCS)
     with pytest.raises(DataError, match="empty dict"):
-        available_years({})
+        find_maps({}, grid=GRID, legend=LCCS)
     with pytest.raises(ConfigError, match="expected exact, nearest or mode"):
         find_maps({2000: one}, grid=GRID, legend=HILDA, resampling="average")
 
@@ -159,7 +158,7 @@ def test_sources_that_are_not_clear_are_refused(tmp_path):
 def test_real_bavarian_maps_have_the_known_counts(real_data):
     source = real_data / "bavaria_cci_landcover" / "cci_lc_bavaria_300m_1992-2015.tif"
     grid = make_grid((8.975, 47.2694, 13.839, 50.5639), coarse_cell=100 / 360, factor=100, shard=400)
-    assert available_years(source) == list(range(1992, 2016))
+    assert list(find_maps(source, grid=grid, legend=LCCS)) == list(range(1992, 2016))
     first, last = (m.read() for m in find_maps(source, grid=grid, legend=LCCS, years=[1992, 2015]).values())
     assert ((first != 0) == (last != 0)).all() and np.count_nonzero(first) == 1_122_489
     assert np.count_nonzero(first == 10) == 405_819 and np.count_nonzero(first == 70) == 229_270

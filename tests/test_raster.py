@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,11 @@ from affine import Affine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ai4land import raster
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import FINE_DIMS, Grid, Window, make_grid
 from ai4land.raster import open_raster
+from ai4land.rasterfile import open_layer
 
 GRID = make_grid((-6, -4, 10, 8), coarse_cell=2.0, factor=4, shard=8, origin=(-6.0, 8.0))
 GLOBE = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=4, shard=36)
@@ -246,6 +250,88 @@ def test_polar_projection_covers_the_pole_and_the_dateline(tmp_path):
         got = open_raster(path, grid=grid, resampling=resampling).values
         assert np.isfinite(got).all()
         assert np.abs(got - centres(grid)[1]).max() < 0.3
+
+
+@pytest.fixture
+def most_read(monkeypatch):
+    """The largest number of source cells that is read at once."""
+    sizes = [0]
+
+    def recording(layer):
+        def read(rows, cols):
+            values, valid = layer.read(rows, cols)
+            sizes[0] = max(sizes[0], values.size)
+            return values, valid
+
+        return dataclasses.replace(layer, read=read)
+
+    @contextlib.contextmanager
+    def opened(*args, **options):
+        with open_layer(*args, **options) as layer:
+            yield recording(layer)
+
+    monkeypatch.setattr(raster, "open_layer", opened)
+    return sizes
+
+
+@pytest.mark.parametrize("resampling", ["nearest", "bilinear", "average"])
+@pytest.mark.parametrize("columns", [slice(None), slice(0, 600), slice(600, None)], ids=["globe", "west", "east"])
+def test_a_projected_grid_across_the_dateline_reads_only_what_it_needs_of_both_sides(tmp_path, most_read, resampling, columns):
+    grid = make_grid((2e6, -1e6, 4e6, 1e6), coarse_cell=2e5, factor=4, shard=20, origin=(2e6, 1e6), crs="EPSG:3832")
+    lon, lat = np.meshgrid(-180 + 0.3 * (np.arange(1200) + 0.5), 90 - 0.3 * (np.arange(600) + 0.5))
+    values = (np.cos(np.deg2rad(lon)) + np.sin(np.deg2rad(lat))).astype("float32")[:, columns]
+    start = columns.start or 0
+    path = write_tif(tmp_path / "a.tif", values, Affine(0.3, 0, -180 + 0.3 * start, 0, -0.3, 90))
+    got = open_raster(path, grid=grid, resampling=resampling)
+    to_degrees = pyproj.Transformer.from_crs(3832, 4326, always_xy=True)
+    lon, lat = to_degrees.transform(*np.meshgrid(got["longitude"].values, got["latitude"].values))
+    assert (lon > 167).any() and (lon < -156).any()
+    want = np.cos(np.deg2rad(lon)) + np.sin(np.deg2rad(lat))
+    inside = (lon > -180 + 0.3 * start) & (lon < 180 if columns.stop is None else lon < 0)
+    clear = np.abs(np.abs(lon) - 180) > 0.6
+    assert np.abs(got.values - want)[inside].max() < 0.02
+    assert np.isnan(got.values[~inside & clear]).all()
+    assert most_read[0] < 0.05 * 1200 * 600
+
+
+@pytest.mark.parametrize("resampling", ["nearest", "bilinear", "average"])
+def test_a_projected_source_across_the_dateline_reaches_both_sides_and_is_read_by_parts(
+    tmp_path, most_read, monkeypatch, resampling
+):
+    to_degrees = pyproj.Transformer.from_crs(32660, 4326, always_xy=True)
+    side, n = 2500.0, 480
+    t = Affine(side, 0, 600_000, 0, -side, 2_000_000)
+    lon, lat = to_degrees.transform(*np.meshgrid(600_000 + side * (np.arange(n) + 0.5), 2_000_000 - side * (np.arange(n) + 0.5)))
+    assert (lon > 177).any() and (lon < -171).any()
+    path = write_tif(tmp_path / "a.tif", lat.astype("float32"), t, crs="EPSG:32660")
+    grid = make_grid((-180, -90, 180, 90), coarse_cell=1, factor=4, shard=360)
+    monkeypatch.setattr(raster, "_STRIP_CELLS", 2**13)
+    got = open_raster(path, grid=grid, resampling=resampling).values
+    there = np.isfinite(got)
+    assert there[:, :30].any() and there[:, -12:].any() and not there[:, 40:-20].any()
+    x, y = pyproj.Transformer.from_crs(4326, 32660, always_xy=True).transform(*centres(grid))
+    col, row = (x - t.c) / t.a, (y - t.f) / t.e
+    assert there[(col > 10) & (col < n - 10) & (row > 10) & (row < n - 10)].all()
+    assert np.abs(got - centres(grid)[1])[there].max() < 0.2
+    assert 0 < most_read[0] <= 4 * 2**13 < n * n / 4
+
+
+def test_a_source_whose_corners_are_off_the_globe_is_read_by_parts(tmp_path, most_read, monkeypatch):
+    crs = "+proj=geos +h=35785831 +lon_0=170 +datum=WGS84"
+    side, n = 20_000.0, 560
+    t = Affine(side, 0, -side * n / 2, 0, -side, side * n / 2)
+    steps = side * (np.arange(n) - n / 2 + 0.5)
+    lon, lat = pyproj.Transformer.from_crs(crs, 4326, always_xy=True).transform(*np.meshgrid(steps, -steps))
+    path = write_tif(tmp_path / "a.tif", np.where(np.isfinite(lat), lat, np.nan).astype("float32"), t, crs=crs, nodata=np.nan)
+    grid = make_grid((-180, -90, 180, 90), coarse_cell=5, factor=5, shard=180)
+    monkeypatch.setattr(raster, "_STRIP_CELLS", 2**12)
+    got = open_raster(path, grid=grid, resampling="bilinear").values
+    lon, lat = centres(grid)
+    away = np.abs((lon - 170 + 180) % 360 - 180)
+    assert np.isfinite(got[(np.abs(lat) < 40) & (away < 40)]).all() and np.isnan(got[away > 100]).all()
+    there = np.isfinite(got) & (np.abs(lat) < 50) & (away < 50)
+    assert np.abs(got - lat)[there].max() < 0.3
+    assert most_read[0] < n * n / 4
 
 
 def test_projected_netcdf_needs_a_reference_system(tmp_path):
