@@ -101,8 +101,8 @@ ALONE = Group()
 class Norm(nn.BatchNorm2d):
     """Batch normalisation whose statistics are those of the batches of all processes of a group.
 
-    Sums are taken in float32, cell by cell in a tree, and put together in float64, so that they hardly depend on how a batch is shared
-    out. ``torch.nn.SyncBatchNorm`` does not run on CPUs.
+    Each process sums its cells in float32, around its own mean, and the sums are combined in float64: the result hardly depends on how a
+    batch is divided, nor on how far its mean is from 0. ``torch.nn.SyncBatchNorm`` does not run on CPUs.
     """
 
     group: Group = ALONE
@@ -126,8 +126,11 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Group) -> tuple[Tensor, ...]:
         cells = _cells(x)
-        sums = torch.stack([cells.sum(0), cells.square().sum(0), torch.full_like(cells[0], len(cells))]).double()
-        group.sum(sums)
+        near = cells.mean(0)
+        around = cells - near  # float32 would lose the variance in the squares of large numbers
+        n, near, rest = len(cells), near.double(), around.sum(0).double()
+        squares = around.square_().sum(0).double()
+        sums = group.sum(torch.stack([rest + n * near, squares + near * (2 * rest + n * near), torch.full_like(near, n)]))
         count = sums[2, 0]
         mean = sums[0] / count
         variance = (sums[1] / count - mean.square()).clamp(min=0.0)
@@ -142,8 +145,9 @@ class _Normalised(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale, count = ctx.saved_tensors
         dy, cells = _cells(grad), _cells(x)
-        own = torch.stack([dy.sum(0), (dy * cells).sum(0)]).double()
-        own[1] = (own[1] - mean * own[0]) * scale  # of the normalised x in place of x
+        near = mean.to(cells.dtype)
+        own = torch.stack([dy.sum(0), (cells - near).mul_(dy).sum(0)]).double()
+        own[1] = (own[1] - (mean - near) * own[0]) * scale  # of the normalised x
         whole = ctx.group.sum(own.clone()) / count
         factor = weight * scale
         slope = -whole[1] * scale * factor

@@ -65,6 +65,16 @@ def test_normalisation_in_low_precision_is_near_that_in_float64(dtype):
         assert torch.allclose(a, b.double(), rtol=tolerance, atol=tolerance * float(a.abs().max()))
 
 
+def test_normalisation_keeps_the_variance_of_values_far_from_zero():
+    """The mean is 1000 times the standard deviation; float32 resolves such values to 6e-5 of it."""
+    x = (torch.randn((8, SHAPE[1], 32, 32), generator=torch.Generator().manual_seed(2)) + 1000).contiguous(
+        memory_format=torch.channels_last
+    )
+    low, whole = results(norm(torch.float32), x), results(norm(), x.double())
+    for a, b in zip(low, whole, strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+
+
 PART = """
 import sys, time, torch
 from datetime import timedelta
