@@ -250,11 +250,13 @@ def run_all(run: RunFile, overrides: Overrides = None) -> None:
 
 def _whole(config: RunConfig) -> None:
     from ai4land.cost import refuse
+    from ai4land.hold import hold
 
     refuse(config)
-    _train(config)
-    place = _reconstruct(config)
-    _evaluate(config)
+    with hold(config.folder):
+        _train(config)
+        place = _reconstruct(config)
+        _evaluate(config)
     _out.print(f"Results are in {config.folder}: evaluation.json, figures/; the cube is {place}", soft_wrap=True)
 
 
