@@ -14,11 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import dask.array as da
 import numpy as np
 import xarray as xr
 import zarr
-from dask.delayed import delayed
 from dask.system import CPU_COUNT
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
@@ -28,10 +26,8 @@ from ai4land.align import SCENARIO_YEARS, block_memory, check_identity, write_st
 from ai4land.areachange import open_change
 from ai4land.assets import forget_items, items_in, load_asset
 from ai4land.catalog import years_of_item
-from ai4land.coarse import as_scenario
 from ai4land.config import Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
 from ai4land.contents import changed_files, note_files
-from ai4land.crosswalk import class_shares
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.fractions import open_fractions
 from ai4land.grid import FINE_DIMS, Grid, Window
@@ -108,7 +104,7 @@ def _align(run: RunConfig, tell: Tell) -> Path:
         raise ConfigError(
             f"scenario years {lacking} are needed, the scenario has {_span(coarse['year'].values.tolist())}; change the years or the files"
         )
-    class_shares(coarse.isel(year=slice(0, 1)), crosswalk=crosswalk)
+    crosswalk.for_states(coarse["state"].values.tolist())
     known = None
     if isinstance(run.scenario, FractionsConfig) and run.scenario.mask:
         known = np.isfinite(coarse.values).all(axis=(0, 1))
@@ -168,16 +164,16 @@ def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: Mapping[int
     s = run.scenario
     years = sorted(needed_years(run, held_states(run))[1])
     if isinstance(s, Luh2Config):
-        read = partial(
-            open_states,
+        return open_states(
             [run.path(p) for p in s.paths],
             static=None if s.static is None else run.path(s.static),
             grid=grid,
+            years=years,
             units=s.units,
             time_units=s.time_units,
             cell_degrees=s.cell_degrees,
+            years_at_once=SCENARIO_YEARS,
         )
-        return _lazily(read, years, grid)
     if isinstance(s, SharesConfig):
         return open_shares(run.path(s.path), variable=s.variable, grid=grid, years=years)
     if isinstance(s, FractionsConfig):
@@ -193,20 +189,6 @@ def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: Mapping[int
         grid=grid,
         merge=s.merge,
     )
-
-
-def _lazily(read: Callable[..., xr.DataArray], years: list[int], grid: Grid) -> xr.DataArray:
-    """Open a scenario some years at a time: twelve states of a quarter of a degree are 50 MB a year."""
-    parts = [years[i : i + SCENARIO_YEARS] for i in range(0, len(years), SCENARIO_YEARS)]
-    first = read(years=parts[0])
-    if len(parts) == 1:
-        return first
-    shapes = [(len(part), *first.shape[1:]) for part in parts]
-    pieces = [
-        da.from_delayed(delayed(lambda part: read(years=part).values)(part), shape=shape, dtype=first.dtype)
-        for part, shape in zip(parts, shapes, strict=True)
-    ]
-    return as_scenario(da.concatenate(pieces), years=years, states=[str(s) for s in first["state"].values], grid=grid)
 
 
 def _mapped(window: Window, *, reference: AnnualMap | CatalogMap) -> NDArray[np.bool_]:

@@ -19,9 +19,7 @@ from ai4land.chains import pass_on
 from ai4land.constrain import segments, solve
 from ai4land.errors import DataError
 from ai4land.legend import MISSING
-from ai4land.quotas import class_quotas, fit_quotas, integer_quotas, level_quotas
-
-__all__ = ["Allocation", "allocate", "class_quotas", "integer_quotas", "level_quotas"]
+from ai4land.quotas import fit_quotas
 
 _BAND = 1 << 17
 """Fine cells worked on at once."""
@@ -75,7 +73,6 @@ def allocate(
     keep: float | None = None,
     locked: NDArray[np.bool_] | None = None,
     mapped: NDArray[np.bool_] | None = None,
-    groups: NDArray[np.floating] | None = None,
 ) -> Allocation:
     """Give each cell a class, so that the quotas are met and the sum of the scores is as large as can be.
 
@@ -103,9 +100,6 @@ def allocate(
         classes in proportion, and told in ``unmet``.
     mapped
         Cells to fill where there is no map before, ``(rows, columns)``.
-    groups
-        Where quotas are those of groups of classes: 1 where a class belongs to a group, ``(group, class)``, each class to
-        one. The best class of the group is taken in each cell.
 
     Raises
     ------
@@ -117,13 +111,11 @@ def allocate(
     net = current is not None and (keep is None or keep == float("inf"))
     bonus = 0.0 if current is None or keep is None or net else float(keep)
     lock = np.zeros((rows, cols), bool) if locked is None else np.asarray(locked, dtype=bool)
-    member = np.arange(n) if groups is None else _members(groups, n)
-    m = int(member.max()) + 1 if groups is None else len(np.asarray(groups))
     crows, ccols = rows // factor, cols // factor
-    if rows % factor or cols % factor or quotas.shape != (m, crows, ccols):
+    if rows % factor or cols % factor or quotas.shape != (n, crows, ccols):
         raise DataError(
             f"scores are {scores.shape} and quotas {quotas.shape}, expected whole coarse cells of {factor} and "
-            f"{(m, crows, ccols)}; cut them from the same window"
+            f"{(n, crows, ccols)}; cut them from the same window"
         )
     if lock.shape != (rows, cols):
         raise DataError(f"locked is {lock.shape}, expected {(rows, cols)}; cut it from the window of the scores")
@@ -139,29 +131,25 @@ def allocate(
             segments(torch.from_numpy(np.require(a[:, fine], kind, ["C", "W"])), factor, fill=fill)
             for a, kind, fill in ((scores, real, 0.0), (before[None], np.uint8, MISSING), (lock[None], np.bool_, False))
         )
-        want = quotas[:, band].reshape(m, -1).T.astype(np.int64)
-        got, miss = _allocate_segments(x, was[:, 0], held[:, 0], want, member=member, bonus=bonus, net=net)
+        want = quotas[:, band].reshape(n, -1).T.astype(np.int64)
+        got, miss = _allocate_segments(x, was[:, 0], held[:, 0], want, bonus=bonus, net=net)
         count = band.stop - band.start
         place = torch.from_numpy(land_cover[fine]).unflatten(1, (ccols, factor)).unflatten(0, (count, factor))
         got = got[:, : factor * factor].unflatten(1, (factor, factor)).unflatten(0, (count, ccols))
         place.copy_(got.permute(0, 2, 1, 3))
-        unmet[:, band] = miss.T.reshape(m, count, ccols)
+        unmet[:, band] = miss.T.reshape(n, count, ccols)
     return Allocation(land_cover, unmet)
 
 
 def _allocate_segments(
-    x: Tensor, was: Tensor, held: Tensor, quotas: NDArray[np.int64], *, member: NDArray[np.intp], bonus: float, net: bool
+    x: Tensor, was: Tensor, held: Tensor, quotas: NDArray[np.int64], *, bonus: float, net: bool
 ) -> tuple[Tensor, NDArray[np.int64]]:
-    """Allocate coarse cells: classes ``(coarse cell, cell)``, and what each group has beyond its quota."""
-    mapped, known = was != MISSING, was < x.shape[1]
-    index = was.clamp(max=x.shape[1] - 1).long()
+    """Allocate coarse cells: classes ``(coarse cell, cell)``, and what each class has beyond its quota."""
+    n = x.shape[1]
+    mapped, known = was != MISSING, was < n
+    before = was.clamp(max=n - 1).long()
     if bonus:
-        x.scatter_add_(1, index[:, None], (known.to(x.dtype) * bonus)[:, None])
-    of, best_of = index, None
-    if (member != np.arange(len(member))).any():
-        x, best_of = _group_scores(x, member)
-        of = torch.from_numpy(member)[index]
-    m = x.shape[1]
+        x.scatter_add_(1, before[:, None], (known.to(x.dtype) * bonus)[:, None])
     free = mapped & ~held
     top = x.amax(1)
     if not bool(top[mapped].isfinite().all()):
@@ -172,7 +160,7 @@ def _allocate_segments(
     x -= top[:, None]
     x.clamp_(min=_WORST)
 
-    sizes, stuck = mapped.sum(1).numpy(), _count(of, held & known, m)
+    sizes, stuck = mapped.sum(1).numpy(), _count(before, held & known, n)
     asked = np.all(quotas >= 0, axis=1)
     wrong = np.flatnonzero(asked & (quotas.sum(1) != sizes))
     if wrong.size:
@@ -184,19 +172,15 @@ def _allocate_segments(
     want = fit_quotas(quotas - stuck, sizes - stuck.sum(1)) + stuck
     want[~asked] = -1
     if net:
-        have = _count(of, known, m)
+        have = _count(before, known, n)
         gains, loses = (torch.from_numpy(asked[:, None] & side) for side in (have < want, have > want))
-        free &= loses.gather(1, of)
-        own = x.gather(1, of[:, None])
+        free &= loses.gather(1, before)
+        own = x.gather(1, before[:, None])
         x.masked_fill_(~gains[:, :, None], _FORBIDDEN)
-        x.scatter_(1, of[:, None], own)
-        stuck = _count(of, known & ~free, m)
-    got = torch.where(free, _fill(x, free, want - stuck, asked), of)
-    unmet = np.where(asked[:, None], _count(got, mapped, m) - quotas, 0)
-    if best_of is not None:
-        inside = best_of.gather(1, got[:, None])[:, 0]
-        stays = (held | (net & (got == of))) & known
-        got = torch.where(stays, index, inside)
+        x.scatter_(1, before[:, None], own)
+        stuck = _count(before, known & ~free, n)
+    got = torch.where(free, _fill(x, free, want - stuck, asked), before)
+    unmet = np.where(asked[:, None], _count(got, mapped, n) - quotas, 0)
     return torch.where(mapped, got.to(torch.uint8), MISSING), unmet
 
 
@@ -287,14 +271,13 @@ def _quantile(gap: Tensor, rank: Tensor) -> Tensor:
 def _cool(x: Tensor, weight: Tensor, want: Tensor, prices: Tensor, heat: Tensor, *, levels: int, steps: int = _STEPS) -> Tensor:
     """Prices at which the classes of the cells, shared out smoothly at a falling temperature, have what is wanted."""
     share = want / want.sum(1, keepdim=True).clamp(min=1).double()
-    unit = torch.eye(x.shape[1], dtype=torch.float64)
     p = torch.empty_like(x)
     for _ in range(levels):
         torch.sub(x, prices.to(x.dtype)[:, :, None], out=p)
         p -= p.amax(1, keepdim=True)
         p /= heat[:, None, None].to(x.dtype)
         p.exp_().clamp_(min=_FLOOR)
-        found = solve(p, weight, share, torch.zeros_like(share), unit, tolerance=0.3 / x.shape[2], max_steps=steps)
+        found = solve(p, weight, share, torch.zeros_like(share), tolerance=0.3 / x.shape[2], max_steps=steps)
         prices = prices - heat[:, None] * found.multipliers.clamp(-_SHIFT, _SHIFT).masked_fill(share == 0, 0.0)
         heat = heat / _COOL
     return prices
@@ -304,26 +287,6 @@ def _count(classes: Tensor, which: Tensor, n: int) -> NDArray[np.int64]:
     """Cells of each class, ``(coarse cell, class)``."""
     flat = (torch.arange(len(classes))[:, None] * (n + 1) + torch.where(which, classes, n)).flatten()
     return torch.bincount(flat, minlength=len(classes) * (n + 1)).unflatten(0, (-1, n + 1))[:, :n].numpy().copy()
-
-
-def _group_scores(x: Tensor, member: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
-    """Best score of each group, and its class."""
-    parts = [x[:, torch.from_numpy(np.flatnonzero(member == g))].max(1) for g in range(int(member.max()) + 1)]
-    classes = [torch.from_numpy(np.flatnonzero(member == g))[p.indices] for g, p in enumerate(parts)]
-    return torch.stack([p.values for p in parts], 1), torch.stack(classes, 1)
-
-
-def _members(groups: NDArray[np.floating], n: int) -> NDArray[np.intp]:
-    """Group of each class."""
-    matrix = np.asarray(groups)
-    if matrix.ndim != 2 or matrix.shape[1] != n or not np.isin(matrix, (0, 1)).all() or (matrix.sum(axis=0) != 1).any():
-        raise DataError(
-            f"groups are {matrix.shape} with parts of classes, expected (groups, {n}) with one 1 a column; project the "
-            "fractions first, and make class quotas of them with level_quotas"
-        )
-    if (matrix.sum(axis=1) == 0).any():
-        raise DataError("groups hold one without a class, expected classes in each; leave it out")
-    return matrix.argmax(axis=0)
 
 
 def _before(current: NDArray[np.uint8] | None, mapped: NDArray[np.bool_] | None, shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -25,7 +25,8 @@ from distributed import Client, Security
 from distributed.core import rpc
 
 from ai4land.errors import ConfigError
-from ai4land.slurm import dashboard
+from ai4land.slurm import dashboard, private
+from ai4land.stores import write_atomically
 
 if TYPE_CHECKING:
     from distributed import Scheduler
@@ -145,20 +146,13 @@ def _task() -> tuple[int, str]:
 
 def _write(place: Path) -> None:
     """Leave certificates to the other tasks, and then the name of this node, by which they know that all is there."""
+    private(place.parent)
     shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
     place.mkdir(mode=0o700)
     made = Security.temporary()
     for key in _KEYS:
-        _put(place / f"{key}.pem", getattr(made, f"tls_{key}"))
-    _put(place / "host", socket.getfqdn())
-
-
-def _put(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-    part.replace(path)
+        write_atomically(place / f"{key}.pem", getattr(made, f"tls_{key}").encode(), mode=0o600)
+    write_atomically(place / "host", socket.getfqdn().encode(), mode=0o600)
 
 
 def _wait(path: Path, *, holds: Callable[[Path], bool] = Path.is_file) -> None:

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from xbatcher.generators import BatchSchema
 
 from ai4land.errors import DataError
 from ai4land.features import FeatureSpec, features
-from ai4land.grid import FINE_DIMS, Grid, Window, coarse_window, read_coarse
+from ai4land.grid import FINE_DIMS, Grid, Window, coarse_slices, coarse_window, read_coarse
 from ai4land.legend import MISSING, Legend
+from ai4land.normalise import trained
 
 _READERS = 2
 """Threads that read shards."""
@@ -142,8 +144,9 @@ class PatchLoader:
         }
         self._shards = BatchGenerator(ds, input_dims=sizes)
         self._windows = grid.shards()
-        self._cells = np.kron(cells, np.ones((grid.factor, grid.factor), dtype=bool)) & store["mask"].values.astype(bool)
-        counts = np.array([self._cells[w.slices].sum() for w in self._windows], dtype=np.float64)
+        self._scored = partial(trained, ds, cells=cells, factor=grid.factor)
+        some = [bool(cells[coarse_slices(w, grid.factor)].any()) for w in self._windows]
+        counts = np.array([self._scored(w).sum() if n else 0 for w, n in zip(self._windows, some, strict=True)], dtype=np.float64)
         if not counts.any():
             raise DataError("no fine cell may be a target, expected some; widen the land mask or the split")
         self._odds = counts / counts.sum()
@@ -174,7 +177,7 @@ class PatchLoader:
         data, window = self._shards[index], self._windows[index]
         codes = data["land_cover"].sel(observed_year=self.years).transpose("observed_year", *FINE_DIMS).values
         maps = {year: self.legend.encode(m, source=f"map of {year}") for year, m in zip(self.years, codes, strict=True)}
-        scored = self._cells[window.slices]
+        scored = self._scored(window)
         return _Tile(
             window,
             self.spec.static_channels(data["static"].transpose("feature", *FINE_DIMS).values),

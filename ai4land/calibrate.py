@@ -30,14 +30,15 @@ from ai4land.config import RunConfig
 from ai4land.cost import Rates
 from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import Block
-from ai4land.features import FeatureSpec, fit_spec
+from ai4land.features import FeatureSpec
 from ai4land.forward import Precision, bfloat16_pays, ready
 from ai4land.grid import Grid, Window
 from ai4land.inputs import grid_of, legend_of, split_of
 from ai4land.legend import Legend
+from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
-from ai4land.predict import Source, predict
-from ai4land.reconstruct import Job, mapped_part, plan_blocks, reconstruct_block, years_between
+from ai4land.predict import Source, predict, read_window_data
+from ai4land.reconstruct import Job, plan_blocks, reconstruct_block, years_between
 from ai4land.splits import TRAIN
 from ai4land.stages import job_of, method_of
 from ai4land.train import Schedule, fit
@@ -243,9 +244,8 @@ def _block(ground: _Ground, block: Block, job: Job, *, busy: bool) -> _Found:
         last = max(some, min(len(years), round(_LONG / max(pace, 1e-3))))
         many, written = seconds(last), size() - held
         forward, card = ready(job.model, job.checksum, job.precision)
-        mask = np.asarray(source.mask[window.slices], dtype=bool)
-        part = mapped_part(mask, window, forward.stride)
-        predicted = predict(forward, source, part, spec=card.spec, reference=job.reference, years=years[:last])
+        data = read_window_data(source, window, reference=job.reference, stride=forward.stride, halo=forward.halo)
+        predicted = predict(forward, source, data.part, spec=card.spec, reference=job.reference, years=years[:last])
         network = median(_seconds(predicted, clock))
     finally:
         torch.set_num_threads(before)
@@ -253,9 +253,9 @@ def _block(ground: _Ground, block: Block, job: Job, *, busy: bool) -> _Found:
     walks = job.reference is not None and job.method != "none"
     ends = [years_between(source.years, job.reference or 0, years[n - 1]) if walks else range(n) for n in (1, last)]
     year = (many - few) / (len(ends[1]) - len(ends[0])) if last > 1 else few / len(ends[0])
-    seen = (part.height + 2 * forward.halo) * (part.width + 2 * forward.halo)
+    seen = (data.part.height + 2 * forward.halo) * (data.part.width + 2 * forward.halo)
     return _Found(
-        mapped=int(mask.sum()),
+        mapped=int(data.mask.sum()),
         network=network / seen,
         read=max(0.0, few - year) / seen,
         host=max(0.0, year - network),

@@ -1,37 +1,30 @@
 """Change of class at coarser resolution, its bound, and flicker.
 
-A map may foresee how much changes in a place and not in which cell: the Figure of Merit of larger and larger squares
-(:func:`merit_parts`) tells by how much. A map made of net changes of coarse cells cannot hold the change that cancels
-within them: :func:`coarse_net` bounds its Figure of Merit. And a map drawn afresh each year may change a class and change
-it back, which real land seldom does: :func:`flicker`.
+A map may predict how much changes in a place but not in which cell: :func:`merit_parts` gives the Figure of Merit of
+larger and larger squares. A map made of net changes of coarse cells lacks the change that cancels within them:
+:func:`coarse_net` bounds its Figure of Merit. A map drawn afresh each year may change a class and change it back, which
+real land seldom does: :class:`Flicker`.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land.grid import Window
-from ai4land.legend import MISSING, Legend
-from ai4land.scores import ratio
-
-_log = logging.getLogger(__name__)
-Codes = Callable[[int, Window], NDArray[np.uint8]]
-"""Reads the class codes of a year in a window."""
+from ai4land.legend import MISSING
 
 WITHIN = 5
-"""Years within which a cell that returns to its class flickers."""
+"""Years within which a return to an earlier class counts as flicker."""
 
 
-def sides(factor: int) -> list[int]:
+def square_sides(factor: int) -> list[int]:
     """Give the sides of squares that tile a coarse cell, in fine cells: the divisors of the factor.
 
-    >>> sides(25)
+    >>> square_sides(25)
     [1, 5, 25]
     """
     return [side for side in range(1, factor + 1) if factor % side == 0]
@@ -136,117 +129,69 @@ def coarse_net(
     return float(np.abs(gained - lost).sum()) / 2
 
 
-def flicker(
-    predictions: Mapping[str, Codes],
-    *,
-    truth: Codes,
-    start: Codes | None,
-    start_year: int | None,
-    where: Callable[[Window], NDArray[np.bool_]],
-    legend: Legend,
-    windows: Sequence[Window],
-    years: Sequence[int],
-    areas: NDArray[np.float64],
-    within: int = WITHIN,
-) -> dict[str, dict[str, float | None]]:
-    """Measure where maps change a class and change it back within a few years.
+class Flicker:
+    """Where the maps of one window change a class and change it back within a few years, added up year by year.
 
-    A cell flickers that has a class, then others, and again the first, all within ``within`` years. The maps are those of
-    the scored years, the truth's or a prediction's, and among them the reference map in its year. The memory is that of
-    ``within + 1`` years of a window.
+    A cell flickers if it has a class, then others, and then the first again, all within ``within`` years. Only runs of three or
+    more consecutive years count; a gap ends the history. The memory is that of ``within + 1`` years of the window.
 
     Parameters
     ----------
-    predictions, truth
-        Read the class codes of a year in a window; predictions by name.
-    start, start_year
-        The same of the reference map, and its year; None where there is none.
-    where
-        Reads which cells of a window are scored.
-    legend
-        Of the codes.
-    windows
-        To read, one after another, all years of each.
-    years
-        Only years in a row count; a gap ends the history.
+    names
+        Of the maps, the observed one first.
     areas
-        Area of a cell of each row of the grid.
+        Area of each scored cell, ``(cells,)``.
+    years
+        Years whose maps will be added.
     within
-        Longest time from a class to its return.
-
-    Returns
-    -------
-    dict
-        By name, and ``observed`` for the truth: ``flicker``, the share of the area that flickers at least once, of the cells
-        that have a class in all maps; and for predictions ``false_flicker``, the share that flickers where the truth does
-        not. None where fewer than three years are in a row, or no cell is left.
+        Longest time in years from a class to its return.
     """
-    every = sorted({*years, *([start_year] if start is not None and start_year is not None else [])})
-    runs = [run for run in _runs(every) if len(run) > 2]
-    sums = {name: np.zeros(3) for name in ("observed", *predictions)}
-    for window in windows if runs else ():
-        scored = where(window)
-        if scored.any():
-            _flicker_window(
-                sums,
-                {"observed": truth, **predictions},
-                (start, start_year if start_year not in years else None),
-                scored,
-                legend=legend,
-                window=window,
-                runs=runs,
-                areas=areas[window.slices[0]],
-                within=within,
-            )
-    result: dict[str, dict[str, float | None]] = {"observed": {"flicker": ratio(sums["observed"][1], sums["observed"][0])}}
-    for name in predictions:
-        whole, own, false = sums[name]
-        result[name] = {"flicker": ratio(own, whole), "false_flicker": ratio(false, whole)}
-    return result
+
+    def __init__(self, names: Sequence[str], areas: NDArray[np.float64], years: Iterable[int], *, within: int = WITHIN) -> None:
+        self._areas = areas
+        self._years = {year for run in consecutive(sorted(set(years))) if len(run) > 2 for year in run}
+        self._last: int | None = None
+        self._past: dict[str, deque[NDArray[np.uint8]]] = {name: deque(maxlen=within) for name in names}
+        self._known = {name: np.ones(areas.size, bool) for name in names}
+        self._returned = {name: np.zeros(areas.size, bool) for name in names}
+
+    def add(self, year: int, maps: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Add the maps of a year: class indices of the scored cells, ``(cells,)``, by name. Add years in ascending order."""
+        if year not in self._years:
+            return
+        for name, past in self._past.items():
+            if self._last != year - 1:
+                past.clear()
+            now = maps[name]
+            self._known[name] &= now != MISSING
+            if len(past) > 1:
+                changed = np.flatnonzero(now != past[-1])
+                returned = np.zeros(changed.size, bool)
+                for before in list(past)[:-1]:
+                    returned |= before[changed] == now[changed]
+                self._returned[name][changed] |= returned
+            past.append(now)
+        self._last = year
+
+    def sums(self) -> NDArray[np.float64]:
+        """Give areas ``(names, 3)``, all 0 if fewer than three years are consecutive.
+
+        Of the cells that have a class in all years, in the map and in the observed one: their area, the area that flickers at
+        least once, and the area that flickers where the observed map does not.
+        """
+        out = np.zeros((len(self._past), 3))
+        observed = next(iter(self._past))
+        for total, name in zip(out, self._past if self._years else (), strict=False):
+            valid = self._known[name] & self._known[observed]
+            own = valid & self._returned[name]
+            total += [float(self._areas[part].sum()) for part in (valid, own, own & ~self._returned[observed])]
+        return out
 
 
-def _flicker_window(
-    sums: dict[str, NDArray[np.float64]],
-    maps: Mapping[str, Codes],
-    start: tuple[Codes | None, int | None],
-    scored: NDArray[np.bool_],
-    *,
-    legend: Legend,
-    window: Window,
-    runs: Sequence[Sequence[int]],
-    areas: NDArray[np.float64],
-    within: int,
-) -> None:
-    """Add the area of a window that counts, that flickers, and that flickers where the truth does not."""
-    cells = np.flatnonzero(scored)
-    area = areas[cells // scored.shape[1]]
-    whole = {name: np.ones(cells.size, bool) for name in maps}
-    back = {name: np.zeros(cells.size, bool) for name in maps}
-    for run in runs:
-        past: dict[str, deque[NDArray[np.uint8]]] = {name: deque(maxlen=within) for name in maps}
-        for year in run:
-            first = legend.encode(start[0](year, window)) if start[0] is not None and year == start[1] else None
-            for name, read in maps.items():
-                index = legend.encode(read(year, window), source=f"{name} of {year}") if first is None else first
-                now, old = index.ravel()[cells], past[name]
-                whole[name] &= now != MISSING
-                if len(old) > 1:
-                    new = np.flatnonzero(now != old[-1])
-                    returned = np.zeros(new.size, bool)
-                    for before in list(old)[:-1]:
-                        returned |= before[new] == now[new]
-                    back[name][new] |= returned
-                old.append(now)
-    for name, total in sums.items():
-        valid = whole[name] & whole["observed"]
-        own = valid & back[name]
-        total += [float(area[part].sum()) for part in (valid, own, own & ~back["observed"])]
+def consecutive(years: Sequence[int]) -> list[list[int]]:
+    """Split ascending years into runs without a gap.
 
-
-def _runs(years: Sequence[int]) -> list[list[int]]:
-    """Split ascending years where one is left out.
-
-    >>> _runs([2000, 2001, 2003])
+    >>> consecutive([2000, 2001, 2003])
     [[2000, 2001], [2003]]
     """
     out: list[list[int]] = []

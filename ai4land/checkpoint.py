@@ -22,7 +22,6 @@ from ai4land.ensemble import Ensemble
 from ai4land.errors import DataError, MismatchError
 from ai4land.features import FeatureSpec
 from ai4land.legend import Legend
-from ai4land.stores import write_atomically
 from ai4land.unet import UNet
 
 WEIGHTS = "model.safetensors"
@@ -39,7 +38,7 @@ class Card(BaseModel):
     members, sharpness
         Of the :class:`ai4land.ensemble.Ensemble`.
     bfloat16
-        What :func:`ai4land.forward.gate` measured: whether the network may run in bfloat16.
+        What :func:`ai4land.judge.gate` measured: whether the network may run in bfloat16.
     cell
         Width and height of a fine cell in the units of the grid.
     weights
@@ -47,7 +46,8 @@ class Card(BaseModel):
     split, store
         Fingerprints of the split and of the analysis-ready store it was trained on.
     training
-        Steps taken, best step and validation loss of each member, class weights, training years.
+        Steps taken, best step and validation loss of each member, the members whose validation loss never improved (their weights are untrained),
+        class weights, training years.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,6 +69,8 @@ class Card(BaseModel):
 
 def save_model(folder: Path, members: list[dict[str, torch.Tensor]], card: Card) -> Card:
     """Write the weights of every member and the card; return the card with their number and the checksum of the weights."""
+    from ai4land.stores import write_atomically  # here, as it loads Zarr, which a user of the weights need not have
+
     named = {f"{i}.{name}": value for i, weights in enumerate(members) for name, value in weights.items()}
     data = save({name: value.detach().cpu().contiguous() for name, value in sorted(named.items())})
     card = card.model_copy(update={"weights": hashlib.sha256(data).hexdigest(), "members": len(members)})
@@ -143,6 +145,8 @@ def check_fits(card: Card, *, legend: Legend, feature_names: list[str], states: 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write the state that training resumes from."""
+    from ai4land.stores import write_atomically  # here, as it loads Zarr
+
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, buffer.getvalue())

@@ -7,8 +7,6 @@ was taken over, on workers that outlived their client, write no more.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -26,7 +24,7 @@ from zarr.core.sync import sync
 
 from ai4land.errors import MismatchError, StoreError
 from ai4land.ledger import CLAIM, ledger_path
-from ai4land.stores import Place, delete, folder_of, open_place, read, write, writing
+from ai4land.stores import Place, Unlockable, delete, folder_of, lock, open_place, read, write, writing
 
 _BEAT = 5.0
 """Seconds between two renewals of a claim in an object store."""
@@ -35,8 +33,17 @@ _STALE = 40.0
 
 
 @contextmanager
-def claim(place: Place, *, tell: Callable[[str], None] = lambda _: None) -> Iterator[str]:
+def claim(place: Place, *, held: str | None = None, tell: Callable[[str], None] = lambda _: None) -> Iterator[str]:
     """Hold a cube while the block runs.
+
+    Parameters
+    ----------
+    place
+        Of the cube.
+    held
+        Token of a claim on this cube that the caller holds: it is checked and used, and stays with the caller. None: take the claim.
+    tell
+        Called with a line if the claim of another run must be waited for.
 
     Yields
     ------
@@ -48,6 +55,10 @@ def claim(place: Place, *, tell: Callable[[str], None] = lambda _: None) -> Iter
     MismatchError
         If another run holds it.
     """
+    if held is not None:
+        check_claim(place, held)
+        yield held
+        return
     beside, token = ledger_path(place), uuid.uuid4().hex
     who = {
         "token": token,
@@ -97,11 +108,16 @@ def check_claim(place: Place, token: str) -> None:
 
 
 def _held(beside: Place) -> dict[str, Any]:
+    return _holder(read(beside, CLAIM) or b"{}")
+
+
+def _holder(content: bytes) -> dict[str, Any]:
+    """Read who holds a claim; nobody if it is damaged."""
     try:
-        found: dict[str, Any] = json.loads(read(beside, CLAIM) or b"{}")
+        found: Any = json.loads(content)
     except ValueError:
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _refuse(place: Place, who: dict[str, Any]) -> MismatchError:
@@ -113,43 +129,40 @@ def _refuse(place: Place, who: dict[str, Any]) -> MismatchError:
 
 def _lock(folder: Path, place: Place) -> IO[str] | None:
     """Lock the claim's file; None where the file system has no locks."""
-    with writing(place):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / CLAIM).open("a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            return None
+        return lock(folder / CLAIM)
+    except Unlockable:
+        return None
+    except BlockingIOError as error:
         raise _refuse(place, _held(folder)) from error
-    return file
 
 
 def _take(beside: Place, place: Place, who: dict[str, Any], tell: Callable[[str], None]) -> None:
     """Take a free or abandoned claim in an object store."""
-    found = _held(beside)
-    if found:
-        if not (found.get("host") == who["host"] and not psutil.pid_exists(int(found.get("pid", 0)))):
+    before = read(beside, CLAIM)
+    if before is not None:
+        holder = _holder(before)
+        pid = holder.get("pid")
+        if not (holder.get("host") == who["host"] and isinstance(pid, int) and not psutil.pid_exists(pid)):
             tell(
-                f"cube {place} was held by process {found.get('pid')} on {found.get('host')}; looking for up to {_STALE:.0f} s whether it is alive"
+                f"cube {place} was held by process {pid} on {holder.get('host')}; waiting up to {_STALE:.0f} s for a sign of life"
             )
             end = time.monotonic() + _STALE
             while time.monotonic() < end:
-                now = _held(beside)
-                if not now:
+                now = read(beside, CLAIM)
+                if now is None:
                     break
-                if now != found:
-                    raise _refuse(place, now)
+                if now != before:
+                    raise _refuse(place, _holder(now))
                 time.sleep(_BEAT / 5)
-        if _held(beside) == found:
+        if read(beside, CLAIM) == before:
             delete(beside, CLAIM)
     content = cpu.Buffer.from_bytes(json.dumps({**who, "beat": 0}).encode())
     with writing(place):
         sync(open_place(beside).set_if_not_exists(CLAIM, content))
-    now = _held(beside)
-    if now.get("token") != who["token"]:
-        raise _refuse(place, now)
+    winner = _held(beside)
+    if winner.get("token") != who["token"]:
+        raise _refuse(place, winner)
 
 
 def _beat(beside: Place, who: dict[str, Any], over: threading.Event) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,9 @@ import ai4land
 from ai4land.config import RunConfig, plain_path
 from ai4land.errors import AI4LandError, ConfigError, DataError, Unfinished
 from ai4land.runfile import load_run
-from ai4land.stores import Place
+
+if TYPE_CHECKING:
+    from ai4land.stores import Place
 
 app = typer.Typer(
     help="Annual high-resolution land cover from coarse land-use scenarios.\n\n"
@@ -340,6 +342,7 @@ def serve(
     catalog: Annotated[
         Path | None, typer.Option(parser=_folder, help="folder of its STAC catalogue (default: stac beside the cube)")
     ] = None,
+    cors: Annotated[bool, typer.Option("--cors", help="let web pages of other sites read it in a visitor's browser")] = False,
 ) -> None:
     """Show a cube in the browser: a map of every year, and its files and catalogue over HTTP.
 
@@ -347,7 +350,7 @@ def serve(
     """
     from ai4land.serve import serve as start
 
-    start(cube, host=host, port=port, catalogue=catalog, tell=_tell)
+    start(cube, host=host, port=port, catalogue=catalog, cors=cors, tell=_tell)
 
 
 @app.command()

@@ -124,6 +124,7 @@ def local(
             processes=True,
             dashboard_address="127.0.0.1:0" if dashboard else None,
             host="127.0.0.1",
+            security=True,  # certificates of this run: other users of the machine reach its loopback, too
             config=deepcopy(dask.config.config),  # a worker that is started again needs them, too
         )
     with dask.config.set(PATIENT), cluster, Client(cluster) as client:

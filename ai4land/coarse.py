@@ -142,11 +142,11 @@ def check_sums(
     cut: Footprint,
     source: str | Path,
     tolerance: float = SUM_TOLERANCE,
-    above: bool = False,
+    above: NDArray[np.bool_] | bool = False,
 ) -> None:
-    """Check that sums ``(year, lat, lon)`` are ``want``, or not ``above`` it; the error names the worst cell."""
+    """Check that sums ``(year, lat, lon)`` are ``want``, or, where ``above``, not more; the error names the worst cell."""
     off = total - want
-    worst = np.nan_to_num(off if above else np.abs(off), nan=-np.inf)
+    worst = np.nan_to_num(np.where(above, off, np.abs(off)), nan=-np.inf)
     y, i, j = (int(n) for n in np.unravel_index(int(worst.argmax()), worst.shape))
     if worst[y, i, j] > tolerance:
         raise DataError(

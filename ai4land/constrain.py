@@ -1,7 +1,7 @@
 """Class probabilities that meet the coarse totals exactly, and stay as close to the network's as they can.
 
 In every coarse cell :func:`project` finds the fractions q of least relative entropy to the probabilities p whose mean is
-the scenario's: q_k ∝ p_k exp(Σ_g λ_g A_gk), with one multiplier λ_g a group and coarse cell (Csiszár 1975, Annals of
+the scenario's: q_k ∝ p_k exp(λ_k), with one multiplier λ_k a class and coarse cell (Csiszár 1975, Annals of
 Probability 3:146-158). The multipliers minimise a convex function of a dozen variables; all coarse cells are solved side
 by side by damped Newton steps, and the multipliers of one year are a good start for the next. Whole cells are the
 business of :mod:`ai4land.allocate`.
@@ -27,8 +27,6 @@ FLOOR = 1e-9
 """Least probability of a class that the totals ask for; float32 does not resolve it beside 1."""
 _LEAST = -80.0
 """Least logarithm of the factor of a class that the totals ask for."""
-_PATIENCE = 12
-"""Newton steps after which totals are suspected to be out of reach."""
 _NAN = "probabilities of mapped cells are not all numbers, expected shares of 0 to 1; look at the network"
 
 
@@ -41,9 +39,9 @@ class Projection(Generic[A]):
     fractions
         ``(class, rows, columns)``.
     multipliers
-        Float64 ``(group, coarse rows, coarse columns)``, the start for the next year; always finite.
+        Float64 ``(class, coarse rows, coarse columns)``, the start for the next year; always finite.
     residual
-        Largest difference over the groups between a total and what the fractions have of it, as a share of the mapped
+        Largest difference over the classes between a total and what the fractions have of it, as a share of the mapped
         part of the coarse cell, ``(coarse rows, coarse columns)``; 0 where nothing is asked for.
     steps
         Newton steps of the coarse cell that took most.
@@ -57,7 +55,7 @@ class Projection(Generic[A]):
 
 @dataclass(frozen=True)
 class Solution:
-    """Multipliers ``(coarse cell, group)``, the factors of the classes ``(coarse cell, class)``, and the Newton steps taken."""
+    """Multipliers and factors of the classes, ``(coarse cell, class)`` both, and the Newton steps taken."""
 
     multipliers: Tensor
     factors: Tensor
@@ -71,7 +69,6 @@ def project(
     factor: int,
     mapped: NDArray[np.bool_] | Tensor,
     areas: NDArray[np.floating] | Tensor | None = None,
-    groups: NDArray[np.floating] | Tensor | None = None,
     fixed: NDArray[np.bool_] | Tensor | None = None,
     multipliers: NDArray[np.floating] | Tensor | None = None,
     tolerance: float = 1e-7,
@@ -79,10 +76,9 @@ def project(
 ) -> Projection[A]:
     """Change probabilities as little as possible so that each coarse cell has the totals.
 
-    A class of which every group has the total 0 is exactly 0, as is one that belongs in part to such a group. Other
-    classes count with a probability of at least ``FLOOR``, so that a total is met even where the network's probabilities
-    underflow. Totals that cannot be met (the fixed cells hold more than there is to be, or no mix of the classes has these
-    totals of the groups) are replaced by near ones that can, and the residual says by how much.
+    A class with the total 0 is exactly 0. Other classes count with a probability of at least ``FLOOR``, so that a total is met even
+    where the network's probabilities underflow. Totals that cannot be met, as the fixed cells hold more than there is to
+    be, are replaced by near ones that can, and the residual says by how much.
 
     Each coarse cell is solved by itself: the result does not depend on how a map is cut into tiles.
 
@@ -91,7 +87,7 @@ def project(
     probabilities
         ``(class, rows, columns)`` of whole coarse cells, float32 or float64, an array or a tensor on any device.
     totals
-        Shares of the groups in the mapped part of each coarse cell, ``(group, rows / factor, columns / factor)``, with the
+        Shares of the classes in the mapped part of each coarse cell, ``(class, rows / factor, columns / factor)``, with the
         sum 1. With a NaN the coarse cell keeps its probabilities.
     factor
         Fine cells along one side of a coarse cell.
@@ -99,9 +95,6 @@ def project(
         Cells that count, ``(rows, columns)``. The others come back as they are, NaN as 0.
     areas
         Area of a cell of each row, ``(rows,)``; without them every cell counts the same.
-    groups
-        How much of each class counts for each group, ``(group, class)``, columns with the sum 1. Without it the totals
-        are those of the classes.
     fixed
         Cells whose fractions must not change, ``(rows, columns)``.
     multipliers
@@ -125,8 +118,7 @@ def project(
             "use windows that are multiples of the factor"
         )
     crows, ccols = rows // factor, cols // factor
-    matrix = _matrix(groups, n).to(device)
-    t = _plane(totals, "totals", (len(matrix), crows, ccols), device).double()
+    t = _plane(totals, "totals", (n, crows, ccols), device).double()
     asked = t.isfinite().all(0)
     t = t.where(asked, 0.0)
     if bool(((t < -1e-6).any(0) | ((t.sum(0) - 1).abs() > 1e-3))[asked].any()):
@@ -152,9 +144,7 @@ def project(
         lock = segments(locks[None, fine], factor, fill=0.0)[:, 0]
         goal, begin = (a[:, band].flatten(1).T.contiguous() for a in (t.clamp(min=0.0), start))
         goal = goal / goal.sum(1, keepdim=True).clamp(min=1e-300)
-        done, rest = _project_segments(
-            x, w, goal, begin, lock, matrix, size=factor * factor, tolerance=tolerance, max_steps=max_steps
-        )
+        done, rest = _project_segments(x, w, goal, begin, lock, size=factor * factor, tolerance=tolerance, max_steps=max_steps)
         steps = max(steps, done.steps)
         place = fractions[:, fine].unflatten(2, (ccols, factor)).unflatten(1, (count, factor))
         place.copy_(x[:, :, : factor * factor].unflatten(2, (factor, factor)).unflatten(0, (count, ccols)).permute(2, 0, 3, 1, 4))
@@ -187,7 +177,6 @@ def _project_segments(
     goal: Tensor,
     start: Tensor,
     lock: Tensor,
-    matrix: Tensor,
     *,
     size: int,
     tolerance: float,
@@ -198,7 +187,7 @@ def _project_segments(
     free = weight * ~lock
     if bool(lock.any()):
         whole = weight.sum(1, dtype=torch.float64).clamp(min=1e-300)
-        held = total(torch.nan_to_num(x), weight * lock) @ matrix.T
+        held = total(torch.nan_to_num(x), weight * lock)
         held, room = held / whole[:, None], free.sum(1, dtype=torch.float64) / whole
         left = (goal - held).clamp(min=0.0)
         target = left / left.sum(1, keepdim=True).clamp(min=1e-300)
@@ -211,10 +200,10 @@ def _project_segments(
     before = before.nan_to_num_()
     x[mixed] = before
     x.clamp_(min=FLOOR)
-    found = solve(x, free, target, start, matrix, tolerance=tolerance, max_steps=max_steps)
+    found = solve(x, free, target, start, tolerance=tolerance, max_steps=max_steps)
     x *= found.factors.to(x.dtype)[:, :, None]
     x /= x.sum(1, keepdim=True)
-    have = total(x, free) @ matrix.T / free.sum(1, dtype=torch.float64).clamp(min=1e-300)[:, None]
+    have = total(x, free) / free.sum(1, dtype=torch.float64).clamp(min=1e-300)[:, None]
     residual = (have * room[:, None] + held - goal).abs().amax(1) * (weight > 0).any(1)
     x[mixed] = torch.where(change[mixed][:, None], x[mixed], before)
     return found, residual
@@ -225,14 +214,13 @@ def solve(
     weight: Tensor,
     totals: Tensor,
     start: Tensor,
-    matrix: Tensor,
     *,
     tolerance: float,
     max_steps: int,
 ) -> Solution:
     """Find the multipliers of coarse cells by damped Newton steps.
 
-    The function to minimise is Σ_i w_i log Σ_k p_ik exp(Σ_g λ_g A_gk) − Σ_g t_g λ_g. It is self-concordant in the general
+    The function to minimise is Σ_i w_i log Σ_k p_ik exp(λ_k) − Σ_k t_k λ_k. It is self-concordant in the general
     sense with respect to the spread d of a step over the classes, so that a step cut to log(1 + d) / d of Newton's always
     goes down (Sun & Tran-Dinh 2019, Mathematical Programming 178:145-213, doi:10.1007/s10107-018-1282-4).
 
@@ -243,9 +231,7 @@ def solve(
     weight
         Of the cells, ``(coarse cell, cell)``; a coarse cell with the sum 0 is left alone.
     totals, start
-        Float64 ``(coarse cell, group)``.
-    matrix
-        Float64 ``(group, class)``.
+        Float64 ``(coarse cell, class)``.
     tolerance, max_steps
         As of :func:`project`.
 
@@ -254,9 +240,9 @@ def solve(
     DataError
         If the probabilities hold something that is not a number.
     """
-    multipliers, totals = start.clone(), totals.clone()
-    open_ = _allowed(totals, matrix)
-    plain = bool(((matrix == 0) | (matrix == 1)).all()) and bool((matrix.sum(1) > 0).all())
+    multipliers = start.clone()
+    open_ = totals != 0
+    open_ |= ~open_.any(1, keepdim=True)  # no total can be met there
     root = weight.sqrt()
     whole = root.double().square().sum(1)
     left = torch.nonzero(root.any(1))[:, 0]
@@ -266,9 +252,9 @@ def solve(
         if not len(left):
             break
         rows: Any = slice(None) if len(left) == len(p) else left
-        factors = _factors(multipliers[rows], open_[rows], matrix).to(p.dtype)
+        factors = _factors(multipliers[rows], open_[rows]).to(p.dtype)
         have, mixed = _moments(p[rows], root[rows], factors)
-        lack = totals[rows] - have @ matrix.T / whole[rows, None]
+        lack = totals[rows] - have / whole[rows, None]
         worst = lack.abs().amax(1)
         if not bool(worst.isfinite().all()):
             raise DataError(_NAN)
@@ -276,14 +262,12 @@ def solve(
         left, lack, mixed = left[far], lack[far], mixed[far]
         if not len(left) or step == max_steps:
             break
-        if step == _PATIENCE and not plain:
-            totals[left], open_[left] = _reachable(totals[left], open_[left], matrix)
-        change = _newton(lack, mixed / whole[left, None, None], matrix, open_[left])
+        change = _newton(lack, mixed / whole[left, None, None], open_[left])
         multipliers[left] += change
         left = left[change.abs().amax(1) > eps]
     if len(left):
         _log.debug("totals of %d coarse cells are not met after %d steps", len(left), step)
-    return Solution(multipliers, _factors(multipliers, open_, matrix), step)
+    return Solution(multipliers, _factors(multipliers, open_), step)
 
 
 def total(x: Tensor, weight: Tensor) -> Tensor:
@@ -298,68 +282,32 @@ def _moments(p: Tensor, root: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     return total(x, root), torch.bmm(x, x.transpose(1, 2)).double()
 
 
-def _newton(lack: Tensor, mixed: Tensor, matrix: Tensor, open_: Tensor) -> Tensor:
+def _newton(lack: Tensor, mixed: Tensor, open_: Tensor) -> Tensor:
     """Step that removes what is lacking, cut so that it goes down.
 
     The second derivatives are the Laplacian of a graph whose edges are the mean products between classes: never a small
-    difference of large numbers. The common shift of all groups, which changes nothing, is made definite.
+    difference of large numbers. The common shift of all classes, which changes nothing, is made definite.
     """
     edges = mixed - torch.diag_embed(mixed.diagonal(dim1=1, dim2=2))
-    curve = matrix @ (torch.diag_embed(edges.sum(2)) - edges) @ matrix.T
+    curve = torch.diag_embed(edges.sum(2)) - edges
     size = curve.diagonal(dim1=1, dim2=2)
     scale = torch.where(size > 1e-250, size.clamp(min=1e-250).rsqrt(), 0.0)
     shift = torch.where(scale > 0, size.clamp(min=0.0).sqrt(), 0.0)
     shift = shift / shift.norm(dim=1, keepdim=True).clamp(min=1e-150)
-    unit = torch.eye(len(matrix), dtype=torch.float64, device=lack.device)
+    unit = torch.eye(lack.shape[1], dtype=torch.float64, device=lack.device)
     curve = curve * scale[:, :, None] * scale[:, None] + shift[:, :, None] * shift[:, None]
     curve = curve + unit * torch.where(scale > 0, 1e-10, 1.0)[:, None]
     step = scale * torch.linalg.solve(curve, (scale * lack)[:, :, None])[:, :, 0]
-    move = step @ matrix
-    spread = move.masked_fill(~open_, -torch.inf).amax(1) - move.masked_fill(~open_, torch.inf).amin(1)
+    spread = step.masked_fill(~open_, -torch.inf).amax(1) - step.masked_fill(~open_, torch.inf).amin(1)
     spread = spread.clamp(min=1e-30, max=1e30)
     cut = torch.where(spread > 0.3, torch.log1p(spread) / spread, 1.0)
     return step * cut[:, None]
 
 
-def _factors(multipliers: Tensor, open_: Tensor, matrix: Tensor) -> Tensor:
+def _factors(multipliers: Tensor, open_: Tensor) -> Tensor:
     """Factors of the classes, the largest of them 1; 0 where the totals allow nothing of a class."""
-    power = (multipliers @ matrix).masked_fill(~open_, -torch.inf)
+    power = multipliers.masked_fill(~open_, -torch.inf)
     return (power - power.amax(1, keepdim=True)).clamp(min=_LEAST).exp() * open_
-
-
-def _allowed(totals: Tensor, matrix: Tensor) -> Tensor:
-    """Classes that belong to no group with the total 0; all where that leaves none, for no total can then be met."""
-    allowed = ((totals == 0).double() @ (matrix > 0).double()) == 0
-    return allowed | ~allowed.any(1, keepdim=True)
-
-
-def _reachable(totals: Tensor, open_: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace totals that no mix of the allowed classes has by the nearest ones, by least squares, coarse cell by coarse cell."""
-    from scipy.optimize import nnls  # here, as SciPy loads slowly
-
-    goal, allowed = totals.cpu().numpy().copy(), open_.cpu().numpy().copy()
-    a = matrix.cpu().numpy()
-    one = np.full((1, a.shape[1]), 1e3)
-    for i, (t, use) in enumerate(zip(totals.cpu().numpy(), open_.cpu().numpy(), strict=True)):
-        mix, _ = nnls(np.concatenate([a, one])[:, use], np.append(t, 1e3))
-        near = a[:, use] @ (mix / mix.sum())
-        if np.abs(near - t).max() > 1e-9:
-            goal[i] = np.where(near < 1e-12, 0.0, near)
-            allowed[i] &= ((goal[i] == 0) @ (a > 0)) == 0
-    return torch.as_tensor(goal, device=totals.device), torch.as_tensor(allowed, device=totals.device)
-
-
-def _matrix(groups: NDArray[np.floating] | Tensor | None, n: int) -> Tensor:
-    """Check the matrix of groups and classes."""
-    if groups is None:
-        return torch.eye(n, dtype=torch.float64)
-    matrix = _tensor(groups).double()
-    if matrix.ndim != 2 or matrix.shape[1] != n or bool((matrix < 0).any()) or bool(((matrix.sum(0) - 1).abs() > 1e-6).any()):
-        raise DataError(
-            f"groups are {tuple(matrix.shape)}, expected (groups, {n}) with columns of 0 or more that sum to 1; "
-            "say of each class which part counts for which group"
-        )
-    return matrix
 
 
 def _plane(values: Any, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -28,8 +28,8 @@ from ai4land.grid import Window
 from ai4land.inputs import cubes_of, grid_of, legend_of, needed_years
 from ai4land.overviews import level_factors
 from ai4land.practice import CODES
-from ai4land.predict import Source
-from ai4land.reconstruct import mapped_part, plan_blocks, sides, sides_of, years_between
+from ai4land.predict import Source, mapped_part
+from ai4land.reconstruct import plan_blocks, sides, sides_of, years_between
 from ai4land.stores import folder_of
 from ai4land.template import VARIABLES, depths
 from ai4land.unet import UNet

@@ -7,17 +7,15 @@ same form.
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import xarray as xr
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from ai4land.errors import ConfigError
-from ai4land.grid import COARSE_DIMS
 from ai4land.legend import Legend, data_file
 
 REMAINDER = "icwtr"
@@ -54,19 +52,34 @@ class Crosswalk(BaseModel):
         """Weights as an array, shape ``(state, class)``."""
         return np.array(self.weights, dtype=np.float64)
 
-    def select(self, states: list[str]) -> Crosswalk:
-        """Keep these states, in this order."""
-        lacking = [s for s in states if s not in self.states]
+    def for_states(self, states: Iterable[str]) -> Crosswalk:
+        """Keep the rows of a scenario's states, in their order, and last that of ``REMAINDER`` if there is one and no state is it.
+
+        Raises
+        ------
+        ConfigError
+            If a state has no row.
+        """
+        names = list(states)
+        lacking = [s for s in names if s not in self.states]
         if lacking:
             raise ConfigError(
                 f"crosswalk {self.name} has no row for the states {lacking}; it knows {list(self.states)}; add rows to the CSV file"
             )
-        order = [self.states.index(s) for s in states]
-        return Crosswalk(name=self.name, states=tuple(states), weights=tuple(self.weights[i] for i in order))
+        if REMAINDER in self.states and REMAINDER not in names:
+            names.append(REMAINDER)
+        order = [self.states.index(s) for s in names]
+        return Crosswalk(name=self.name, states=tuple(names), weights=tuple(self.weights[i] for i in order))
 
-    def to_classes(self, shares: NDArray[Any]) -> NDArray[np.float64]:
-        """Turn shares of states ``(state, …)`` into shares of classes ``(class, …)``."""
-        return np.tensordot(self.matrix.T, shares.astype(np.float64), axes=1)
+    def to_classes(self, shares: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Turn shares of the states ``(state, …)`` into shares of the classes ``(class, …)``.
+
+        A last row ``REMAINDER`` for which there is no state spreads the rest of the cell, 1 - sum. NaN stays NaN.
+        """
+        values = shares.astype(np.float64)
+        if len(self.states) == len(values) + 1 and self.states[-1] == REMAINDER:
+            values = np.concatenate([values, np.clip(1 - values.sum(axis=0, keepdims=True), 0, None)])
+        return np.tensordot(self.matrix.T, values, axes=1)
 
 
 def load_crosswalk(name: str | Path, legend: Legend) -> Crosswalk:
@@ -117,51 +130,3 @@ def load_crosswalk(name: str | Path, legend: Legend) -> Crosswalk:
         raise ConfigError(
             f"crosswalk {path} is not valid: {error}; the form is a header 'state,code,code,…' and a row a state"
         ) from error
-
-
-def spread(states: NDArray[np.floating], *, names: list[str], crosswalk: Crosswalk) -> NDArray[np.float64]:
-    """Spread the states of one year ``(state, rows, cols)`` over classes ``(class, rows, cols)``; see :func:`class_shares`."""
-    shares = states.astype(np.float64)
-    if takes_remainder(names, crosswalk):
-        shares = np.concatenate([shares, np.clip(1 - shares.sum(axis=0, keepdims=True), 0, None)])
-        names = [*names, REMAINDER]
-    return crosswalk.select(names).to_classes(shares)
-
-
-def takes_remainder(names: list[str], crosswalk: Crosswalk) -> bool:
-    """Tell whether what the states leave of a cell is spread as well."""
-    return REMAINDER in crosswalk.states and REMAINDER not in names
-
-
-def class_shares(coarse: xr.DataArray, *, crosswalk: Crosswalk) -> xr.DataArray:
-    """Spread the states of a scenario over the classes of a legend.
-
-    Parameters
-    ----------
-    coarse
-        Scenario (year, state, coarse_latitude, coarse_longitude).
-    crosswalk
-        Weights for every state of the scenario. With a row ``icwtr`` and no state of this name, what the states leave of a
-        cell, 1 - sum, is spread by this row.
-
-    Returns
-    -------
-    xarray.DataArray
-        float64 (year, class, coarse_latitude, coarse_longitude), ``class`` the index in the legend; NaN stays NaN.
-
-    Raises
-    ------
-    ConfigError
-        If the crosswalk has no row for a state.
-    """
-    source = coarse.transpose("year", "state", *COARSE_DIMS)
-    names = [str(s) for s in source["state"].values]
-    out = np.stack([spread(np.asarray(part.values), names=names, crosswalk=crosswalk) for part in source])
-    kept = {name: coarse[name].values for name in ("year", *COARSE_DIMS)}
-    return xr.DataArray(
-        out,
-        dims=("year", "class", *COARSE_DIMS),
-        coords={**kept, "class": np.arange(out.shape[1])},
-        name="class_shares",
-        attrs={"units": "1", "long_name": "expected share of the class in the cell"},
-    )

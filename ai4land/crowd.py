@@ -16,7 +16,11 @@ from ai4land.errors import AI4LandError, WorkerError
 _log = logging.getLogger(__name__)
 
 TRIES = 3
-"""Times that a task is begun before it counts as failed."""
+"""Times that a task may raise an error before it counts as failed."""
+_SHARED = 2
+"""Workers that may die with a task and others in hand before it is tried alone."""
+_ALONE = 2
+"""Workers that may die with nothing but a task in hand before it counts as failed; one may die by chance."""
 _HOPELESS = 10
 """Tasks that lose their workers again and again before any one succeeds, until all are given up."""
 
@@ -27,9 +31,9 @@ Item = TypeVar("Item")
 def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]], *, client: Client) -> Iterator[tuple[T, Any]]:
     """Give each task as it ends, with what it came to: its result, or the last exception.
 
-    A task whose worker died is submitted anew. All that a worker has in hand dies with it, so a death says little of any one task: one
-    that has seen two is set aside until all others are done, and is then tried alone. The scheduler is to report each death
-    (``distributed.scheduler.allowed-failures`` 0, as in :data:`ai4land.cluster.SETTINGS`).
+    A task whose worker died is submitted again. All that a worker has in hand dies with it, begun or not, so a death says little of any one
+    task: one that has seen two is set aside until all others are done. It is then tried alone and fails when two more workers die on it.
+    The scheduler is to report each death (``distributed.scheduler.allowed-failures`` 0, as in :data:`ai4land.cluster.SETTINGS`).
 
     Parameters
     ----------
@@ -61,10 +65,12 @@ def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]]
             succeeded = True
         except KilledWorker:
             deaths[task] += 1
-            _log.warning("a worker died with %s in hand, try %d of %d", task, deaths[task], TRIES)
-            if deaths[task] == TRIES:
-                outcome = WorkerError(f"{TRIES} workers died on it, the last one with nothing else in hand (memory? see its log)")
-            elif deaths[task] == TRIES - 1:
+            _log.warning("a worker died with %s in hand, %d of %d", task, deaths[task], _SHARED + _ALONE)
+            if deaths[task] == _SHARED + _ALONE:
+                outcome = WorkerError(
+                    f"{deaths[task]} workers died on it, the last {_ALONE} with nothing else in hand (memory? see their logs)"
+                )
+            elif deaths[task] == _SHARED:
                 aside.append(task)
             else:
                 submit(task)
@@ -78,7 +84,7 @@ def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]]
         if len(aside) == _HOPELESS and not succeeded:
             client.cancel([f for f in ended.futures if f.key in place])
             raise WorkerError(
-                f"workers died on {_HOPELESS} tasks, {TRIES - 1} times on each, and no task succeeded, the last one {task}; see the logs "
+                f"workers died on {_HOPELESS} tasks, {_SHARED} times on each, and no task succeeded, the last one {task}; see the logs "
                 "of the workers (memory? does their Python have ai4land and what it needs?), mend the cause and run again"
             )
         if aside and ended.is_empty():

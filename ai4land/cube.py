@@ -20,7 +20,7 @@ from ai4land import ledger
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import Grid, Window
 from ai4land.legend import Legend
-from ai4land.stores import Place, names, open_place, read, write
+from ai4land.stores import Place, inside, names, open_place, read, write
 from ai4land.template import YEARS_A_SHARD, history, make_template
 
 
@@ -142,10 +142,11 @@ def create(
 def _document(place: Place) -> dict[str, Any] | None:
     """Read the metadata of a group; None if there are none or they are damaged."""
     try:
-        found: dict[str, Any] = json.loads(read(place, "zarr.json") or b"")
+        found: Any = json.loads(read(place, "zarr.json") or b"")
     except ValueError:
         return None
-    return found if isinstance(found.get("attributes"), dict) and "ai4land_identity" in found["attributes"] else None
+    attrs = found.get("attributes") if isinstance(found, dict) else None
+    return found if isinstance(attrs, dict) and "ai4land_identity" in attrs else None
 
 
 def _holds(place: Place) -> bool:
@@ -243,17 +244,22 @@ def encode(document: Mapping[str, Any]) -> bytes:
 
 
 def _tell_root(root: Place) -> None:
-    """Have the root of a cube in parts tell of all of them; other runs may be doing the same for theirs."""
+    """Write the metadata of the root of a cube in parts, of all parts that can be read; other runs may be doing the same.
+
+    A part whose own metadata are missing or damaged comes back when it is shown again (:func:`show`).
+    """
     while True:
         inner: dict[str, Any] = {}
-        for part in ledger.part_names(root):
-            document = json.loads(read(root, f"{part}/zarr.json") or b"{}")
+        found = {part: _document(inside(root, part)) for part in ledger.part_names(root)}
+        documents = {part: document for part, document in found.items() if document is not None}
+        if not documents:
+            return
+        for part, document in documents.items():
             for name, node in document.pop("consolidated_metadata", {}).get("metadata", {}).items():
                 inner[f"{part}/{name}"] = {k: v for k, v in node.items() if k != "consolidated_metadata"}
-            if document:
-                inner[part] = document
-        first = next(d for d in inner.values() if "ai4land_identity" in d["attributes"])["attributes"]
-        about = {"Conventions": "CF-1.11", "title": first["title"], "parts": ledger.part_names(root)}
+            inner[part] = document
+        title = next(iter(documents.values()))["attributes"]["title"]
+        about = {"Conventions": "CF-1.11", "title": title, "parts": list(documents)}
         content = encode(
             {"attributes": about, "zarr_format": 3, "node_type": "group", "consolidated_metadata": _consolidated(inner)}
         )

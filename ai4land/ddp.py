@@ -1,9 +1,8 @@
-"""Processes that train one network together: each takes a part of every batch, and what they add up is as if one had it all.
+"""Processes that train one network together, each on a part of every batch, with the result of one process that has it all.
 
-A :class:`Group` sums tensors over its processes (gloo on CPUs, NCCL on CUDA devices). Batch normalisation takes its statistics over the whole
-batch (:class:`Norm`), the loss is divided by the weight of the whole batch, and the gradients of all processes are added in one
-buffer whose layout never changes. So a training does not depend on the number of processes but by rounding, and is the same bit for
-bit when it goes on with as many processes as before.
+Batch normalisation takes its statistics over the whole batch (:class:`ai4land.norm.Norm`), the loss is divided by the weight of the whole
+batch, and the gradients of all processes are added up in one buffer whose layout never changes. So the number of processes
+changes the weights by rounding only, and a training that resumes with as many processes as before gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,153 +12,23 @@ import os
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+
+from ai4land.norm import _LONG, Group
 
 _log = logging.getLogger(__name__)
 
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 """Environment variable by which a process knows that torchrun started it."""
-_LONG = timedelta(days=2)
-"""How long the others wait for what the first process makes alone."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Processes that train together, seen from one of them; by default it is alone.
-
-    Attributes
-    ----------
-    rank, world
-        Number of this process and how many there are; ``rank`` 0 writes.
-    store
-        Key-value store of the group, or None for one process.
-    """
-
-    rank: int = 0
-    world: int = 1
-    store: Any = None
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Add up a tensor over the processes, in place; all get the same bits."""
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values
-
-    def first(self, make: Callable[[], object]) -> None:
-        """Have the first process make something that all can read then; the others wait for it, for days if need be."""
-        if self.rank == 0:
-            make()
-            if self.store is not None:
-                self.store.set("first", "made")
-        else:
-            self.store.wait(["first"], _LONG)
-
-    def add_gradients(self, model: nn.Module, *numbers: Tensor) -> Tensor:
-        """Add up the gradients of a model, and some numbers with them, over the processes.
-
-        One buffer in the order of the parameters: how its parts are added does not depend on what was computed before,
-        unlike in buckets that follow the order in which gradients become ready.
-
-        Returns
-        -------
-        Tensor
-            The sums of the numbers.
-        """
-        extra = torch.stack([n.detach().float() for n in numbers])
-        if self.world == 1:
-            return extra
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = self.sum(torch.cat([*(g.flatten() for g in grads), extra.to(grads[0].device)]))
-        for grad, part in zip(grads, flat[: -len(numbers)].split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view(grad.shape))
-        return flat[-len(numbers) :]
-
-
-ALONE = Group()
-
-
-class Norm(nn.BatchNorm2d):
-    """Batch normalisation whose statistics are those of the batches of all processes of a group.
-
-    Sums are taken in float32, cell by cell in a tree, and put together in float64, so that they hardly depend on how a batch is shared
-    out. ``torch.nn.SyncBatchNorm`` does not run on CPUs.
-    """
-
-    group: Group = ALONE
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise, ``(batch, channel, rows, columns)``; when not training, by the running statistics."""
-        if not self.training:
-            return super().forward(x)
-        out, mean, variance, count = _Normalised.apply(x, self.weight, self.bias, self.eps, self.group)
-        with torch.no_grad():
-            part = 0.0 if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, part)  # type: ignore[union-attr]
-            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), part)  # type: ignore[union-attr]
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        return out
-
-
-class _Normalised(torch.autograd.Function):
-    """y = (x - mean) / sqrt(variance + eps) * weight + bias with mean and variance over all processes (Ioffe & Szegedy 2015, arXiv:1502.03167)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Group) -> tuple[Tensor, ...]:
-        cells = _cells(x)
-        sums = torch.stack([cells.sum(0), cells.square().sum(0), torch.full_like(cells[0], len(cells))]).double()
-        group.sum(sums)
-        count = sums[2, 0]
-        mean = sums[0] / count
-        variance = (sums[1] / count - mean.square()).clamp(min=0.0)
-        scale = (variance + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, scale, count)
-        ctx.group = group
-        mean, variance, count = (v.to(cells.dtype) for v in (mean, variance, count))
-        ctx.mark_non_differentiable(mean, variance, count)
-        return nn.functional.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps), mean, variance, count
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, scale, count = ctx.saved_tensors
-        dy, cells = _cells(grad), _cells(x)
-        own = torch.stack([dy.sum(0), (dy * cells).sum(0)]).double()
-        own[1] = (own[1] - mean * own[0]) * scale  # of the normalised x in place of x
-        whole = ctx.group.sum(own.clone()) / count
-        factor = weight * scale
-        slope = -whole[1] * scale * factor
-        shift = -whole[0] * factor - slope * mean
-        factor, slope, shift = (v.to(dy.dtype).view(1, -1, 1, 1) for v in (factor, slope, shift))
-        dx = torch.addcmul(shift, x.to(dy.dtype), slope).addcmul_(grad.to(dy.dtype), factor)
-        return dx.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None, None
-
-
-def _cells(x: Tensor) -> Tensor:
-    """``(batch, channel, rows, columns)`` as ``(cell, channel)``, at least float32; a view where the memory is channels-last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
-
-
-@contextmanager
-def shared_norms(model: nn.Module, group: Group) -> Iterator[None]:
-    """Take the statistics of a model's normalisation over a group for a while."""
-    norms = [m for m in model.modules() if isinstance(m, Norm)]
-    for norm in norms:
-        norm.group = group
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.group = ALONE
 
 
 @contextmanager

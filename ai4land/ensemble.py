@@ -12,12 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ai4land.batch import Batch
-from ai4land.losses import change_loss
 from ai4land.unet import UNet
-
-_RANGE = (0.25, 2.0)
-"""Between which the sharpness is sought."""
 
 
 class Ensemble(nn.Module):
@@ -45,55 +40,3 @@ class Ensemble(nn.Module):
         for member in self.members[1:]:
             logits = logits + torch.log_softmax(member(static, reference, coarse, offset).float(), dim=1)
         return logits * (self.sharpness / len(self.members))
-
-
-@torch.inference_mode()
-def fit_sharpness(model: Ensemble, batches: Iterable[Batch], *, totals: bool) -> float:
-    """Find the sharpness that makes the targets most likely.
-
-    It is as good as the batches are: those of disturbed maps say how sure the network is of these, not of change that happens.
-
-    Parameters
-    ----------
-    model
-        Its own sharpness does not count.
-    batches
-        That training has not seen.
-    totals
-        Whether the coarse totals of the targets are imposed on the probabilities, as in training.
-
-    Returns
-    -------
-    float
-        Between 0.25 and 2; 1 where no cell has a target.
-    """
-    model.eval()
-    seen: list[tuple[Tensor, Batch]] = []
-    for batch in batches:
-        logits = model(batch.static, batch.reference, batch.coarse, batch.offset) / model.sharpness
-        seen.append((logits, batch))
-    ones = torch.ones(model.classes)
-
-    def loss(sharpness: float) -> float:
-        total = 0.0
-        for logits, batch in seen:
-            offset = batch.offset if totals else None
-            weights = ones.to(logits.device)
-            total += float(
-                change_loss(
-                    sharpness * logits,
-                    batch.target,
-                    batch.reference,
-                    weights,
-                    change_weight=1.0,
-                    offset=offset,
-                    factor=model.factor,
-                )
-            )
-        return total
-
-    if not loss(1.0):
-        return 1.0
-    from scipy.optimize import minimize_scalar  # here, as SciPy loads slowly
-
-    return float(minimize_scalar(loss, bounds=_RANGE, method="bounded", options={"xatol": 0.01}).x)

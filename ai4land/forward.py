@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -21,13 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from ai4land.batch import Batch
 from ai4land.checkpoint import Card, load_model
 from ai4land.device import device as own_device
 from ai4land.ensemble import Ensemble
 from ai4land.errors import MismatchError
-from ai4land.legend import MISSING
-from ai4land.losses import impose_totals
 from ai4land.unet import UNet, interpolate
 
 Precision = Literal["float32", "bfloat16"]
@@ -62,7 +59,7 @@ _TURN = threading.Lock()
 
 
 class Forward:
-    """An ensemble ready to run, for one thread: threads that share a device take turns.
+    """An ensemble ready to run, for one thread; :meth:`for_another_thread` shares its weights. Threads take turns on a CUDA device.
 
     Parameters
     ----------
@@ -80,10 +77,19 @@ class Forward:
         self.members: list[UNet] = list(folded(model, dtype).to(self.device).members)  # type: ignore[arg-type]
         self.weight = model.sharpness / len(self.members)
         self.stride, self.halo, self.factor, self.classes = model.stride, model.halo, model.factor, model.classes
-        self._buffers = [torch.empty(0) for _ in self.members]
-        self._priors: list[Tensor] = []
+        self._forget_window()
         # On a CPU passes side by side fill the cores better than one after another.
         self._turn: AbstractContextManager[object] = _TURN if self.device.type == "cuda" else nullcontext()
+
+    def _forget_window(self) -> None:
+        self._buffers = [torch.empty(0) for _ in self.members]
+        self._priors: list[Tensor] = []
+
+    def for_another_thread(self) -> Forward:
+        """Make one with the same weights, which nothing changes, and buffers of its own."""
+        other = copy.copy(self)
+        other._forget_window()
+        return other
 
     @torch.inference_mode()
     def begin(self, static: NDArray[np.floating], reference: NDArray[np.uint8], *, offset: tuple[int, int]) -> None:
@@ -148,41 +154,6 @@ def bfloat16_pays(device: torch.device) -> bool:
     return bool(supported is not None and supported())
 
 
-@torch.inference_mode()
-def gate(model: Ensemble, batches: Iterable[Batch], *, totals: bool) -> dict[str, float]:
-    """Measure what bfloat16 costs on held-out batches.
-
-    Parameters
-    ----------
-    model
-        In evaluation mode.
-    batches
-        That training has not seen.
-    totals
-        Whether the coarse totals of the targets are imposed before the most likely class is taken.
-
-    Returns
-    -------
-    dict
-        ``agreement``: share of cells with the most likely class of float32; ``accuracy_lost``: of float32 less that of bfloat16.
-    """
-    arms = [folded(model, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    cells, same, right = 0, 0, [0, 0]
-    for batch in batches:
-        scored = batch.target != MISSING
-        guesses = []
-        for i, arm in enumerate(arms):
-            logits = arm(batch.static, batch.reference, batch.coarse, batch.offset)
-            if totals:
-                logits = impose_totals(logits, batch.target, offset=batch.offset, factor=model.factor)
-            guesses.append(logits.argmax(1))
-            right[i] += int(((guesses[i] == batch.target) & scored).sum())
-        same += int(((guesses[0] == guesses[1]) & scored).sum())
-        cells += int(scored.sum())
-    share = 1 / max(cells, 1)
-    return {"agreement": same * share, "accuracy_lost": (right[0] - right[1]) * share}
-
-
 def precision_of(card: Card, *, device: torch.device | None = None) -> Precision:
     """Tell in which precision a model runs best here: bfloat16 where the device gains by it and the model bears it.
 
@@ -195,17 +166,22 @@ def precision_of(card: Card, *, device: torch.device | None = None) -> Precision
 
 
 _held = threading.local()
+_loading = threading.Lock()
 
 
 def ready(folder: str, checksum: str, precision: Precision) -> tuple[Forward, Card]:
-    """Make a model ready to run once a thread; ``checksum`` is that of the weights, so that a new model is loaded anew."""
+    """Make a model ready to run in this thread; the threads of a process share its weights. A new ``checksum`` of the weights loads it anew."""
     wanted = (folder, checksum, precision)
     if getattr(_held, "of", None) != wanted:
-        _held.made, _held.of = _load(*wanted), wanted
+        own_device()  # the calling thread's current one from now on
+        with _loading:
+            forward, card = _load(*wanted)
+        _held.made, _held.of = (forward.for_another_thread(), card), wanted
     made: tuple[Forward, Card] = _held.made
     return made
 
 
+@lru_cache(maxsize=1)
 def _load(folder: str, checksum: str, precision: Precision) -> tuple[Forward, Card]:
     model, card = load_model(Path(folder))
     if card.weights != checksum:

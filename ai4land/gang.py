@@ -22,8 +22,9 @@ from typing import Any
 from distributed import Client, Future, Nanny, get_worker, wait
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from ai4land.ddp import Group, joined, use_interface
+from ai4land.ddp import joined, use_interface
 from ai4land.errors import AI4LandError, Unfinished, WorkerError
+from ai4land.norm import Group
 
 _STORES: dict[str, Any] = {}
 """Key-value stores that this process serves, by the name of the generation."""
@@ -207,7 +208,8 @@ def _generation(
                 raise causes[0]
             raise WorkerError("; ".join(f"worker {a} failed: {e}" for a, e in errors.items()))
     finally:
-        client.cancel(list(futures.values()), force=True)
+        with suppress(Exception):  # its kind differs: the tasks of a scheduler that is gone are gone with it
+            client.cancel(list(futures.values()), force=True)
 
 
 def _first_failure(client: Client, futures: dict[str, Future[Any]], look: Callable[[], None]) -> dict[str, BaseException]:

@@ -70,6 +70,21 @@ class Window:
         """Row and column slices, for a window inside the grid."""
         return slice(self.row, self.row + self.height), slice(self.col, self.col + self.width)
 
+    def inside(self, other: Window) -> tuple[slice, slice]:
+        """Row and column slices of this window in an array that holds ``other``, a window around it."""
+        return Window(self.row - other.row, self.col - other.col, self.height, self.width).slices
+
+    def union(self, other: Window) -> Window:
+        """Smallest window around both.
+
+        >>> Window(0, 0, 4, 8).union(Window(-2, 2, 3, 3))
+        Window(row=-2, col=0, height=6, width=8)
+        """
+        row, col = min(self.row, other.row), min(self.col, other.col)
+        bottom = max(self.row + self.height, other.row + other.height)
+        right = max(self.col + self.width, other.col + other.width)
+        return Window(row, col, bottom - row, right - col)
+
 
 @dataclass(frozen=True)
 class Grid:

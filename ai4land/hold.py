@@ -6,8 +6,6 @@ the host and the process stands for it: that of a dead process on this host is t
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -20,10 +18,9 @@ from typing import IO
 import psutil
 
 from ai4land.errors import MismatchError
-from ai4land.stores import writing
+from ai4land.stores import Unlockable, lock
 
 _FILE = "claim"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _HELD: set[Path] = set()
 """Folders that this process holds: a verb may call another one."""
 
@@ -41,37 +38,34 @@ def hold(folder: Path) -> Iterator[None]:
     if folder in _HELD or os.environ.get("RANK", "0") != "0":
         yield
         return
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = _lock(folder / _FILE)
+    file, path = _lock(folder / _FILE)
     _HELD.add(folder)
     try:
         with file:
             try:
                 yield
             finally:
-                Path(file.name).unlink(missing_ok=True)  # before the lock goes
+                path.unlink(missing_ok=True)  # before the lock goes
     finally:
         _HELD.discard(folder)
         with suppress(OSError):
             folder.rmdir()  # where nothing came of it
 
 
-def _lock(path: Path) -> IO[str]:
+def _lock(path: Path) -> tuple[IO[str], Path]:
     while True:
-        file = path.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            if error.errno in _NO_LOCKS:
-                path.unlink(missing_ok=True)
-                return _create(path.with_name(f"{_FILE}.host"))
+            file = lock(path)
+        except BlockingIOError as error:
             raise _refusal(path) from error
+        except Unlockable:
+            path.unlink(missing_ok=True)
+            own = path.with_name(f"{_FILE}.host")
+            return _create(own), own
         # The process that held the file before may have removed it meanwhile.
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             file.truncate(0)
-            return _signed(file)
+            return _signed(file), path
         file.close()
 
 

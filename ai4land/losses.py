@@ -158,7 +158,6 @@ def total_prices(logits: Tensor, target: Tensor, part: Tensor, *, steps: int = 1
     cells = logits.transpose(0, 1).reshape(n, -1)
     inside = torch.argsort(torch.where(use, flat, parts), stable=True)
     first = sizes.cumsum(0) - sizes
-    unit = torch.eye(n, dtype=torch.float64, device=logits.device)
     prices = torch.zeros(parts, n, dtype=torch.float64, device=logits.device)
     for which in _alike(sizes):
         place = torch.arange(-(-int(sizes[which].max()) // 16) * 16, device=logits.device)
@@ -167,7 +166,7 @@ def total_prices(logits: Tensor, target: Tensor, part: Tensor, *, steps: int = 1
         p -= p.amax(1, keepdim=True)
         p.exp_().clamp_(min=FLOOR).nan_to_num_(1.0)
         share = totals[which] / sizes[which, None].double()
-        found = solve(p, there.to(p.dtype), share, torch.zeros_like(share), unit, tolerance=tolerance, max_steps=steps)
+        found = solve(p, there.to(p.dtype), share, torch.zeros_like(share), tolerance=tolerance, max_steps=steps)
         prices[which] = found.multipliers
     return torch.where(totals > 0, prices, -_LIMIT).clamp(-_LIMIT, _LIMIT).to(logits.dtype)
 

@@ -12,11 +12,14 @@ import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import xarray as xr
+from dask.delayed import delayed
 from numpy.typing import NDArray
 
 from ai4land.coarse import HIGH, HUGE, as_scenario, blocks, check_shares, check_sums, open_source, to_shares
@@ -39,8 +42,8 @@ _BLOCK_BYTES = 128e6
 
 
 @dataclass(frozen=True, eq=False)
-class _States:
-    """One open file: its states, the year of every step, the part that the grid needs and 1 - icwtr of this part."""
+class _StatesFile:
+    """One open file: its states, the year of every step, the part that the grid needs, and 1 - icwtr there (NaN: unknown)."""
 
     path: Path
     dataset: xr.Dataset
@@ -54,17 +57,18 @@ class _States:
 
     def read(self, years: Sequence[int]) -> Iterator[tuple[list[int], NDArray[Any]]]:
         """Yield years and their checked shares ``(year, state, rows, cols)`` on the coarse grid, block by block."""
-        place = [self.years.index(y) for y in years]
-        a_year = 4 * len(self.names) * self.cut.lat.size * self.cut.lon.size
-        for steps in blocks(place, max(1, int(_BLOCK_BYTES // a_year))):
+        steps_of_years = [self.years.index(y) for y in years]
+        bytes_of_year = 4 * len(self.names) * self.cut.lat.size * self.cut.lon.size
+        for steps in blocks(steps_of_years, max(1, int(_BLOCK_BYTES // bytes_of_year))):
             held = self.years[steps]
             shares = np.stack([self._state(name, steps) for name in self.names], axis=1)
             total = check_shares(shares, names=self.names, years=held, cut=self.cut, source=self.path)
-            check_sums(
-                total, want=1.0, what="at most", years=held, cut=self.cut, source=self.path, tolerance=HIGH - 1, above=True
-            )
-            if self.land is not None:
-                check_sums(total, want=self.land, what="1 - icwtr =", years=held, cut=self.cut, source=self.path)
+            where: Any = {"years": held, "cut": self.cut, "source": self.path}
+            if self.land is None:
+                check_sums(total, want=1.0, what="at most", tolerance=HIGH - 1, above=True, **where)
+            else:
+                known = np.isfinite(self.land)
+                check_sums(total, want=np.where(known, self.land, 1.0), what="1 - icwtr =", above=~known, **where)
             yield list(held), self.cut.to_box(shares)
 
     def _state(self, name: str, steps: slice) -> NDArray[np.float32]:
@@ -89,24 +93,26 @@ def _schema(dataset: xr.Dataset, path: Path) -> tuple[str, ...]:
     return tuple(n for n in known if n in dataset)
 
 
-def _ice_and_water(static: str | Path, cut: Footprint) -> NDArray[np.float64]:
-    """Share of ice and water in the cells of a cut, NaN where the static file has none."""
+def _ice_and_water(static: str | Path) -> xr.DataArray:
+    """Share of ice and water of every cell of the static file, over ``lat`` and ``lon``; NaN where it has none."""
     with open_source(static) as dataset:
         if "icwtr" not in dataset:
             raise DataError(
                 f"{static} holds {sorted(map(str, dataset.data_vars))}, expected icwtr; give staticData_quarterdeg.nc"
             )
         lat, lon = find_centres(dataset, source=static)
-        far_lat = np.abs(dataset[lat].values[:, None] - cut.lat)
-        far_lon = np.abs((dataset[lon].values[:, None] - cut.lon + 180) % 360 - 180)
-        if max(far_lat.min(axis=0).max(), far_lon.min(axis=0).max()) > 1e-3:
-            raise DataError(
-                f"{static} has other cells than the states, expected the same grid; give the static file of the release"
-            )
         with reading(str(static), kind="NetCDF"):
-            whole = dataset["icwtr"].squeeze(drop=True).transpose(lat, lon).values
-        share = whole[np.ix_(far_lat.argmin(axis=0), far_lon.argmin(axis=0))].astype(np.float64)
-        return np.where(np.abs(share) < HUGE, share, np.nan)
+            share = dataset["icwtr"].squeeze(drop=True).transpose(lat, lon).load().astype(np.float64)
+        return share.where(np.abs(share) < HUGE).rename({lat: "lat", lon: "lon"})
+
+
+def _land(water: xr.DataArray, cut: Footprint, static: str | Path) -> NDArray[np.float64]:
+    """Share of land in the cells of a cut, NaN where it is unknown."""
+    far_lat = np.abs(water["lat"].values[:, None] - cut.lat)
+    far_lon = np.abs((water["lon"].values[:, None] - cut.lon + 180) % 360 - 180)
+    if max(far_lat.min(axis=0).max(), far_lon.min(axis=0).max()) > 1e-3:
+        raise DataError(f"{static} has other cells than the states, expected the same grid; give the static file of the release")
+    return 1 - np.asarray(water.values[np.ix_(far_lat.argmin(axis=0), far_lon.argmin(axis=0))])
 
 
 def open_states(
@@ -118,6 +124,7 @@ def open_states(
     units: str | None = None,
     time_units: str | None = None,
     cell_degrees: float | None = None,
+    years_at_once: int | None = None,
 ) -> xr.DataArray:
     """Read land-use states of LUH2 or LUH3 on the coarse cells of a grid.
 
@@ -129,13 +136,16 @@ def open_states(
     grid
         The grid; its coarse cells are filled, NaN where the files do not reach.
     static
-        ``staticData_quarterdeg.nc``; with it the states must sum to 1 - icwtr.
+        ``staticData_quarterdeg.nc``; with it the states must sum to 1 - icwtr, to at most 1 where it has no icwtr.
     years
         Years to read; all by default.
     units, time_units
         In place of those in the files.
     cell_degrees
         Side of the source cell that values in km2 are counted in, degrees.
+    years_at_once
+        Read so many years at a time, when they are asked for: the result is a Dask array with a chunk for each part, and the files
+        stay open as long as it lives. By default all years are read now.
 
     Returns
     -------
@@ -146,13 +156,14 @@ def open_states(
     ------
     DataError
         If a file is damaged or incomplete, in unknown units, out of range, without a wanted year, or does not overlap the
-        grid; if the files hold different states or contradict each other.
+        grid; if the files hold different states or contradict each other. What is wrong with values shows when they are read.
     """
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     if not listed:
         raise DataError("paths is empty, expected one states file or more; give paths")
+    water = None if static is None else _ice_and_water(static)
     with ExitStack() as stack:
-        sources: list[_States] = []
+        files: list[_StatesFile] = []
         for path in map(Path, listed):
             dataset = stack.enter_context(open_source(path))
             names = _schema(dataset, path)
@@ -162,43 +173,55 @@ def open_states(
                     f"{path} has states over {dataset[names[0]].dims}, expected time, {lat}, {lon}; rename its dimensions"
                 )
             cut = footprint(dataset[lat].values, dataset[lon].values, box=grid.coarse, source=path)
-            land = None if static is None else 1 - _ice_and_water(static, cut)
+            land = None if water is None or static is None else _land(water, cut, static)
             steps = tuple(int(y) for y in years_in(dataset["time"], source=path, units=time_units))
-            sources.append(_States(path, dataset, (lat, lon), names, steps, cut, land, units, cell_degrees))
-        return _join(sources, years, grid)
+            files.append(_StatesFile(path, dataset, (lat, lon), names, steps, cut, land, units, cell_degrees))
+        files.sort(key=lambda f: min(f.years))
+        names = files[0].names
+        other = next((f for f in files if f.names != names), None)
+        if other:
+            raise DataError(
+                f"{other.path} holds the states {list(other.names)}, expected those of {files[0].path}, {list(names)}; use one release"
+            )
+        wanted = pick_years([y for f in files for y in f.years], years, source=", ".join(str(f.path) for f in files))
+        rows, cols = (int(v) for v in grid.coarse.shape)
+        values: Any
+        if years_at_once is None:
+            values = _read(wanted, files=files, shape=(rows, cols))
+        else:
+            read = delayed(partial(_read, files=files, shape=(rows, cols)), pure=False, traverse=False)
+            parts = [wanted[i : i + years_at_once] for i in range(0, len(wanted), years_at_once)]
+            shapes = [(len(part), len(names), rows, cols) for part in parts]
+            values = da.concatenate(
+                [da.from_delayed(read(part), shape=s, dtype=np.float32) for part, s in zip(parts, shapes, strict=True)]
+            )
+            stack.pop_all()  # leaves the files open
+    return as_scenario(values, years=wanted, states=names, grid=grid)
 
 
-def _join(sources: list[_States], years: Iterable[int] | None, grid: Grid) -> xr.DataArray:
-    sources = sorted(sources, key=lambda s: min(s.years))
-    names = sources[0].names
-    other = next((s for s in sources if s.names != names), None)
-    if other:
-        raise DataError(
-            f"{other.path} holds the states {list(other.names)}, expected those of {sources[0].path}, {list(names)}; use one release"
-        )
-    held = [y for s in sources for y in s.years]
-    wanted = pick_years(held, years, source=", ".join(str(s.path) for s in sources))
-    values = np.full((len(wanted), len(names), *grid.coarse.shape), np.nan, dtype=np.float32)
-    reached = -(2**62)
+def _read(years: list[int], *, files: list[_StatesFile], shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Read years ``(year, state, rows, cols)`` of files in order of time; of a year in two files the later one wins."""
+    values = np.full((len(years), len(files[0].names), *shape), np.nan, dtype=np.float32)
+    last = -(2**62)
     owner: dict[int, Path] = {}
-    for source in sources:
-        for some, shares in source.read([y for y in wanted if y in source.years]):
+    for file in files:
+        for some, shares in file.read([y for y in years if y in file.years]):
             for year, new in zip(some, shares, strict=True):
-                old = values[wanted.index(year)]
+                old = values[years.index(year)]
                 if year in owner:
                     both = np.isnan(old) == np.isnan(new)
                     gap = float(np.where(both, np.nan_to_num(np.abs(old - new)), 1).max())
-                    if gap > 1e-6 and not (year == reached == min(source.years)):
+                    if gap > 1e-6 and not (year == last == min(file.years)):
                         raise DataError(
-                            f"shares of {year} in {source.path} differ by {gap:g} from {owner[year]}, expected one value a year; "
+                            f"shares of {year} in {file.path} differ by {gap:g} from {owner[year]}, expected one value a year; "
                             "give only files that follow one another"
                         )
                     _log.log(
                         logging.WARNING if gap > 1e-6 else logging.INFO,
                         "%d is in %s and %s (largest difference %g): the latter is used",
-                        *(year, owner[year], source.path, gap),
+                        *(year, owner[year], file.path, gap),
                     )
                 old[:] = new
-                owner[year] = source.path
-        reached = max(reached, *source.years)
-    return as_scenario(values, years=wanted, states=names, grid=grid)
+                owner[year] = file.path
+        last = max(last, *file.years)
+    return values

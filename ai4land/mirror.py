@@ -7,9 +7,9 @@ such a way that nothing can be written outside the mirror.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ from ai4land.download import Stored
 from ai4land.errors import DataError
 from ai4land.filecheck import check_file
 from ai4land.rasterfile import reading
+from ai4land.stores import Unlockable, lock, write_atomically
 
 FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
 PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
@@ -31,6 +32,7 @@ _KEPT_LINKS = ("license", "cite-as", "about", "via", "describedby", "derived_fro
 _OWN = ("collection.json", "manifest.json", "catalog.json")
 _LONGEST_NAME = 100
 _ID = "ai4land-mirror"
+_log = logging.getLogger(__name__)
 
 
 def safe_name(text: str) -> str:
@@ -93,19 +95,22 @@ def check_ours(mirror: Path, folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a folder for this process.
+    """Hold a folder for this process; where the file system has no locks, warn and go on.
 
     Raises
     ------
     DataError
-        If another one holds it, and there is no ``wait``.
+        If another process holds it, and there is no ``wait``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise DataError(f"{folder} is being filled by another process, expected none; wait for its end") from error
+    try:
+        file = lock(folder / ".lock", wait=wait)
+    except BlockingIOError as error:
+        raise DataError(f"{folder} is being filled by another process, expected none; wait until that ends") from error
+    except Unlockable as error:
+        _log.warning("%s; fill it by one process at a time", error)
+        yield
+        return
+    with file:
         yield
 
 
@@ -120,10 +125,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def file_item(

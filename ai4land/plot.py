@@ -1,15 +1,15 @@
 """Pictures of maps, of change and of scores, in the colours of the legend.
 
 Maps are drawn from class codes and never from means of codes: thin a large one with :func:`thin` first. Every function
-draws one figure with Matplotlib's Agg backend, without global state, and writes it beside its place before it moves it
-there, so that a picture is whole or absent. The file's ending gives the format.
+draws one figure with Matplotlib's Agg backend, without global state, and writes it under a temporary name before moving it
+into place, so that a picture is whole or absent. The file's suffix gives the format.
 """
 
 from __future__ import annotations
 
+import io
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from ai4land.errors import DataError
+from ai4land.grid import Window
 from ai4land.legend import MISSING, Legend
+from ai4land.stores import write_atomically
 
 DPI = 150
+MAX_SIDE = 1600
+"""Cells along a side of a map that is drawn, at most."""
 HITS_COLOURS = {
     "hits": "#1f78d1",
     "misses": "#f2a900",
@@ -42,15 +46,56 @@ Extent = tuple[float, float, float, float]
 """West, south, east, north, as from :attr:`ai4land.grid.Grid.bounds`."""
 
 
-def thin(codes: NDArray[Any], max_side: int = 1600) -> NDArray[Any]:
-    """Take every s-th cell of the last two dimensions, from the middle of each s x s block, so that no side exceeds ``max_side``.
+def step_of(shape: tuple[int, int]) -> int:
+    """Give the step by which to thin a map so that no side exceeds :data:`MAX_SIDE`.
 
-    >>> thin(np.arange(36).reshape(6, 6), 2).tolist()
+    >>> step_of((1600, 3200)), step_of((40, 80))
+    (2, 1)
+    """
+    return max(1, math.ceil(max(shape) / MAX_SIDE))
+
+
+def thin(
+    read: Callable[[Window], NDArray[np.uint8]],
+    *,
+    windows: Iterable[Window],
+    shape: tuple[int, int],
+    step: int,
+    fill: int = MISSING,
+) -> NDArray[np.uint8]:
+    """Take the cell in the middle of each block of ``step`` x ``step`` cells of a map that is read window by window.
+
+    Parameters
+    ----------
+    read
+        Reads a window of the map, ``(rows, columns)``.
+    windows
+        To read; cells beyond them hold ``fill``.
+    shape
+        Of the whole map, rows and columns.
+    step
+        Cells along a side of a block.
+    fill
+        Of cells in no window.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of one cell a block; the last block of a side may be smaller and is left out if it has no middle cell.
+
+    >>> from ai4land.grid import tiles
+    >>> whole = np.arange(36, dtype=np.uint8).reshape(6, 6)
+    >>> thin(lambda w: whole[w.slices], windows=tiles((6, 6), 2), shape=(6, 6), step=3).tolist()
     [[7, 10], [25, 28]]
     """
-    step = max(1, math.ceil(max(codes.shape[-2:]) / max_side))
-    rows, cols = (slice(min(step - 1, n - 1) // 2, None, step) for n in codes.shape[-2:])
-    return codes[..., rows, cols]
+    taken = [np.arange(min(step - 1, size - 1) // 2, size, step) for size in shape]
+    out = np.full([t.size for t in taken], fill, dtype=np.uint8)
+    for window in windows:
+        (top, bottom), (left, right) = (np.searchsorted(t, (s.start, s.stop)) for t, s in zip(taken, window.slices, strict=True))
+        if top < bottom and left < right:
+            inside = np.ix_(taken[0][top:bottom] - window.row, taken[1][left:right] - window.col)
+            out[top:bottom, left:right] = read(window)[inside]
+    return out
 
 
 def map_figure(
@@ -339,12 +384,7 @@ def _rgb(colour: str) -> tuple[int, ...]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = path.suffix.removeprefix(".").lower() or "png"
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        FigureCanvasAgg(figure).print_figure(beside, dpi=DPI, format=kind, facecolor="white")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    drawn = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(drawn, dpi=DPI, format=path.suffix.removeprefix(".").lower() or "png", facecolor="white")
+    write_atomically(path, drawn.getvalue())
     return path

@@ -67,8 +67,80 @@ class _Plane:
         return self.array[(self.index, *key)]
 
 
+@dataclass(frozen=True, eq=False)
+class WindowData:
+    """What all years of a window have in common, read once.
+
+    Attributes
+    ----------
+    window
+        Fine cells: whole coarse cells.
+    mask
+        Cells to map, ``(rows, columns)``.
+    reference, reference_year
+        Class indices of the reference map, ``(rows, columns)``, and its year; None without one.
+    areas
+        Area of a cell of each row in square metres, ``(rows,)``.
+    part
+        The part that is predicted: the mapped cells, on the stride of the network.
+    around
+        Class indices of the reference map in ``part`` and the halo of the network; None without a reference map.
+    """
+
+    window: Window
+    mask: NDArray[np.bool_]
+    reference: NDArray[np.uint8] | None
+    reference_year: int | None
+    areas: NDArray[np.float64]
+    part: Window
+    around: NDArray[np.uint8] | None
+
+
+def read_window_data(source: Source, window: Window, *, reference: int | None, stride: int = 1, halo: int = 0) -> WindowData:
+    """Read what all years of a window have in common.
+
+    Parameters
+    ----------
+    source
+        The store.
+    window
+        Fine cells: whole coarse cells inside the grid.
+    reference
+        Year of the reference map; None without one.
+    stride, halo
+        Of the network, in fine cells, if the window is predicted.
+    """
+    mask = np.asarray(source.mask[window.slices], dtype=bool)
+    part = mapped_part(mask, window, stride)
+    areas = source.grid.cell_areas()[window.slices[0]]
+    if reference is None:
+        return WindowData(window, mask, None, None, areas, part, None)
+    outer = part.pad(halo)
+    whole = outer.union(window)
+    classes = source.map_of(reference, whole)
+    return WindowData(window, mask, classes[window.inside(whole)], reference, areas, part, classes[outer.inside(whole)])
+
+
+def mapped_part(mask: NDArray[np.bool_], window: Window, stride: int) -> Window:
+    """Find the part of a window that holds its mapped cells, on the stride of the network; all of it if there are none."""
+    if not mask.any():
+        return window
+    (top, bottom), (west, east) = (
+        (int(i[0]) // stride * stride, (int(i[-1]) // stride + 1) * stride)
+        for i in map(np.flatnonzero, (mask.any(1), mask.any(0)))
+    )
+    return Window(window.row + top, window.col + west, bottom - top, east - west)
+
+
 def predict(
-    forward: Forward, source: Source, window: Window, *, spec: FeatureSpec, reference: int | None, years: Iterable[int]
+    forward: Forward,
+    source: Source,
+    window: Window,
+    *,
+    spec: FeatureSpec,
+    reference: int | None,
+    years: Iterable[int],
+    around: NDArray[np.uint8] | None = None,
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Predict the class probabilities of a window, year by year.
 
@@ -89,6 +161,8 @@ def predict(
         Year of the reference map; None to predict without one.
     years
         To predict, in any order.
+    around
+        Class indices of the reference map in the window and the halo of the network, if they have been read.
 
     Yields
     ------
@@ -100,7 +174,7 @@ def predict(
     outer = window.pad(forward.halo)
     grid = source.grid
     static = spec.static_channels(read_window(source.static, outer, fill=np.nan, wrap=grid.wraps))
-    known = None if reference is None else source.map_of(reference, outer)
+    known = around if around is not None or reference is None else source.map_of(reference, outer)
     cells, offset = coarse_window(outer, grid.factor)
     start = None if reference is None else source.states_of(reference, cells)
     begun = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from ai4land.errors import DataError, MismatchError, StoreError
 from ai4land.forward import Precision, ready
 from ai4land.grid import Window
 from ai4land.legend import Legend
-from ai4land.predict import Source, predict
+from ai4land.predict import Source, WindowData, predict, read_window_data
 from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, YEARS_A_SHARD
 from ai4land.totals import Method, Totals
 from ai4land.walk import Published, walk
@@ -107,41 +108,53 @@ def reconstruct_block(block: Block, job: Job) -> dict[str, Any]:
     """
     torch.set_num_threads(job.threads)
     forward, card = ready(job.model, job.checksum, job.precision)
-    source = Source(job.store)
-    w = block.window
-    mask = np.asarray(source.mask[w.slices], dtype=bool)
-    receipt = {"row": w.row, "col": w.col, "years": list(block.years), "cells": int(mask.sum())}
-    # What another task has done of this block, before it or its worker failed.
+    source, w = Source(job.store), block.window
+    data = read_window_data(source, w, reference=job.reference, stride=forward.stride, halo=forward.halo)
+    receipt = {"row": w.row, "col": w.col, "years": list(block.years), "cells": int(data.mask.sum())}
+    # Another task may have done some of this block before it or its worker failed.
     done = ledger.years_of(job.cube, row=w.row, col=w.col)
-    left = [year for year in block.years if year not in done]
-    if not left:
+    remaining = [year for year in block.years if year not in done]
+    if not remaining:
         return receipt
-    known = None if job.reference is None else source.map_of(job.reference, w)
-    lacking = sorted(set(left) - set(source.years))
+    lacking = sorted(set(remaining) - set(source.years))
     if lacking:
         raise DataError(f"store {job.store} lacks the scenario of {lacking}; align anew with these years")
-    inner = mapped_part(mask, w, forward.stride)
+    parts = sides(remaining, job.reference)
+    walks = parts
+    if job.reference is not None and job.method != "none":
+        walks = [years_between(source.years, job.reference, side[-1]) for side in parts]
+    totals = None if job.method == "none" else totals_of(source, data, job)
+    locked = _locked(source, data, job)
+    predictions = _placed(
+        predict(
+            forward,
+            source,
+            data.part,
+            spec=card.spec,
+            reference=job.reference,
+            years=chain.from_iterable(walks),
+            around=data.around,
+        ),
+        data.part,
+        w,
+    )
     writer = Writer(job.cube, w, token=job.token)
-    for side in sides(left, job.reference):
-        totals = totals_of(source, w, job) if job.method != "none" else None
-        walked = side
-        if job.reference is not None and totals is not None:
-            walked = years_between(source.years, job.reference, side[-1])
+    for side, walked in zip(parts, walks, strict=True):
         steps = walk(
-            _placed(predict(forward, source, inner, spec=card.spec, reference=job.reference, years=walked), inner, w),
-            mapped=mask,
+            islice(predictions, len(walked)),
+            mapped=data.mask,
             factor=source.grid.factor,
             totals=totals,
-            reference=known,
+            reference=data.reference,
             reference_year=job.reference,
-            locked=None if known is None else _locked(source, w, known, job),
+            locked=locked,
             keep=job.keep,
             settle=job.settle,
-            areas=_areas(source, w, job),
+            areas=data.areas if job.weights == "area" else None,
         )
         for year, made in steps:
             if year in side:
-                writer.add(year, _stored(made, mask, source.legend), notes_on(made, w, source.grid.factor))
+                writer.add(year, _stored(made, data.mask, source.legend), notes_on(made, w, source.grid.factor))
     return receipt
 
 
@@ -157,28 +170,16 @@ def sides(years: Iterable[int], reference: int | None) -> list[list[int]]:
     return [side for side in ([y for y in every if y >= reference], [y for y in every if y < reference][::-1]) if side]
 
 
-def mapped_part(mask: NDArray[np.bool_], window: Window, stride: int) -> Window:
-    """Find the part of a window that holds its mapped cells, on the stride of the network."""
-    (top, bottom), (west, east) = (
-        (int(i[0]) // stride * stride, (int(i[-1]) // stride + 1) * stride)
-        for i in map(np.flatnonzero, (mask.any(1), mask.any(0)))
-    )
-    return Window(window.row + top, window.col + west, bottom - top, east - west)
-
-
 def _placed(
     predictions: Iterable[tuple[int, NDArray[np.float32]]], part: Window, window: Window
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Put the probabilities of a part into the whole window; elsewhere all classes are alike."""
-    inside = tuple(
-        slice(a - b, a - b + n) for a, b, n in ((part.row, window.row, part.height), (part.col, window.col, part.width))
-    )
     for year, p in predictions:
         if part == window:
             yield year, p
         else:
             whole = np.full((len(p), window.height, window.width), 1 / len(p), dtype=np.float32)
-            whole[(slice(None), *inside)] = p
+            whole[(slice(None), *part.inside(window))] = p
             yield year, whole
 
 
@@ -192,34 +193,31 @@ def years_between(years: Iterable[int], reference: int, last: int) -> list[int]:
     return sorted((y for y in years if low <= y <= high), key=lambda y: abs(y - reference))
 
 
-def totals_of(source: Source, window: Window, job: Job) -> Totals:
+def totals_of(source: Source, data: WindowData, job: Job) -> Totals:
     """Make the totals of a window of whole coarse cells."""
-    f = source.grid.factor
-    cells = Window(window.row // f, window.col // f, window.height // f, window.width // f)
+    f, w = source.grid.factor, data.window
+    cells = Window(w.row // f, w.col // f, w.height // f, w.width // f)
     return Totals(
         lambda year: source.states_of(year, cells),
         names=source.states,
         crosswalk=job.crosswalk,
-        mapped=np.asarray(source.mask[window.slices], dtype=bool),
+        mapped=data.mask,
         factor=f,
-        areas=_areas(source, window, job),
-        reference=None if job.reference is None else source.map_of(job.reference, window),
-        reference_year=job.reference,
+        areas=data.areas if job.weights == "area" else None,
+        reference=data.reference,
+        reference_year=data.reference_year,
         level=job.method == "level",
     )
 
 
-def _areas(source: Source, window: Window, job: Job) -> NDArray[np.float64] | None:
-    return source.grid.cell_areas()[window.slices[0]] if job.weights == "area" else None
-
-
-def _locked(source: Source, window: Window, known: NDArray[np.uint8], job: Job) -> NDArray[np.bool_] | None:
+def _locked(source: Source, data: WindowData, job: Job) -> NDArray[np.bool_] | None:
     """Cells that keep their class; None if there are none."""
-    if not job.lock and job.protected is None:
+    if data.reference is None or (not job.lock and job.protected is None):
         return None
-    held = np.isin(known, [source.legend.codes.tolist().index(c) for c in job.lock])
+    held = np.isin(data.reference, [source.legend.codes.tolist().index(c) for c in job.lock])
     if job.protected is not None:
-        held |= np.nan_to_num(np.asarray(source.static[(source.features.index(job.protected), *window.slices)])) > 0.5
+        layer = source.static[(source.features.index(job.protected), *data.window.slices)]
+        held |= np.nan_to_num(np.asarray(layer)) > 0.5
     return held
 
 

@@ -1,7 +1,8 @@
 """From any latitude-longitude file to the coarse cells of a grid.
 
 Where the cells of the source are those of the target, they are only picked (:func:`nested_index`); everywhere else the
-source is averaged by the area of the overlap (:func:`regrid_conservative`). A :class:`Footprint` holds the part of a
+source is averaged by the area of the overlap: first-order conservative regridding (Jones 1999, Monthly Weather Review
+127:2204, eq. 2 and 5). A :class:`Footprint` holds the part of a
 source that a grid needs, so that only this part is read. Longitudes may run 0..360, -180..180 or start anywhere, latitudes
 in either order. Overlaps are those of a sphere: sin(latitude) difference times longitude difference, so that they separate
 into a matrix of rows and a matrix of columns.
@@ -175,49 +176,6 @@ def _average(values: NDArray[Any], rows: sparse.csr_array, cols: sparse.csr_arra
             share[share < MIN_SHARE] = np.nan
         out[number] = _spread(np.where(valid, plane, 0).astype(np.float64), rows, cols) / share
     return out.reshape(*values.shape[:-2], *out.shape[-2:])
-
-
-def regrid_conservative(
-    values: NDArray[Any], *, lat_edges: NDArray[Any], lon_edges: NDArray[Any], box: GeoBox
-) -> NDArray[np.float64]:
-    """Average a latitude-longitude field over the cells of a GeoBox by the area of the overlap.
-
-    First-order conservative regridding (Jones 1999, Monthly Weather Review 127:2204, eq. 2 and 5): the mean of the valid
-    source cells, weighted by their overlap with the target cell on the sphere.
-
-    Parameters
-    ----------
-    values
-        Field ``(..., lat, lon)``; NaN has no data. An intensity: a share or a density, not an area.
-    lat_edges, lon_edges
-        Edges of the source cells in degrees, ``(lat + 1,)`` and ``(lon + 1,)``, in either order, on any branch of the circle.
-    box
-        North-up GeoBox in degrees.
-
-    Returns
-    -------
-    array
-        float64 ``(..., rows, cols)``; NaN where the valid share of a cell is below 1e-6.
-
-    Raises
-    ------
-    ConfigError
-        If the GeoBox is not in degrees.
-    DataError
-        If the source goes more than once round the circle.
-    """
-    return _average(values, *_weights(lat_edges, lon_edges, box))
-
-
-def valid_share(
-    valid: NDArray[np.bool_], *, lat_edges: NDArray[Any], lon_edges: NDArray[Any], box: GeoBox
-) -> NDArray[np.float64]:
-    """Share of each cell of a GeoBox that valid source cells cover, float64 ``(rows, cols)`` of 0..1.
-
-    ``valid`` is ``(lat, lon)``; the rest as in :func:`regrid_conservative`. Mean times share times cell area is the sum
-    over the overlap, which is what the regridding conserves.
-    """
-    return _spread(valid.astype(np.float64), *_weights(lat_edges, lon_edges, box))
 
 
 def sphere_areas(lat_edges: NDArray[Any], lon_step: float, *, radius: float) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ class codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,6 @@ def open_shares(
     years: Iterable[int] | None = None,
     class_dim: str = "class_code",
     year_dim: str = "year",
-    state_names: Sequence[str] | None = None,
 ) -> xr.DataArray:
     """Read the class shares of a map product on the coarse cells of a grid.
 
@@ -49,8 +48,6 @@ def open_shares(
         Dimension of the classes, with their codes as coordinate.
     year_dim
         Dimension of the years: calendar years, or CF time with units.
-    state_names
-        The codes as text in the order wanted, or new names in the order of the classes; by default the codes as they come.
 
     Returns
     -------
@@ -74,15 +71,7 @@ def open_shares(
                 f"{variable} in {path} is over {array.dims} with the coordinates {sorted(map(str, dataset.coords))}, expected "
                 f"{year_dim}, {class_dim}, {lat}, {lon}; give year_dim and class_dim"
             )
-        codes = [str(c) for c in dataset[class_dim].values.tolist()]
-        names = codes if state_names is None else list(state_names)
-        known = set(names) & set(codes)
-        if len(set(names)) != len(codes) or len(names) != len(codes) or (known and known != set(codes)):
-            raise DataError(
-                f"state_names is {names}, expected the classes {codes} of {path} in any order, or a new name for each; "
-                "leave it out to keep the codes"
-            )
-        order = [codes.index(n) for n in names] if known else list(range(len(codes)))
+        names = [str(c) for c in dataset[class_dim].values.tolist()]
         time = dataset[year_dim]
         held = years_in(time, source=path, units=None if "units" in time.attrs else "years since 0-01-01").tolist()
         wanted = pick_years(held, years, source=path)
@@ -95,9 +84,7 @@ def open_shares(
                 part = cut.cut(array.isel({year_dim: steps}), dims=(lat, lon))
             if array.dims.index(year_dim) > array.dims.index(class_dim):
                 part = part.swapaxes(0, 1)
-            shares = to_shares(
-                part[:, order], units=str(array.attrs.get("units", "")), lat=cut.lat, source=f"{variable} in {path}"
-            )
+            shares = to_shares(part, units=str(array.attrs.get("units", "")), lat=cut.lat, source=f"{variable} in {path}")
             total = check_shares(shares, names=names, years=held[steps], cut=cut, source=path)
             check_sums(total, want=1.0, what="classes that sum to", years=held[steps], cut=cut, source=path)
             values[done : done + len(shares)] = cut.to_box(shares)

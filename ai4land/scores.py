@@ -1,13 +1,12 @@
 """Measures of agreement between an annual map and the observed one.
 
-Every score of the fine map comes from a few sums of areas in square metres (:func:`score_sums`), which also follow from one
-three-way table of the classes in the reference map, the truth and the prediction. Sums of tiles and of years add up, so the
-scores of many tiles are exactly those of the whole. How well a map follows the scenario is measured on the coarse grid.
+All scores of the fine map follow from a few sums of areas in square metres (:func:`score_sums`). Sums of windows and of years
+add up, so the scores of many windows are exactly those of the whole. How well a map follows the scenario is measured on the
+coarse grid (:func:`coarse_errors`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -15,96 +14,6 @@ from numpy.typing import NDArray
 
 from ai4land.errors import DataError
 from ai4land.legend import MISSING
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of a prediction, all from 0 to 1; None where a score is not defined.
-
-    With :math:`p_{ij}` the share of the area that is class *i* in the prediction and *j* in the truth:
-
-    Attributes
-    ----------
-    overall_accuracy
-        Share of the area with the right class, Σ p_kk.
-    macro_f1
-        Mean over classes of 2 p_kk / (p_k+ + p_+k), over the classes in the truth or the prediction.
-    mean_iou
-        Mean over the same classes of p_kk / (p_k+ + p_+k − p_kk).
-    figure_of_merit
-        hits / (hits + misses + wrong hits + false alarms) of change since the reference map (Pontius et al. 2008, Annals
-        of Regional Science 42:11-37, doi:10.1007/s00168-007-0138-2). None where nothing changed and no change was
-        predicted.
-    change_f1
-        F1 of "changed since the reference map", whatever the class; None as above.
-    quantity_disagreement
-        ½ Σ abs(p_k+ − p_+k): error in how much there is of each class (Pontius & Millones 2011, International Journal of
-        Remote Sensing 32:4407-4429, doi:10.1080/01431161.2011.552923).
-    allocation_disagreement
-        Σ min(p_k+, p_+k) − p_kk: error in where the classes are (same source). It adds up to 1 with the accuracy and
-        the quantity disagreement.
-    """
-
-    overall_accuracy: float | None
-    macro_f1: float | None
-    mean_iou: float | None
-    figure_of_merit: float | None
-    change_f1: float | None
-    quantity_disagreement: float | None
-    allocation_disagreement: float | None
-
-
-def transition_table(
-    reference: NDArray[np.uint8],
-    truth: NDArray[np.uint8],
-    predicted: NDArray[np.uint8],
-    *,
-    n: int,
-    weights: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Sum the weights of the cells of each combination of classes.
-
-    Parameters
-    ----------
-    reference, truth, predicted
-        Class indices, all ``(rows, columns)``. A cell that is ``MISSING`` in any of them is dropped.
-    n
-        Number of classes.
-    weights
-        Area of the cells: one a row ``(rows,)``, as from :meth:`~ai4land.grid.Grid.cell_areas`, or ``(rows, columns)``.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(n, n, n)``: class in the reference, in the truth, in the prediction; in the units of ``weights``.
-
-    Raises
-    ------
-    DataError
-        If the shapes differ, or an index is neither a class nor ``MISSING``.
-
-    >>> one = np.array([[0, 1]], np.uint8)
-    >>> transition_table(one, one, one, n=2, weights=np.array([5.0]))[[0, 1], [0, 1], [0, 1]].tolist()
-    [5.0, 5.0]
-    """
-    if not reference.shape == truth.shape == predicted.shape or reference.ndim != 2:
-        raise DataError(
-            f"maps are {reference.shape}, {truth.shape} and {predicted.shape}, expected three of the same rows and columns; "
-            "cut all from the same window"
-        )
-    if weights.shape not in (reference.shape, reference.shape[:1]):
-        raise DataError(
-            f"weights are {weights.shape}, expected {reference.shape[:1]} or {reference.shape}; give one a row or a cell"
-        )
-    valid = (reference != MISSING) & (truth != MISSING) & (predicted != MISSING)
-    cells = [part[valid].astype(np.intp) for part in (reference, truth, predicted)]
-    top = max((int(part.max(initial=0)) for part in cells), default=0)
-    if top >= n:
-        raise DataError(f"class index is {top}, expected 0..{n - 1} or {MISSING}; encode the codes with the legend first")
-    area = np.broadcast_to(weights.reshape(weights.shape[0], -1), reference.shape)[valid]
-    flat = (cells[0] * n + cells[1]) * n + cells[2]
-    table: NDArray[np.float64] = np.bincount(flat, weights=area, minlength=n**3).astype(np.float64).reshape(n, n, n)
-    return table
 
 
 def score_sums(
@@ -151,10 +60,30 @@ def score_sums(
 
 
 def headline(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """Compute the scores of many sums at once; see :class:`Scores` for the formulas.
+    """Compute the scores of many sums at once.
 
-    From ``sums`` ``(…, 3 n + 4)`` as from :func:`score_sums`, which may be added up first, come values ``(…)`` by the names of
-    the scores; NaN where one is not defined.
+    Parameters
+    ----------
+    sums
+        ``(…, 3 n + 4)`` as from :func:`score_sums`, which may be added up first.
+
+    Returns
+    -------
+    dict
+        Values ``(…)`` from 0 to 1 by name, NaN where a score is not defined. With :math:`p_{ij}` the share of the area that is
+        class *i* in the prediction and *j* in the truth:
+
+        - ``overall_accuracy``: share of the area with the right class, Σ p_kk.
+        - ``macro_f1``: mean of 2 p_kk / (p_k+ + p_+k) over the classes in the truth or the prediction.
+        - ``mean_iou``: mean over the same classes of p_kk / (p_k+ + p_+k − p_kk).
+        - ``figure_of_merit``: hits / (hits + misses + wrong hits + false alarms) of change since the reference map (Pontius et
+          al. 2008, Annals of Regional Science 42:11-37, doi:10.1007/s00168-007-0138-2). NaN where nothing changed and no change
+          was predicted.
+        - ``change_f1``: F1 of "changed since the reference map", whatever the class; NaN as above.
+        - ``quantity_disagreement``: ½ Σ abs(p_k+ − p_+k), the error in how much there is of each class (Pontius & Millones
+          2011, International Journal of Remote Sensing 32:4407-4429, doi:10.1080/01431161.2011.552923).
+        - ``allocation_disagreement``: Σ min(p_k+, p_+k) − p_kk, the error in where the classes are (same source). With the
+          accuracy and the quantity disagreement it adds up to 1.
     """
     n = (sums.shape[-1] - 4) // 3
     right, true, guessed = (sums[..., k * n : (k + 1) * n] for k in range(3))
@@ -172,18 +101,13 @@ def headline(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     }
 
 
-def scores(table: NDArray[np.float64]) -> Scores:
-    """Compute the scores of a table of :func:`transition_table`; see :class:`Scores` for the formulas."""
-    return Scores(**{name: number(value) for name, value in headline(_table_sums(table)).items()})
-
-
 def per_class(sums: NDArray[np.float64]) -> list[dict[str, float | None]]:
     """Score each class, in the order of the indices.
 
     Parameters
     ----------
     sums
-        ``(3 n + 4,)`` as from :func:`score_sums`, or a table of :func:`transition_table`.
+        ``(3 n + 4,)`` as from :func:`score_sums`.
 
     Returns
     -------
@@ -191,8 +115,7 @@ def per_class(sums: NDArray[np.float64]) -> list[dict[str, float | None]]:
         ``precision`` (user's accuracy, p_kk / p_k+), ``recall`` (producer's accuracy, p_kk / p_+k), ``f1``, ``iou``, and
         the shares of the scored area ``share_true`` and ``share_predicted``; None where a class does not occur.
     """
-    flat = sums if sums.ndim == 1 else _table_sums(sums)
-    right, true, guessed = flat[:-4].reshape(3, -1)
+    right, true, guessed = sums[:-4].reshape(3, -1)
     total = float(true.sum())
     return [
         {
@@ -207,13 +130,13 @@ def per_class(sums: NDArray[np.float64]) -> list[dict[str, float | None]]:
     ]
 
 
-def observed_change(table: NDArray[np.float64]) -> dict[str, float | None]:
+def observed_change(pair: NDArray[np.float64]) -> dict[str, float | None]:
     """Measure the change from the reference map to the truth, as shares of the area.
 
     Parameters
     ----------
-    table
-        As from :func:`transition_table`, or its sum over the predicted classes, ``(n, n)``.
+    pair
+        Area by class in the reference map and class in the truth, ``(n, n)``.
 
     Returns
     -------
@@ -221,13 +144,12 @@ def observed_change(table: NDArray[np.float64]) -> dict[str, float | None]:
         ``gross``: the area whose class changed; ``net``: ½ Σ abs(change of the area of class k). What is gross but not
         net is exchange between places (Pontius, Shusas & McEachern 2004, Agriculture, Ecosystems & Environment 101:251-268).
     """
-    pair = table.sum(axis=2) if table.ndim == 3 else table
     total, still = float(pair.sum()), np.eye(len(pair), dtype=bool)
     net = float(np.abs(pair.sum(axis=1) - pair.sum(axis=0)).sum()) / 2
     return {"gross": ratio(float(pair[~still].sum()), total), "net": ratio(net, total)}
 
 
-def class_shares(
+def mapped_shares(
     index: NDArray[np.uint8],
     mask: NDArray[np.bool_],
     *,
@@ -236,7 +158,7 @@ def class_shares(
     weights: Literal["area", "cells"] = "area",
     areas: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Measure what the coarse cells hold of each class.
+    """Measure the class shares that a map has in each coarse cell.
 
     Parameters
     ----------
@@ -286,34 +208,27 @@ def class_shares(
     return shares, have / whole
 
 
-def coarse_error(
-    predicted_shares: NDArray[np.floating], wanted_shares: NDArray[np.floating], weights: NDArray[np.floating]
-) -> float | None:
-    """Measure how far the class shares of a map are from the wanted ones: the share of the area in the wrong class.
+def coarse_errors(
+    predicted: NDArray[np.floating], wanted: NDArray[np.floating], weights: NDArray[np.floating]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Measure how far the class shares of a map are from the wanted ones, in each coarse cell.
 
-    ½ Σ_cells w Σ_classes abs(predicted − wanted) / Σ_cells w, which is the quantity disagreement within coarse cells
-    (Pontius & Millones 2011), 0 to 1 for shares that sum to 1.
+    The sum of the errors over the sum of the weights, ½ Σ_cells w Σ_classes abs(predicted − wanted) / Σ_cells w, is the share of
+    the area in the wrong class: the quantity disagreement within coarse cells (Pontius & Millones 2011), 0 to 1 for shares that
+    sum to 1.
 
     Parameters
     ----------
-    predicted_shares, wanted_shares
-        ``(class, coarse rows, coarse columns)``. Coarse cells with a NaN in either are dropped.
+    predicted, wanted
+        Class shares, ``(class, coarse rows, coarse columns)``. Coarse cells with a NaN in either are dropped.
     weights
         ``(coarse rows, coarse columns)``; cells of weight 0 or NaN are dropped.
 
     Returns
     -------
-    float or None
-        None where no coarse cell is left.
+    error, weight
+        Weighted error and weight, ``(coarse rows, coarse columns)``, both 0 where a cell is dropped.
     """
-    error, weight = coarse_parts(predicted_shares, wanted_shares, weights)
-    return ratio(float(error.sum()), float(weight.sum()))
-
-
-def coarse_parts(
-    predicted: NDArray[np.floating], wanted: NDArray[np.floating], weights: NDArray[np.floating]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Give the weighted error and the weight of each coarse cell, both 0 where it is dropped; see :func:`coarse_error`."""
     if predicted.shape != wanted.shape or weights.shape != predicted.shape[1:]:
         raise DataError(
             f"shares are {predicted.shape} and {wanted.shape} with weights of {weights.shape}, expected the same classes and "
@@ -338,13 +253,3 @@ def number(value: Any) -> float | None:
 def _over(part: NDArray[np.float64], whole: NDArray[Any]) -> NDArray[np.float64]:
     """Divide, NaN where there is nothing to divide by."""
     return np.asarray(np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0), dtype=np.float64)
-
-
-def _table_sums(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums of a three-way table, as from :func:`score_sums` of a single group."""
-    confusion = table.sum(axis=0)
-    i, j, k = np.ogrid[tuple(slice(s) for s in table.shape)]
-    changed, foreseen = i != j, i != k
-    kinds = (changed & (j == k), changed & ~foreseen, changed & foreseen & (j != k), ~changed & foreseen)
-    change = [table[kind].sum() for kind in kinds]
-    return np.concatenate([np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0), change])

@@ -18,7 +18,13 @@ CONNECTIONS = 200
 
 
 def serve(
-    path: str, *, host: str = "127.0.0.1", port: int = 0, catalogue: Path | None = None, tell: Callable[[str], None] = print
+    path: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    catalogue: Path | None = None,
+    cors: bool = False,
+    tell: Callable[[str], None] = print,
 ) -> None:
     """Serve a cube until interrupted (Ctrl-C, SIGTERM).
 
@@ -30,6 +36,8 @@ def serve(
         Where to listen; port 0 takes a free one.
     catalogue
         Folder of its STAC catalogue; by default ``stac`` beside the cube, where there is one.
+    cors
+        Let web pages of any other site read the cube, its catalogue and its model in a visitor's browser (CORS).
     tell
         Is told the address.
 
@@ -44,7 +52,7 @@ def serve(
         import uvicorn
 
         from ai4land.web import make_app
-    app = make_app(path, catalogue=catalogue)
+    app = make_app(path, catalogue=catalogue, cors=cors)
 
     with listen(host, port) as sock:
         server = uvicorn.Server(
@@ -61,7 +69,7 @@ def serve(
             )
         )
         port = sock.getsockname()[1]
-        for line in greeting(path, host=host, port=port):
+        for line in greeting(path, host=host, port=port, cors=cors):
             tell(line)
         stops = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -74,7 +82,7 @@ def serve(
     tell("stopped")
 
 
-def greeting(path: str, *, host: str, port: int) -> list[str]:
+def greeting(path: str, *, host: str, port: int, cors: bool = False) -> list[str]:
     """Say where the page is, how to reach it from elsewhere, and who else can."""
     public = host not in ("127.0.0.1", "localhost", "::1")
     near = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104
@@ -87,6 +95,10 @@ def greeting(path: str, *, host: str, port: int) -> list[str]:
         )
     if public:
         lines.append(f"warning: --host {host} makes the cube and its catalogue public to everyone who reaches this machine")
+    if cors:
+        lines.append(
+            "warning: --cors lets any web page that is open in a visitor's browser read the cube, its catalogue and its model"
+        )
     return lines
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import getpass
 import importlib
+import os
 import shlex
 import shutil
 import signal
@@ -85,7 +86,7 @@ def slurm(
     except ImportError as error:
         raise ConfigError(f"cluster is slurm, but {error.name} is not installed; pip install 'ai4land[hpc]'") from error
     place = folder.absolute() / "slurm"
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private(place)
     clear(place, tell=tell)
 
     class Job(SLURMJob):
@@ -140,6 +141,33 @@ def slurm(
             if keeper.failed is None:
                 raise
             raise ConfigError(keeper.failed) from error
+
+
+def private(folder: Path) -> None:
+    """Make a folder that this user alone can enter, or take the rights of others from one that is there.
+
+    Raises
+    ------
+    ConfigError
+        If it is another user's, or not a folder.
+    """
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700, parents=True)
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} is not a folder, expected one that keys of TLS go into ({error.strerror}); remove it"
+        ) from error
+    try:
+        if (owner := os.fstat(handle).st_uid) != os.geteuid():
+            raise ConfigError(
+                f"folder {folder}, which keys of TLS go into, is of user {owner}, expected user {os.geteuid()}; "
+                "remove it, or set runs to a folder of your own"
+            )
+        os.fchmod(handle, 0o700)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def _reconstruct(
     work: list[tuple[Place, list[cube.Block], Job]] = []
     for name, (path, reference, years) in cubes_of(run).items():
         held = next((token for place, token in tokens.items() if _same(place, path)), None)
-        token = held or claims.enter_context(claim(path, tell=tell))
+        token = claims.enter_context(claim(path, held=held, tell=tell))
         identity = {
             "model": card.weights,
             "sharpness": card.sharpness,

@@ -1,13 +1,15 @@
 """Where cubes lie: a folder, or a URL of an object store, by the same few operations.
 
-A folder goes through zarr's ``LocalStore``; ``s3://``, ``gs://``, ``az://``, ``http(s)://`` and ``memory://`` through obstore, with timeouts and
-retries that outlast half a minute without an answer; any other URL through fsspec. What is written is whole or not there: on a disk it is
-brought to the disk under another name and moved into place, an object store does the same by itself.
+A folder goes through zarr's ``LocalStore``; ``s3://``, ``gs://``, ``az://`` and ``http(s)://`` through obstore, with timeouts and retries that
+outlast half a minute without an answer; any other URL, such as ``memory://``, through fsspec. A write is atomic: on a disk the content is
+written under another name, synced and renamed; an object store does the same by itself.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import errno
+import fcntl
 import glob
 import os
 import shutil
@@ -17,21 +19,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 import psutil
-from zarr.abc.store import Store
-from zarr.core.buffer import Buffer, cpu, default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import FsspecStore, LocalStore
 
 from ai4land.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:  # zarr is imported where a place is opened: locks and files are for modules that run without it
+    from zarr.abc.store import Store
 
 Place = str | Path
 """A folder, by path or ``file://`` URL, or the URL of one in an object store."""
 
 _OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "http", "https")
+
+
+class Unlockable(StoreError):
+    """A file system without locks, such as Lustre mounted without ``flock``."""
+
+
 _REQUEST = dt.timedelta(seconds=15)
 """What one request may take before it is tried anew."""
 _GIVE_UP = dt.timedelta(seconds=180)
@@ -69,6 +76,8 @@ def open_place(place: Place, *, read_only: bool = False, give_up: dt.timedelta =
     ConfigError
         If the URL is of no known kind, or what reads it is not installed.
     """
+    from zarr.storage import LocalStore
+
     folder = folder_of(place)
     if folder is not None:
         return LocalStore(folder, read_only=read_only)
@@ -77,11 +86,12 @@ def open_place(place: Place, *, read_only: bool = False, give_up: dt.timedelta =
 
 @lru_cache(maxsize=64)
 def _remote(url: str, read_only: bool, give_up: dt.timedelta) -> Store:
+    from zarr.storage import FsspecStore, ObjectStore
+
     scheme = url.split("://")[0]
     try:
         if scheme in _OBSTORE:
             from obstore.store import from_url
-            from zarr.storage import ObjectStore
 
             plain = url.startswith("http://") or os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
             options: dict[str, Any] = {
@@ -116,7 +126,10 @@ def read(place: Place, name: str) -> bytes | None:
             return (folder / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
-    got: Buffer | None = sync(open_place(place, read_only=True).get(name, default_buffer_prototype()))
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    got = sync(open_place(place, read_only=True).get(name, default_buffer_prototype()))
     return None if got is None else got.to_bytes()
 
 
@@ -130,18 +143,21 @@ def write(place: Place, name: str, data: bytes) -> None:
     """
     folder = folder_of(place)
     with writing(place):
-        if folder is None:
-            sync(open_place(place).set(name, cpu.Buffer.from_bytes(data)))
+        if folder is not None:
+            write_atomically(folder / name, data)
             return
-        write_atomically(folder / name, data)
+        from zarr.core.buffer import cpu
+        from zarr.core.sync import sync
+
+        sync(open_place(place).set(name, cpu.Buffer.from_bytes(data)))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never half of it, also after the machine has failed."""
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write a file so that a reader sees the old or the new content, never half of it, even after a crash of the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
-        with part.open("wb") as file:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -151,6 +167,46 @@ def write_atomically(path: Path, data: bytes) -> None:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise
+
+
+def lock(path: Path, *, wait: bool = False) -> IO[str]:
+    """Lock a file until it is closed or this process ends, however it ends; it and its folder are made if need be.
+
+    Parameters
+    ----------
+    path
+        Of the file; a symbolic link is refused. Its content stays.
+    wait
+        Wait until it is free.
+
+    Returns
+    -------
+    file
+        The open file.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process, or another open file of this one, has the lock.
+    Unlockable
+        If the file system has no locks.
+    StoreError
+        If the file cannot be opened for writing.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.fdopen(os.open(path, flags, 0o666), "r+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise Unlockable(
+                f"{path} cannot be locked: its file system has no locks ({error.strerror}); use a folder of another one"
+            ) from error
+        raise
+    return file
 
 
 def beside(path: Path, kind: str) -> Path:
@@ -188,25 +244,29 @@ def delete(place: Place, name: str) -> None:
     """Delete an object, if it is there."""
     folder = folder_of(place)
     with writing(place):
-        if folder is None:
-            sync(open_place(place).delete(name))
-        else:
+        if folder is not None:
             (folder / name).unlink(missing_ok=True)
+            return
+        from zarr.core.sync import sync
+
+        sync(open_place(place).delete(name))
 
 
 def names(place: Place, prefix: str = "") -> list[str]:
-    """List the objects below a place, by their sorted names in it, what is being written left out."""
+    """List the objects of a place whose names begin with a prefix, sorted; files that are being written are left out."""
     folder = folder_of(place)
+    inner, slash, start = prefix.rpartition("/")
     if folder is not None:
-        inner, _, start = prefix.rpartition("/")
         tops = (folder / inner).glob(f"{glob.escape(start)}*")
         found = (
             p for top in tops for p in ([top] if top.is_file() else top.rglob("*")) if p.is_file() and p.suffix != ".partial"
         )
         return sorted(p.relative_to(folder).as_posix() for p in found)
 
-    async def listed(store: Store) -> list[str]:
-        return [key async for key in store.list_prefix(prefix)]
+    from zarr.core.sync import sync
+
+    async def listed(store: Store) -> list[str]:  # object stores list by whole segments of a path, not by characters
+        return [key async for key in store.list_prefix(inner + slash) if key.startswith(prefix)]
 
     store = open_place(place, read_only=True)
     return sorted(sync(listed(store)))

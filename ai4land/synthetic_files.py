@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ai4land.errors import ConfigError
 from ai4land.grid import Grid, centres
+from ai4land.stores import write_atomically
 
 FORMAT_VERSION = 1
 TITLE = "AI4Land synthetic planet"
@@ -141,9 +142,7 @@ def write_marker(paths: PlanetPaths, parameters: Mapping[str, Any]) -> None:
     """Write the marker that says that the planet is complete; the last step."""
     files = {p.relative_to(paths.folder).as_posix(): p.stat().st_size for p in _files(paths)}
     content = {"title": TITLE, "format_version": FORMAT_VERSION, **parameters, "files": files}
-    part = paths.marker.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(paths.marker)
+    write_atomically(paths.marker, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def write_map(paths: PlanetPaths, year: int, codes: NDArray[np.uint8], *, grid: Grid) -> None:

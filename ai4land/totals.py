@@ -16,10 +16,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land.crosswalk import REMAINDER, Crosswalk, spread, takes_remainder
+from ai4land.crosswalk import Crosswalk
 from ai4land.grid import block_sum
 from ai4land.quotas import add_change, level_quotas
-from ai4land.scores import class_shares
+from ai4land.scores import mapped_shares
 
 Method = Literal["change", "level", "none"]
 Shares = NDArray[np.float64]
@@ -60,7 +60,7 @@ class Totals:
         Mapped cells of each coarse cell, ``(coarse rows, coarse columns)``.
     coverage
         Share of each coarse cell that is mapped, same shape.
-    held
+    reference_shares
         Class shares of the mapped part in the reference map, by the scenario's weights (False) and by cells (True); empty
         without a reference map.
     start
@@ -80,7 +80,8 @@ class Totals:
         reference_year: int | None,
         level: bool = False,
     ) -> None:
-        self._states, self._names, self._crosswalk = states, names, crosswalk
+        self._states, self._weights = states, crosswalk.for_states(names)
+        self._last: tuple[int, Shares] | None = None
         self.cells = block_sum(mapped.astype(np.float64), factor).astype(np.int64)
         self.factor, self.areas = factor, areas
         self.level = level or reference is None or reference_year is None
@@ -88,19 +89,22 @@ class Totals:
         whole = block_sum(np.broadcast_to(weights[:, None], mapped.shape), factor)
         self.coverage = block_sum(np.where(mapped, weights[:, None], 0.0), factor) / whole
         self._water = np.zeros(crosswalk.matrix.shape[1])
-        if takes_remainder(names, crosswalk):
-            self._water = crosswalk.select([REMAINDER]).matrix[0]
-        self.held: dict[bool, Shares] = {}
+        if len(self._weights.states) > len(names):
+            self._water = self._weights.matrix[-1]
+        self.reference_shares: dict[bool, Shares] = {}
         if reference is not None and reference_year is not None:
             n = len(self._water)
             for by_cells in (False, True):
                 kind: Literal["area", "cells"] = "cells" if by_cells or areas is None else "area"
-                self.held[by_cells] = class_shares(reference, mapped, n=n, factor=factor, weights=kind, areas=areas)[0]
+                share = mapped_shares(reference, mapped, n=n, factor=factor, weights=kind, areas=areas)[0]
+                self.reference_shares[by_cells] = share
             self.start = self.scenario(reference_year)
 
     def scenario(self, year: int) -> Shares:
-        """Shares of the coarse cell that the scenario gives, ``(class, coarse rows, coarse columns)``."""
-        return spread(self._states(year), names=self._names, crosswalk=self._crosswalk)
+        """Shares of the coarse cell that the scenario gives, ``(class, coarse rows, coarse columns)``; not to be changed."""
+        if self._last is None or self._last[0] != year:
+            self._last = year, self._weights.to_classes(self._states(year))
+        return self._last[1]
 
     def shares(self, year: int, *, by_cells: bool = False) -> Shares:
         """Shares of the mapped part that a map should have, with the sum 1; NaN where the scenario says nothing.
@@ -118,7 +122,7 @@ class Totals:
             part = np.clip(now - sea, 0, None)
             total = part.sum(axis=0)
             return np.divide(part, total, out=np.full_like(part, np.nan), where=(total > 0) & (self.cells > 0))
-        held = self.held[by_cells]
+        held = self.reference_shares[by_cells]
         land = np.clip(1 - np.tensordot(self._water, self.start, axes=1), _LEAST_LAND, None)
         dry = 1 - np.tensordot(self._water, held, axes=1)
         return add_change(held, (now - self.start) * dry / land)
@@ -130,4 +134,4 @@ class Totals:
     @property
     def bias(self) -> Shares:
         """How much more the reference map holds of each class than the scenario does in its year, as shares of the cell."""
-        return self.held[False] - self.start
+        return self.reference_shares[False] - self.start

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from ai4land.batch import Batch, prefetched
 from ai4land.checkpoint import load_state, save_state
-from ai4land.ddp import ALONE, Group, shared_norms
 from ai4land.device import device as device_of_process
 from ai4land.errors import DataError, MismatchError, Unfinished
 from ai4land.forward import bfloat16_pays
 from ai4land.legend import MISSING
 from ai4land.losses import cell_weights, change_loss, impose_totals
+from ai4land.norm import ALONE, Group, shared_norms
 from ai4land.stores import write_atomically
 from ai4land.unet import UNet
 
@@ -64,7 +64,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trained:
-    """The best weights and how they came about."""
+    """The best weights by validation loss, their step and loss, and the steps taken; step 0 is the untrained network."""
 
     weights: dict[str, Tensor]
     best_step: int
@@ -219,6 +219,13 @@ def fit(
                     f"training in {folder} was left at step {step} of {schedule.steps}, as the time of its job is over; run it again to go on"
                 )
     _log.info("trained %d steps; best validation loss %.5f at step %d", step, best_loss, best_step)
+    if leads and not best_step:
+        _log.warning(
+            "no step of the training in %s has a lower validation loss than the untrained network (%.5f), expected some; the UNTRAINED weights are "
+            "kept: the model copies its reference map. Look at validation_loss in metrics.jsonl, lower train.learning_rate or add steps",
+            folder,
+            best_loss,
+        )
     return Trained({k: v.cpu() for k, v in best.items()}, best_step, best_loss, step)
 
 

@@ -29,18 +29,20 @@ from ai4land.batch import PatchLoader
 from ai4land.checkpoint import Card, load_card, load_state, save_model
 from ai4land.config import HOW_TRAINED, RunConfig
 from ai4land.contents import contents_of
-from ai4land.ddp import ALONE, TORCHRUN, Group, job_end, torchrun_group
+from ai4land.ddp import TORCHRUN, job_end, torchrun_group
 from ai4land.digests import digest
-from ai4land.ensemble import Ensemble, fit_sharpness
+from ai4land.ensemble import Ensemble
 from ai4land.errors import ConfigError, MismatchError
-from ai4land.features import FeatureSpec, fit_spec, trained, training_tiles
-from ai4land.forward import gate
+from ai4land.features import FeatureSpec
 from ai4land.gang import Member, gang
 from ai4land.grid import Grid
 from ai4land.hold import hold
 from ai4land.inputs import Tell, grid_of, identity_of, split_of
+from ai4land.judge import fit_sharpness, gate
 from ai4land.legend import Legend
 from ai4land.losses import class_weights
+from ai4land.norm import ALONE, Group
+from ai4land.normalise import fit_spec, trained, training_tiles
 from ai4land.splits import TRAIN, VALIDATION, Split
 from ai4land.train import Schedule, Trained, fit
 from ai4land.unet import UNet
@@ -268,6 +270,7 @@ def learn(run: RunConfig, lesson: Lesson, *, group: Group = ALONE, beside: int =
                 "fingerprint": lesson.fingerprint,
                 "steps": [f.steps for f in fits],
                 "best_step": [f.best_step for f in fits],
+                "untrained_members": [number for number, f in enumerate(fits) if not f.best_step],
                 "validation_loss": [f.best_loss for f in fits],
                 "years": split.training_years,
                 "class_weights": [round(float(w), 5) for w in lesson.weights],

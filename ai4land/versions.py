@@ -1,12 +1,18 @@
 """An Icechunk repository over a cube: a commit a year, and no byte of a shard copied.
 
-The repository has the cube's metadata, and of every shard the name of its file or object (a virtual chunk), so that it costs
-next to nothing beside the cube. Whoever opens it sees whole commits only, and can go back to each: a snapshot's time axis has
-the years up to its own. The shards stay where they are: a cube that is moved needs a new repository.
+The repository holds the cube's metadata and a reference to the file or object of every shard (a virtual chunk), so it costs next to nothing
+beside the cube. A reader sees whole commits only and can go back to each: the time axis of a snapshot ends with its year. The shards stay
+where they are: a cube that is moved needs a new repository.
+
+A reference carries the modification time of its file, or the ETag of its object. Reading a shard that was made again since raises an error
+instead of giving other cells; the next commit refers to the shards as they are now. An object that was made again with the same bytes keeps
+its ETag and stays readable in all commits.
 """
 
 from __future__ import annotations
 
+import datetime as dt
+import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,7 +26,7 @@ from ai4land import ledger
 from ai4land.cube import encode, public_documents, template_of, whole_years
 from ai4land.digests import digest
 from ai4land.errors import ConfigError, DataError, MismatchError
-from ai4land.stores import Place, folder_of
+from ai4land.stores import Place, folder_of, names, open_place
 
 if TYPE_CHECKING:
     import icechunk
@@ -59,7 +65,7 @@ def commit(place: Place, *, to: Place | None = None, progress: Callable[[int, in
     Raises
     ------
     DataError
-        If the cube has no ledger.
+        If the cube has no ledger, or a shard is not as the ledger says.
     MismatchError
         If the repository is another cube's.
     ConfigError
@@ -76,27 +82,42 @@ def commit(place: Place, *, to: Place | None = None, progress: Callable[[int, in
             f"repository {to or repository_path(place)} is of {made['at']}, and not of {_prefix(place)} as it is now; "
             "give another place (--to), or delete the repository: it holds no shard"
         )
+    entries = ledger.entries(place)
     files = dict(template["objects"])
-    for entry in ledger.entries(place):
+    for entry in entries:
         files.update(entry["files"])
     refs: dict[int, dict[str, str]] = {}
     for name, sum_ in files.items():
         if sum_ is not None:
             refs.setdefault(_begins(name, template["documents"]), {})[name] = sum_
-    new = years[int(made.get("years", 0)) :]
-    for year in new:
-        count = years.index(year) + 1
+    held = int(made.get("years", 0))
+    remade = held > 0 and made.get("records") != _records(entries, years[:held])
+    new = years[held:]
+    objects = _objects(place) if new or remade else {}
+
+    def save(count: int, parts: list[int], before: dict[str, Any]) -> None:
         session = repository.writable_session(_BRANCH)
-        before = public_documents(template, count - 1) if count > 1 else {}
         for name, document in public_documents(template, count).items():
             document.pop("consolidated_metadata", None)  # Icechunk has all of a snapshot's metadata in one object
             if before.get(name) != document:
                 sync(session.store.set(f"{name}/zarr.json".lstrip("/"), cpu.Buffer.from_bytes(encode(document))))
-        _refer(session, place, refs.get(count - 1, {}))
-        session.commit(str(year), metadata={"cube": about, "at": _prefix(place), "years": count})
+        for part in parts:
+            _refer(session, place, refs.get(part, {}), objects)
+        about_it = {"cube": about, "at": _prefix(place), "years": count, "records": _records(entries, years[:count])}
+        session.commit(str(years[count - 1]), metadata=about_it)
+
+    if remade:
+        save(held, [part for part in refs if part < held], {})
+    for count, year in enumerate(new, start=held + 1):
+        save(count, [count - 1], public_documents(template, count - 1) if count > 1 else {})
         if progress is not None:
             progress(count, len(years), str(year))
     return new
+
+
+def _records(entries: list[dict[str, Any]], years: list[int]) -> str:
+    """Fingerprint of the records of some years; another one after a shard of theirs was made again."""
+    return digest([[e["row"], e["col"], e["at"]] for e in entries if not set(years).isdisjoint(e["years"])])
 
 
 def open_version(to: Place, *, year: int | None = None) -> xr.Dataset:
@@ -138,15 +159,42 @@ def _begins(name: str, documents: dict[str, Any]) -> int:
     return int(index[dims.index("time")] * depths[dims.index("time")]) if "time" in dims else 0
 
 
-def _refer(session: icechunk.Session, place: Place, files: dict[str, str]) -> None:
-    """Say of chunks which file or object they are."""
+def _objects(place: Place) -> dict[str, tuple[int, dict[str, Any]]]:
+    """Size of every object of a cube, and what Icechunk tells by that it has changed, by name."""
+    folder = folder_of(place)
+    if folder is None:
+        store: Any = open_place(place, read_only=True)
+        return {m["path"]: (m["size"], {"etag_checksum": m["e_tag"]}) for batch in store.store.list() for m in batch}
+    found = {}
+    for name in names(place):
+        about = (folder / name).stat()
+        changed = dt.datetime.fromtimestamp(math.ceil(about.st_mtime), dt.UTC)  # Icechunk keeps whole seconds
+        found[name] = (about.st_size, {"last_updated_at_checksum": changed})
+    return found
+
+
+def _refer(
+    session: icechunk.Session, place: Place, files: dict[str, str], objects: dict[str, tuple[int, dict[str, Any]]]
+) -> None:
+    """Refer chunks to the files or objects that hold them.
+
+    Raises
+    ------
+    DataError
+        If one is not there, or has another size than in the ledger.
+    """
     import icechunk
 
     specs: dict[str, list[icechunk.VirtualChunkSpec]] = {}
     for name, sum_ in files.items():
         array, index = _chunk(name)
-        size = int(sum_.split(":")[0])
-        specs.setdefault(f"/{array}", []).append(icechunk.VirtualChunkSpec(index, _prefix(place) + name, 0, size))
+        size, (found, change) = int(sum_.split(":")[0]), objects.get(name, (None, {}))
+        if found != size:
+            raise DataError(
+                f"{name} of {place} {'is missing' if found is None else f'has {found} bytes'}, expected {size} as in the ledger; "
+                f"mend the cube with: ai4land verify {place}"
+            )
+        specs.setdefault(f"/{array}", []).append(icechunk.VirtualChunkSpec(index, _prefix(place) + name, 0, size, **change))
     for array, chunks in specs.items():
         session.store.set_virtual_refs(array, chunks, validate_containers=True)
 

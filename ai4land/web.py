@@ -10,7 +10,8 @@
 ``/model.json``, ``/model.safetensors``  what a catalogue beside the cube says of the model
 =======================================  =========================================================================
 
-Everything is read-only and public to whoever reaches the port, also to other pages of the same browser (CORS): the loopback is the default.
+Everything is read-only and public to whoever reaches the port, by default this machine alone. Pages of other sites in the same browser cannot
+read it, unless cross-origin requests are allowed (CORS, ``cors``).
 """
 
 from __future__ import annotations
@@ -74,14 +75,14 @@ _log = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def make_app(path: str, *, catalogue: Path | None = None) -> Starlette:
+def make_app(path: str, *, catalogue: Path | None = None, cors: bool = False) -> Starlette:
     """Make the application that serves a cube; the cube is opened here, so that what is wrong with it is said at once.
 
     Parameters
     ----------
     path
         Folder or address of the cube.
-    catalogue
+    catalogue, cors
         As in :func:`ai4land.serve.serve`.
     """
     folder = folder_of(path)
@@ -107,14 +108,17 @@ def make_app(path: str, *, catalogue: Path | None = None) -> Starlette:
     if _PLAIN_NAME.fullmatch(name) and name not in ("cube", "stac", "tiles"):
         routes.append(Route(f"/{name}/{{path:path}}", cube))
     routes.append(Route("/{path:path}", folder_endpoint(page, re.compile(r"[a-z]+\.(?:js|css|svg)"), PAGE_TYPES, "index.html")))
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=["*"],
-        allow_methods=["GET", "HEAD"],
-        allow_headers=["Range", "If-None-Match", "If-Range"],
-        expose_headers=["Accept-Ranges", "Content-Length", "Content-Range", "ETag"],
-    )
-    return Starlette(routes=routes, middleware=[Middleware(_Secure), cors])
+    middleware = [Middleware(_Secure)]
+    if cors:
+        cross_origin = Middleware(
+            CORSMiddleware,
+            allow_origins=["*"],
+            allow_methods=["GET", "HEAD"],
+            allow_headers=["Range", "If-None-Match", "If-Range"],
+            expose_headers=["Accept-Ranges", "Content-Length", "Content-Range", "ETag"],
+        )
+        middleware.append(cross_origin)
+    return Starlette(routes=routes, middleware=middleware)
 
 
 def _catalogue(cube: Path | None, given: Path | None) -> Path | None:

@@ -1,8 +1,8 @@
-"""What the choices of pipelines/bavaria.yaml are worth: `python benchmarks/ablation.py`, about an hour on two cores.
+"""Ablate the choices of pipelines/bavaria.yaml: `python benchmarks/ablation.py`, about an hour on two cores.
 
-Every variant is a run of its own that differs in one thing. All are trained on 1992-1996 and stopped on 1997, and scored
-on 1998-2001 from the map of 1997, so that nothing is chosen on the test years 2002-2015. One network of fewer steps than
-in the run file stands for the ensemble. Runs that are there are not done again.
+Each variant is a run that differs in one setting. All are trained on 1992-1996, stopped on 1997, and scored on 1998-2001 from
+the map of 1997, so that nothing is chosen on the test years 2002-2015. One network with fewer steps than in the run file
+stands for the ensemble. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ COMMON = [
     "train.steps=600",
     f"runs={RUNS}",
 ]
-FIRST = "as it is"
+FIRST = "as in the run file"
 TRAINED = {
     FIRST: [],
     "another seed": ["seed=1"],
-    "patches not turned": ["train.turn=false"],
+    "no mirrored or rotated patches": ["train.turn=false"],
     "totals not imposed in training": ["train.totals_share=0"],
-    "changed cells weigh as others": ["train.change_weight=1"],
+    "changed cells weighted as others": ["train.change_weight=1"],
 }
 PUBLISHED = {
-    "no preference for the class before": ["constrain.keep=0"],
-    "net change alone": ["constrain.keep=null"],
+    "no preference for the previous class": ["constrain.keep=0"],
+    "net change only": ["constrain.keep=null"],
     "cells may go back": ["constrain.settle=0"],
 }
-"""How the first variant's network is put on the map."""
+"""Variants of the constraint, with the network of the first variant."""
 SCORES = {
     ("model", "overall_accuracy"): "accuracy, model",
     ("model", "figure_of_merit"): "Figure of Merit, model",
@@ -52,12 +52,12 @@ SCORES = {
 
 
 def folder_of(variant: str) -> Path:
-    """Where a variant's run lies."""
+    """Name the folder of a variant's run."""
     return RUNS / variant.replace(" ", "_")
 
 
 def run(variant: str, overrides: list[str], extra: list[str], *, keep: tuple[str, ...]) -> None:
-    """Do a variant's run, with what is kept of the first one's folder."""
+    """Run a variant, starting from the named files of the first variant's folder."""
     folder, first = folder_of(variant), folder_of(FIRST)
     if (folder / "evaluation.json").is_file():
         return
@@ -69,7 +69,7 @@ def run(variant: str, overrides: list[str], extra: list[str], *, keep: tuple[str
 
 
 def main(extra: list[str]) -> None:
-    """Do all runs and print their table; more key=value settings go to every run."""
+    """Run all variants and print their table; ``extra`` key=value settings apply to every run."""
     for variant, overrides in TRAINED.items():
         run(variant, overrides, extra, keep=("store.zarr",))
     for variant, overrides in PUBLISHED.items():

@@ -1,9 +1,9 @@
-"""What it takes to make an analysis-ready store from files: for ``benchmarks/run.py``, and once for a globe of 30 seconds.
+"""Measure how an analysis-ready store is made from files: for ``benchmarks/run.py``, and for a globe of 30 arc seconds.
 
-    .venv/bin/python benchmarks/aligning.py FOLDER      # 933 million cells a layer; some minutes and gigabytes
+    .venv/bin/python benchmarks/aligning.py FOLDER      # 933 million cells per layer; takes minutes and gigabytes
 
-writes GeoTIFFs of the whole globe into FOLDER, aligns them by ``ai4land.alignment.align`` on two workers and prints the time, the size of
-one layer and the peak memory of each process.
+writes GeoTIFFs of the whole globe into FOLDER, aligns them with ``ai4land.alignment.align`` on the workers of this machine,
+and prints the time, the size of one layer and the peak memory of each process.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ LAYERS: dict[str, tuple[str, float, str]] = {
     "temperature": ("float32", 10, "bilinear"),
     "zone": ("uint8", 0.5, "mode"),
 }
-"""Static maps: type, side of a cell in cells of the grid, resampling."""
+"""Static maps: dtype, side of a cell in cells of the grid, resampling."""
 
 
 def make_files(folder: Path, grid: Grid) -> None:
-    """Write maps and static layers of a grid, piece by piece: smooth values with some noise, sea without a value."""
+    """Write maps and static layers of a grid, tile by tile: smooth values with some noise, no value at sea."""
     for year in YEARS:
         _write(folder / f"map_{year}.tif", grid, "uint8", 1, partial(_classes, year=year))
     for name, (dtype, side, _) in LAYERS.items():
@@ -82,7 +82,7 @@ def _land(lat: NDArray[Any], lon: NDArray[Any]) -> NDArray[np.bool_]:
 def _values(lat: NDArray[Any], lon: NDArray[Any], *, dtype: str) -> NDArray[Any]:
     top = 20 if dtype == "uint8" else 1000
     field = 1 + top * (1.1 + np.sin(13 * lon) * np.cos(11 * lat) + 0.1 * np.sin(997 * lon + 499 * lat)) / 3
-    return np.where(_land(lat * 1.01, lon * 1.01), field, 0)  # a coast that is not quite that of the maps
+    return np.where(_land(lat * 1.01, lon * 1.01), field, 0)  # a coastline that differs slightly from that of the maps
 
 
 def _classes(lat: NDArray[Any], lon: NDArray[Any], *, year: int) -> NDArray[Any]:
@@ -128,7 +128,7 @@ def shard_by_shard(folder: Path, grid: Grid, client: Client | None = None) -> No
 
 
 def layer_by_layer(folder: Path, grid: Grid) -> None:
-    """Align the files in the plain way: every layer and map whole, all layers in one array."""
+    """Align the files in the plain way: read every layer and map whole, hold all layers in one array."""
     group = zarr.open_group(folder / "plain.zarr", mode="w")
     store: Any = zarr.open_group(folder / "store.zarr", mode="r")
     for name in ("static", "land_cover"):
@@ -155,7 +155,7 @@ def measure(
     peak: Callable[[], float],
     alternate: Callable[..., dict[str, list[float]]],
 ) -> tuple[Grid, dict[str, list[float]], dict[str, list[float]]]:
-    """Time both ways, and one and two workers, and take the peaks of a worker on 2 and on 8 shards."""
+    """Time both ways, and one and two workers; measure the peak memory of a worker on 2 and on 8 shards."""
     grids = {
         name: practice_grid(factor=30 if shard > 300 else 8, shard=shard, shards=s)
         for name, s in (("small", (1, 2)), ("large", (2, 4)))
@@ -182,7 +182,7 @@ def measure(
         seconds = alternate({name: partial(lambda arm: arm, arm) for name, arm in arms.items()}, rounds=rounds)
     stored: Any = [zarr.open_group(place / f"{name}.zarr", mode="r") for name in ("store", "plain")]
     if not np.array_equal(stored[0]["land_cover"][...], stored[1]["land_cover"][...]):
-        raise AssertionError("the two ways give other maps, expected the same")
+        raise AssertionError("the maps of the two ways differ, expected equal ones")
     return grid, seconds, peaks
 
 
@@ -191,7 +191,7 @@ def measure(
 
 @contextmanager
 def watched() -> Iterator[dict[int, float]]:
-    """Watch the memory of this process and of those that it starts: the peak of each by its number, in bytes."""
+    """Record the peak memory of this process and its children, in bytes by process id."""
     peaks: dict[int, float] = {}
     over = threading.Event()
 
@@ -214,7 +214,7 @@ def watched() -> Iterator[dict[int, float]]:
 
 
 def globe_run(folder: Path) -> RunConfig:
-    """Make the run that aligns the globe."""
+    """Configure the run that aligns the globe."""
     ways: dict[str, dict[str, Any]] = {
         "exact": {"resampling": "exact"},
         "bilinear": {"resampling": "bilinear"},

@@ -1,6 +1,7 @@
-"""Score test years counted by cells over all mapped cells, as published numbers are: `python benchmarks/by_cells.py runs/uk runs/uk_1`.
+"""Score the last test year by counting all mapped cells, as in published numbers.
 
-`evaluation.json` weighs by area, over the test cells alone. Means and standard deviations are over the runs.
+`python benchmarks/by_cells.py runs/uk runs/uk_1` prints means and standard deviations over the runs. By contrast,
+`evaluation.json` weights test cells by area.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ai4land.predict import Source
 
 
 def scores(folder: Path) -> dict[str, list[float]]:
-    """Accuracy and Figure of Merit of each map in the last test year."""
+    """Compute accuracy and Figure of Merit of each map in the last test year."""
     source = Source(folder / "store.zarr")
     test = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["split"]["test"]
     whole, year = Window(0, 0, *source.grid.shape), test["years"][-1]

@@ -1,7 +1,7 @@
-"""Hold what ``ai4land plan --calibrate`` foretells against what a run takes: ``python benchmarks/foretold.py RUN.yaml [name=value …]``.
+"""Compare the estimates of ``ai4land plan --calibrate`` with a run.
 
-The run must not be begun but may be aligned. Prints a table for docs/performance.md: time of training and of reconstruction, memory of
-a worker, bytes and shards of the cubes.
+``python benchmarks/foretold.py RUN.yaml [name=value …]`` prints a table for docs/performance.md: time of training and of
+reconstruction, memory of a worker, bytes and shards of the cubes. The run may be aligned, but training must not have started.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ai4land.training import train
 
 
 class Watch(threading.Thread):
-    """The most memory that one child of this process holds, looked at every tenth of a second."""
+    """Record the peak memory of any child of this process, sampled every tenth of a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak, self.over = 0, threading.Event()
 
     def run(self) -> None:
-        """Look until it is over."""
+        """Sample until ``over`` is set."""
         me = psutil.Process()
         while not self.over.wait(0.1):
             for child in me.children(recursive=True):
@@ -45,7 +45,7 @@ def main() -> None:
     """Run the comparison from the command line."""
     run = load_run(Path(sys.argv[1]), sys.argv[2:])
     if (run.folder / "resume.pt").exists() or any(path.exists() for path, *_ in cubes_of(run).values()):
-        raise SystemExit(f"{run.folder} holds a run that was begun, expected at most an aligned store; choose another name")
+        raise SystemExit(f"{run.folder} holds a started run, expected at most an aligned store; choose another name")
     workers = run.reconstruct.workers
     fresh = estimate(count(run), calibrate(run, tell=print), workers=workers)
     align(run, tell=lambda _: None)
@@ -72,7 +72,7 @@ def main() -> None:
     ]
     size = sum(f.stat().st_size for f in files)
     print(
-        "| | foretold, nothing done | aligned | trained | taken | aligned / taken | trained / taken |\n|---|---|---|---|---|---|---|"
+        "| | estimate, nothing done | aligned | trained | measured | aligned / measured | trained / measured |\n|---|---|---|---|---|---|---|"
     )
     for name, first, told, later, real in (
         ("training, s", fresh.train, cost.train, None, trained),

@@ -1,8 +1,8 @@
-"""What one device trains and predicts, and how near that is to its matrix peak; ``python benchmarks/gpu.py`` on a CUDA machine.
+"""Measure training and prediction on one device, against its matrix peak: ``python benchmarks/gpu.py`` on a CUDA machine.
 
-Needs PyTorch alone (2.6 or later) and ``ai4land/unet.py`` beside it: no Dask, no Zarr, no installation. Prints a table and
-writes ``gpu.json`` with the name of the hardware. Training is a step of AdamW in bfloat16 (autocast, channels last);
-prediction is the network with folded normalisation in bfloat16 on one window, eager, compiled and as a CUDA graph.
+Needs only PyTorch (2.6 or later) and the module ``ai4land.unet`` of the checkout: no Dask, no Zarr, no installation. Prints a
+table and writes ``gpu.json`` with the name of the hardware. Training is a step of AdamW in bfloat16 (autocast, channels last).
+Prediction is the network with folded normalisation in bfloat16 on one window: eager, compiled and as a CUDA graph.
 The peak is that of a bfloat16 matrix product, measured first on the same device.
 """
 
@@ -26,7 +26,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 STATIC, COARSE, CLASSES, FACTOR = 16, 38, 12, 30
-"""Static channels, coarse channels, classes and fine cells along a coarse cell: as of HILDA+ and the states of LUH2."""
+"""Static channels, coarse channels, classes and fine cells along a coarse cell, as for HILDA+ and the states of LUH2."""
 
 
 def load_unet() -> Any:
@@ -41,7 +41,7 @@ def load_unet() -> Any:
 
 
 def timed(work: Callable[[], object], device: torch.device, *, rounds: int, least: float = 0.2) -> float:
-    """Median seconds of a call that is warm, each round of as many calls as take ``least`` seconds."""
+    """Return the median seconds of a warm call; each round makes as many calls as take ``least`` seconds."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -65,13 +65,13 @@ def timed(work: Callable[[], object], device: torch.device, *, rounds: int, leas
 
 
 def peak(device: torch.device, side: int, *, rounds: int) -> float:
-    """Operations per second of a product of two bfloat16 matrices."""
+    """Measure the operations per second of a product of two bfloat16 matrices."""
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * side**3 / timed(lambda: a @ b, device, rounds=rounds)
 
 
 def inputs(batch: int, side: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Make random input of a batch of patches."""
+    """Make random inputs for a batch of patches."""
     cells = side // FACTOR + 3
     static = torch.randn(batch, STATIC, side, side, device=device, dtype=torch.float16)
     reference = torch.randint(0, CLASSES, (batch, side, side), device=device, dtype=torch.uint8)
@@ -84,21 +84,21 @@ def inputs(batch: int, side: int, device: torch.device) -> tuple[torch.Tensor, .
 
 
 def network(module: Any, base: int, depth: int, device: torch.device) -> Any:
-    """Make a network of a width."""
+    """Make a network of the given base and depth."""
     torch.manual_seed(0)
     sizes = {"static_channels": STATIC, "coarse_channels": COARSE, "classes": CLASSES, "factor": FACTOR}
     return module.UNet(**sizes, base=base, depth=depth).to(device, memory_format=torch.channels_last)
 
 
 def operations(model: Any, *given: torch.Tensor) -> float:
-    """Operations of one pass, counted by PyTorch."""
+    """Count the operations of one forward pass with PyTorch."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*given)
     return float(counter.get_total_flops())
 
 
 def memory(device: torch.device) -> float | None:
-    """Most memory that the device has held since the last call, in GB."""
+    """Return the peak memory of the device since the last call, in GB; None without CUDA."""
     if device.type != "cuda":
         return None
     held = torch.cuda.max_memory_allocated(device) / 1e9
@@ -107,7 +107,7 @@ def memory(device: torch.device) -> float | None:
 
 
 def train_row(module: Any, device: torch.device, *, base: int, depth: int, batch: int, patch: int, rounds: int) -> dict[str, Any]:
-    """Time a step of training."""
+    """Time a training step."""
     model = network(module, base, depth, device).train()
     given = inputs(batch, patch, device)
     target = torch.randint(0, CLASSES, (batch, patch, patch), device=device)
@@ -138,7 +138,7 @@ def train_row(module: Any, device: torch.device, *, base: int, depth: int, batch
 def predict_rows(
     module: Any, device: torch.device, *, base: int, depth: int, side: int, rounds: int, quick: bool
 ) -> list[dict[str, Any]]:
-    """Time the pass over one window: eager, compiled, and as a CUDA graph."""
+    """Time the forward pass over one window: eager, compiled, and as a CUDA graph."""
     model = copy.deepcopy(network(module, base, depth, device)).eval()
     for block in (*model.down, *model.merge):
         for conv, norm in ((0, 1), (3, 4)):

@@ -1,8 +1,8 @@
 """Side-by-side timings of AI4Land on a synthetic store; ``make bench`` writes ``benchmarks/results.json``.
 
-Every comparison runs its arms in alternation, A B A B, in this one process on a fixed number of cores, and reports the
-median over the rounds of the ratio within a round: what else the machine does hits both arms alike. What each row means
-is told in docs/performance.md. ``--quick`` runs everything on a store of a few cells, to see that it works.
+Every comparison runs its arms alternately, A B A B, in one process on a fixed number of cores. It reports the median over the
+rounds of the ratio within a round, because other load on the machine affects both arms of a round alike. docs/performance.md
+explains each row. ``--quick`` runs everything on a store of a few cells, to check that it works.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from xbatcher import BatchGenerator
 
 from ai4land import cube
 from ai4land.align import open_store
-from ai4land.allocate import allocate, level_quotas
+from ai4land.allocate import allocate
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import load_model
 from ai4land.cluster import SETTINGS, local
@@ -46,16 +46,17 @@ from ai4land.config import ModelConfig, ReconstructConfig
 from ai4land.constrain import project
 from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import Block
-from ai4land.ddp import Group
 from ai4land.ensemble import Ensemble
-from ai4land.features import FeatureSpec, features, fit_spec
+from ai4land.features import FeatureSpec, features
 from ai4land.forward import Forward, Precision
 from ai4land.gang import Member, gang
 from ai4land.grid import FINE_DIMS, Grid, Window, block_sum, coarse_window
 from ai4land.legend import MISSING, Legend, load_legend
+from ai4land.norm import Group
+from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import Source, predict
-from ai4land.quotas import add_change
+from ai4land.quotas import add_change, level_quotas
 from ai4land.reconstruct import Job, quantise, reconstruct_block, run_blocks
 from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, YEARS_A_SHARD
 from ai4land.train import Schedule, fit
@@ -68,16 +69,16 @@ CPU = torch.device("cpu")
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RESULTS = Path(__file__).with_name("results.json")
 CONTINUOUS = 11
-"""Static maps that are numbers; one more is classes."""
+"""Continuous static maps; one more is categorical."""
 YEARS = (2000, 2001, 2002, 2003, 2004, 2005)
 PAIRS = ((2000, 2001), (2002, 2003), (2004, 2005))
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is.
+    """Sizes of a benchmark.
 
-    ``dense`` and ``sparse`` are patches that the loader cuts from each shard it reads, ``plain`` patches that xbatcher
+    ``dense`` and ``sparse`` are the patches that the loader cuts from each shard it reads, ``plain`` the patches that xbatcher
     makes in a round, ``mapped`` the years of a block.
     """
 
@@ -112,7 +113,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """The store, the model and their folder."""
+    """A store and a model, in one folder."""
 
     size: Size
     folder: Path
@@ -127,7 +128,7 @@ class Setting:
         return self.folder / "store.zarr"
 
     def job(self, path: Path, precision: Precision = "float32") -> Job:
-        """What :func:`reconstruct_block` needs to write into a cube."""
+        """Make the job with which :func:`reconstruct_block` writes into a cube."""
         identity = load_crosswalk("identity", self.legend)
         return Job(
             str(self.store), str(path), str(self.folder), self.checksum, YEARS[0], CORES, identity, precision, method="none"
@@ -144,9 +145,9 @@ def fix_cores() -> None:
 
 
 def alternate(arms: dict[str, Arm], *, rounds: int) -> dict[str, list[float]]:
-    """Time arms that are warm in alternation; seconds of every round.
+    """Time warm arms alternately; return the seconds of every round.
 
-    An arm is called outside the clock for each round and returns what is timed.
+    Before each round an arm is called, untimed, and returns the function that is timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds):
@@ -159,7 +160,7 @@ def alternate(arms: dict[str, Arm], *, rounds: int) -> dict[str, list[float]]:
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """Median over the rounds of the ratio within a round."""
+    """Return the median over the rounds of the ratio within a round."""
     return median(a / b for a, b in zip(over, under, strict=True))
 
 
@@ -167,7 +168,7 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
 
 
 def make_setting(folder: Path, size: Size, *, shards: tuple[int, int] = (1, 2)) -> Setting:
-    """Write a practice store of some rows and columns of shards, and an untrained model."""
+    """Write a practice store of ``shards`` rows and columns, and an untrained model."""
     grid = practice_grid(factor=size.factor, shard=size.shard, shards=shards)
     legend, store = load_legend("hildaplus"), folder / "store.zarr"
     write_practice_store(store, grid=grid, legend=legend, years=YEARS, numbers=CONTINUOUS, zones=1, land=0.7)
@@ -178,25 +179,25 @@ def make_setting(folder: Path, size: Size, *, shards: tuple[int, int] = (1, 2)) 
 
 
 def make_model(spec: FeatureSpec, grid: Grid, *, base: int) -> UNet:
-    """Make a network of the default size but for its width."""
+    """Make a network of the default size, except for its base."""
     return practice_network(spec, grid, **{**ModelConfig().model_dump(), "base": base})
 
 
 def network(s: Setting) -> UNet:
-    """Load the one network of the setting's model."""
+    """Load the only network of the setting's model."""
     model: UNet = load_model(s.folder)[0].members[0]  # type: ignore[assignment]
     return model
 
 
 def begun(s: Setting, model: UNet, window: Window, *, dtype: torch.dtype = torch.float32) -> Forward:
-    """Make a network ready to run and let it take the maps of a window."""
+    """Make a network ready to predict, with the maps of a window loaded."""
     forward = Forward(Ensemble([model]).eval(), dtype=dtype, device=CPU)
     next(predict(forward, Source(s.store), window, spec=s.spec, reference=YEARS[0], years=YEARS[1:2]))
     return forward
 
 
 def coarse_channels(s: Setting, window: Window, year: int) -> NDArray[np.float32]:
-    """Make the coarse channels of a window."""
+    """Compute the coarse channels of a window."""
     source = Source(s.store)
     cells, _ = coarse_window(window.pad(network(s).halo), s.grid.factor)
     wanted, start = source.states_of(year, cells), source.states_of(YEARS[0], cells)
@@ -210,7 +211,7 @@ def coarse_channels(s: Setting, window: Window, year: int) -> NDArray[np.float32
 
 
 def loader_rows(s: Setting) -> list[Row]:
-    """Time the patch loader, with nothing in memory yet, against xbatcher over a Dask-backed dataset."""
+    """Time the patch loader, starting with nothing in memory, against xbatcher on a Dask-backed dataset."""
     size, shards = s.size, len(s.grid.shards())
     dims = {"feature": CONTINUOUS + 1, "observed_year": 2, **dict.fromkeys(FINE_DIMS, size.patch)}
     plain = BatchGenerator(xr.open_zarr(s.store, chunks={}, consolidated=False)[["static", "land_cover"]], input_dims=dims)
@@ -220,11 +221,11 @@ def loader_rows(s: Setting) -> list[Row]:
         for index in rng.choice(len(plain), size=size.plain, replace=False):
             patch = plain[int(index)]
             if patch["static"].shape[-2:] != (size.patch, size.patch) or not isinstance(patch["land_cover"].data, np.ndarray):
-                raise RuntimeError("xbatcher made no patch in memory")
+                raise RuntimeError("xbatcher gave a patch of another shape or outside memory, expected a NumPy array")
 
     def fresh(per_shard: int) -> Callable[[], None]:
-        # A loader is new in every round, so that nothing is in its memory. A visit takes both shards, and
-        # the length of the visit sets how many patches are cut from them.
+        # Each round makes a new loader, which has nothing in memory. A visit takes both shards, and its length
+        # sets how many patches are cut from them.
         visit = per_shard * shards // size.batch
         return partial(_drain, _loader(s, mix=8, visit=visit), visit * size.batch)
 
@@ -279,7 +280,7 @@ def _drain(loader: PatchLoader, patches: int) -> None:
 
 
 def upsample(coarse: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
-    """Interpolate coarse cells ``(channel, rows, columns)`` bilinearly to all fine cells with xarray, the edge repeated."""
+    """Interpolate coarse cells ``(channel, rows, columns)`` bilinearly to all fine cells with xarray, repeating the edge."""
     dims = ("channel", "y", "x")
     padded = np.pad(coarse, ((0, 0), (1, 1), (1, 1)), mode="edge")
     centres = {d: np.arange(n, dtype=np.float64) - 0.5 for d, n in zip(dims[1:], padded.shape[1:], strict=True)}
@@ -290,7 +291,7 @@ def upsample(coarse: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
 
 @torch.inference_mode()
 def naive_forward(fixed: NDArray[np.float32], fine: NDArray[np.float32], *, model: UNet) -> NDArray[np.float32]:
-    """Run the network on fine arrays alone: static channels and reference class stacked, coarse features upsampled before."""
+    """Run the network on fine arrays only: static channels and reference class stacked, coarse features already upsampled."""
     halo = model.halo
     known = torch.from_numpy(fixed[-1]).long().sub(1).remainder(model.classes + 1)[None]
     seen = model.seen(known).permute(0, 3, 1, 2)
@@ -307,7 +308,7 @@ def naive_forward(fixed: NDArray[np.float32], fine: NDArray[np.float32], *, mode
 
 
 def naive_year(s: Setting, model: UNet, year: int) -> Any:
-    """Plan the class probabilities of a year as a Dask array: upsample, stack, ``map_overlap``."""
+    """Build the class probabilities of a year as a Dask array: upsample, stack, ``map_overlap``."""
     ds, source, side = xr.open_zarr(s.store, chunks={}, consolidated=False), Source(s.store), s.grid.shard
     codes = ds["land_cover"].sel(observed_year=YEARS[0]).data.rechunk(side)
 
@@ -359,12 +360,12 @@ def naive_cube(s: Setting, path: Path, model: UNet) -> None:
         parts: list[Any] = [codes, codes, sure, packed[2:][None]]
         targets: list[Any] = [group[name] for name in ("land_cover", "most_likely", "confidence", "fraction")]
         regions = [(year_slice, *(whole,) * (part.ndim - 1)) for part in parts]
-        # One block at a time, the network on all cores: as the task of a worker.
+        # One block at a time with the network on all cores, like the task of a worker.
         da.store(parts, targets, regions=regions, lock=False, return_stored=False, num_workers=1)
 
 
 def new_cube(s: Setting, path: Path, *, years_a_shard: int = YEARS_A_SHARD) -> Path:
-    """Make an empty cube in the place of one that may be there; all its years are to be seen."""
+    """Make an empty cube that shows all its years; replace an existing one."""
     shutil.rmtree(path, ignore_errors=True)
     about = {"title": "benchmark", "source": "benchmark", "totals": "not imposed", "years_a_shard": years_a_shard}
     cube.create(path, grid=s.grid, legend=s.legend, years=s.size.mapped, identity={}, **about)
@@ -374,7 +375,7 @@ def new_cube(s: Setting, path: Path, *, years_a_shard: int = YEARS_A_SHARD) -> P
 
 
 def reconstruct_rows(s: Setting) -> list[Row]:
-    """Time a block against the network's bare forward on the same windows, and against the naive way to the same cube."""
+    """Time blocks against the bare forward pass on the same windows, and against the naive way to the same cube."""
     paths = {name: s.folder / f"{name}.zarr" for name in ("float32", "bfloat16", "naive")}
     model, windows = network(s), s.grid.shards()
     blocks = [Block(w, s.size.mapped) for w in windows]
@@ -383,7 +384,7 @@ def reconstruct_rows(s: Setting) -> list[Row]:
 
     @torch.inference_mode()
     def bare(precision: str) -> None:
-        # The network and nothing else: coarse features, convolutions and logits of the whole windows, in place.
+        # Only the network: coarse features, convolutions and logits of the whole windows, in place.
         for ready, years in zip(made[precision], wanted, strict=True):
             folded, x = ready.members[0], ready._buffers[0]
             last = x.shape[1] - folded.seen.embedding_dim
@@ -393,14 +394,14 @@ def reconstruct_rows(s: Setting) -> list[Row]:
                 folded.head(folded.trunk(x))
 
     def ours(job: Job) -> None:
-        # As a worker does it: some blocks in hand at once.
+        # Like a worker: several blocks at once.
         with ThreadPoolExecutor(ReconstructConfig(reference=None, years=[2000], threads=CORES).hands) as hands:
             list(hands.map(partial(reconstruct_block, job=job), blocks))
 
     def begin(precision: Precision) -> Callable[[], None]:
         return partial(ours, s.job(new_cube(s, paths[precision]), precision))
 
-    # Each in the shards that it writes at once: some years, and a year.
+    # Each way writes its own shards: several years at once, or one year.
     arms: dict[str, Arm] = {"naive": lambda: partial(naive_cube, s, new_cube(s, paths["naive"], years_a_shard=1), model)}
     for name in DTYPES:
         arms[f"bare {name}"] = partial(partial, bare, name)
@@ -424,7 +425,7 @@ def reconstruct_rows(s: Setting) -> list[Row]:
 
 
 def half_row(s: Setting) -> Row:
-    """Time the network in bfloat16, made ready to run, against the eager one in float32."""
+    """Time the optimised network in bfloat16 against the eager one in float32."""
     window, model = s.grid.shards()[0], network(s).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     coarse = coarse_channels(s, window, YEARS[1])
     ready = begun(s, model, window, dtype=torch.bfloat16)
@@ -449,7 +450,7 @@ def half_row(s: Setting) -> Row:
 
 
 def constraint_rows(s: Setting) -> list[Row]:
-    """Time both constrained products of a shard, 2 % net change a coarse cell, against the network's forward on one core."""
+    """Time both constrained products of a shard, with 2 % net change per coarse cell, against the forward pass on one core."""
     source, window, f, n = Source(s.store), s.grid.shards()[0], s.grid.factor, s.legend.n
     rng = np.random.default_rng(0)
     reference = source.map_of(YEARS[0], window)
@@ -509,7 +510,7 @@ def constraint_rows(s: Setting) -> list[Row]:
 
 
 def check_same(s: Setting, model: UNet, *, year: int, tolerance: float = 1e-4) -> None:
-    """Refuse to compare two ways to a map of which a probability differs."""
+    """Raise if any probability of the two ways differs by more than ``tolerance``."""
     source, naive, forward = Source(s.store), naive_year(s, model, year).compute(), Forward(Ensemble([model]), device=CPU)
     for window in s.grid.shards():
         for _, p in predict(forward, source, window, spec=s.spec, reference=YEARS[0], years=(year,)):
@@ -521,7 +522,7 @@ def check_same(s: Setting, model: UNet, *, year: int, tolerance: float = 1e-4) -
 
 
 def check_cubes(ours: Path, naive: Path, *, units: float = 1.0, least: float = 0.9999) -> None:
-    """Refuse cubes whose probabilities differ by more than ``units`` of 1/250 or that agree on fewer classes than ``least``."""
+    """Raise if probabilities differ by more than ``units`` of 1/250, or if less than a share ``least`` of the classes agree."""
     names = ("land_cover", "fraction", "confidence")
     a, b = (
         {n: xr.open_zarr(p, consolidated=False, mask_and_scale=False)[n].values.astype(np.int32) for n in names}
@@ -537,7 +538,7 @@ def check_cubes(ours: Path, naive: Path, *, units: float = 1.0, least: float = 0
 
 
 def halo_rows() -> list[Row]:
-    """Count the cells that a shard of 1440 is read with."""
+    """Count the cells read for a shard of 1440 cells, over those written."""
     rows = []
     for name, depth in (("halo_factor", ModelConfig().depth), ("halo_factor_depth4", 4)):
         model = UNet(static_channels=1, coarse_channels=1, classes=2, factor=30, base=1, depth=depth)
@@ -552,7 +553,7 @@ def halo_rows() -> list[Row]:
 
 
 def align_rows(s: Setting) -> list[Row]:
-    """Make a store from files shard by shard and in the plain way, with one worker and with two (:mod:`aligning`)."""
+    """Time the making of a store from files, shard by shard and in the plain way, with one and two workers (:mod:`aligning`)."""
     from aligning import LAYERS, YEARS, measure
 
     shard = s.size.shard
@@ -578,7 +579,7 @@ def align_rows(s: Setting) -> list[Row]:
 
 
 def worker_rows(folder: Path, size: Size) -> list[Row]:
-    """Map a region of 2 shards and one of 20 on Dask workers of one thread each."""
+    """Measure the mapping of 2 and of 20 shards on Dask workers of one thread each."""
     settings = {}
     for name, shards in (("small", (1, 2)), ("large", (4, 5))):
         (folder / name).mkdir()
@@ -624,7 +625,7 @@ def worker_rows(folder: Path, size: Size) -> list[Row]:
 
 
 def scheduler_row(folder: Path, size: Size, rate: float) -> Row:
-    """Run the graph of a globe at 1 km, a shard of a few cells and next to no network in place of each block."""
+    """Run the graph of a globe at 1 km, with a shard of a few cells and a tiny network in place of each block."""
     (folder / "graph").mkdir()
     s = make_setting(folder / "graph", size, shards=(15, 30) if size is MANY else (1, 2))
     new_cube(s, s.folder / "cube.zarr")
@@ -640,20 +641,20 @@ def scheduler_row(folder: Path, size: Size, rate: float) -> Row:
 
 @contextmanager
 def workers(count: int, *, settings: dict[str, object] = SETTINGS) -> Iterator[Client]:
-    """Start Dask workers of one thread each, which do not compress in others."""
+    """Start Dask workers of one thread each, including Zarr's compression."""
     single = {"OMP_NUM_THREADS": "1", "ZARR_THREADING__MAX_WORKERS": "1"}
     with dask.config.set({"distributed.nanny.environ": single}), local(count, dashboard=False, settings=settings) as client:
         yield client
 
 
 def peak_memory() -> float:
-    """Read the most memory that this process has held, in bytes; of Linux."""
+    """Read the peak memory of this process in bytes (Linux only)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024.0 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def first_patch_row(s: Setting) -> Row:
-    """Time a fresh Python process from its start to the first batch of patches."""
+    """Time a new Python process from its start to the first batch of patches."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np\n"
         "from functools import partial; from pathlib import Path\n"
@@ -678,11 +679,11 @@ def first_patch_row(s: Setting) -> Row:
 
 
 def wait_row(s: Setting) -> Row:
-    """Take the share of a short training that the network waits for its batches, the first one included."""
+    """Measure the share of a short training that is spent waiting for batches, the first one included."""
     shares = []
     for number in range(s.size.rounds):
         rows: list[dict[str, float]] = []
-        # One shard in memory and another draw for each batch: a new shard every other batch, as on a globe.
+        # One shard in memory and a new draw for each batch: a new shard every other batch, as on a globe.
         loader = _loader(s, mix=1, visit=1, keep=1)
         fit(
             make_model(s.spec, s.grid, base=s.size.base),
@@ -701,7 +702,10 @@ def wait_row(s: Setting) -> Row:
 
 
 def gang_rows(s: Setting) -> list[Row]:
-    """Time steps of the same training on one worker and on two, of one thread each; how far their losses are apart, and those of one with another rounding."""
+    """Time training steps on one worker and on two, of one thread each, and compare the losses.
+
+    The differences are compared with those of one worker whose first kernel is changed by rounding.
+    """
     arms = {"one": (1, 0.0), "two": (2, 0.0), "nudged": (1, 2e-7)}
     steps: dict[str, list[float]] = {name: [] for name in arms}
     losses: dict[str, list[float]] = {}
@@ -747,18 +751,18 @@ def gang_rows(s: Setting) -> list[Row]:
 
 
 def _metrics(folder: Path) -> list[dict[str, float]]:
-    """Read what each step of a training noted, but the first."""
+    """Read the metrics of each training step, except the first."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()][1:]
 
 
 def take_part(member: Member, *, s: Setting, folder: Path, nudge: float) -> None:
-    """Train as one of some workers; the task of each."""
+    """Train as one of several workers; the task of each worker."""
     with member.joined() as group:
         _learn(s, folder, group, nudge=nudge)
 
 
 def take_part_alone(folder: Path, *, s: Setting) -> None:
-    """Train beside another worker that has nothing to do with this one; the task of each."""
+    """Train beside another, independent worker; the task of each worker."""
     _learn(s, folder, Group(), nudge=0.0)
 
 
@@ -794,7 +798,7 @@ GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
 
 
 def run(size: Size, groups: Sequence[str], *, tell: Callable[[str], None]) -> list[Row]:
-    """Run the rows of some groups."""
+    """Run the benchmarks of the named groups."""
     began, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory(prefix="ai4land-bench-") as folder:
         setting = make_setting(Path(folder), size)
@@ -809,9 +813,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few cells and rounds; writes no file unless --output is given")
     parser.add_argument("--output", type=Path, help=f"JSON file to write (default: {RESULTS.name} beside this script)")
-    parser.add_argument(
-        "--only", choices=GROUPS, nargs="+", help="groups of rows to run; the others stay as they are in the file"
-    )
+    parser.add_argument("--only", choices=GROUPS, nargs="+", help="groups of rows to run; other rows of the file are kept")
     given = parser.parse_args()
     console = Console()
     fix_cores()

@@ -1,6 +1,7 @@
-"""The globe on 1 to 128 nodes of 4 devices, on paper: the tables of docs/scaling.md, by the model of ``ai4land plan --device``.
+"""Estimate the globe on 1 to 128 nodes of 4 devices, with the model of ``ai4land plan --device``.
 
-``python benchmarks/scaling.py [device]`` reads the shipped run files alone; the scheduler's time a block is that of ``results.json``.
+``python benchmarks/scaling.py [device]`` prints the tables of docs/scaling.md. It reads only the shipped run files; the
+scheduler's time per block comes from ``results.json``.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from ai4land.cost import count, estimate, rates_of
 from ai4land.runfile import load_run
 
 LAND = 0.45
-"""Share of the shards of 12 degrees (and of 10) that hold land, about."""
+"""Approximate share of shards with land, for shards of 12 degrees and of 10."""
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 DEVICES = 4
-"""To a node."""
+"""Devices per node."""
 
 
 def scheduler_seconds() -> float:
-    """Seconds of the scheduler and the client for a block, as the benchmark measured them."""
+    """Read the benchmark's seconds of scheduler and client per block."""
     rows = json.loads(Path(__file__).with_name("results.json").read_text(encoding="utf-8"))
     about = next(row["versus"] for row in rows if row["name"] == "scheduler_share")
     found = re.search(r"([0-9.]+) ms of CPU each", about)
     if found is None:
-        raise SystemExit("results.json does not tell the scheduler's time a block; run `make bench` first")
+        raise SystemExit(
+            "results.json lacks the scheduler's time per block, expected it in row scheduler_share; run `make bench` first"
+        )
     return float(found[1]) / 1e3
 
 

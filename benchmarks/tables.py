@@ -1,7 +1,8 @@
-"""Print the tables of docs/results.md from finished runs: `python benchmarks/tables.py runs/bavaria runs/bavaria_1 runs/bavaria_2`.
+"""Print the tables of docs/results.md from finished runs.
 
-Several folders are runs that differ in their seed: scores are their mean, with the standard deviation behind it. Rivals that
-depend on no seed have none. Intervals are those of the first run.
+For example: `python benchmarks/tables.py runs/bavaria runs/bavaria_1 runs/bavaria_2`. Several folders must be runs that differ
+only in their seed. Scores are then means ± standard deviations, without the latter where it rounds to 0. Intervals are those
+of the first run.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SCORES = {
 
 
 def text(values: list[float | None]) -> str:
-    """Show the mean of what there is, with the standard deviation where it is not 0."""
+    """Format the mean of the available values, with the standard deviation unless it rounds to 0."""
     there = [v for v in values if v is not None]
     if not there:
         return "-"
@@ -40,7 +41,7 @@ def text(values: list[float | None]) -> str:
 
 
 def row(cells: list[str]) -> str:
-    """Make a line of a Markdown table."""
+    """Format a row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -69,7 +70,7 @@ def year_lines(parts: list[dict[str, Any]]) -> list[str]:
 
 
 def other_lines(parts: list[dict[str, Any]]) -> list[str]:
-    """List what the tables do not show: intervals, calibration, what was observed, how well the totals are met."""
+    """List what the tables lack: intervals, calibration, observed change, and the error against the totals."""
     lines = []
     for pair, scores in parts[0]["differences"].items():
         for name in ("overall_accuracy", "figure_of_merit", "mean_iou"):
@@ -95,7 +96,7 @@ def other_lines(parts: list[dict[str, Any]]) -> list[str]:
 
 
 def main(folders: list[str]) -> None:
-    """Print everything of one run, or of runs that differ in their seed."""
+    """Print all tables of one run, or of runs that differ in their seed."""
     found = [json.loads((Path(f) / "evaluation.json").read_text(encoding="utf-8")) for f in folders]
     for split in ("validation", "test"):
         parts = [f[split] for f in found if split in f]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,26 @@ import dask
 import numpy as np
 import pystac
 import pytest
-import xarray as xr
+from affine import Affine
 from distributed import Client
-from proxy import Proxy
 from pystac.stac_io import DefaultStacIO
 from pystac.validation.stac_validator import JsonSchemaSTACValidator
-from scipy import ndimage
 
 from ai4land import stores
-from ai4land.align import write_store
+from ai4land.checkpoint import save_model
 from ai4land.cluster import SETTINGS
-from ai4land.grid import COARSE_DIMS, Grid, block_sum, make_grid
-from ai4land.legend import Legend, load_legend
-from ai4land.materialise import Layer, of_array
 from ai4land.slurm import slurm
-
-ROOT = Path(__file__).parents[1]
+from ai4land.synthetic import make_planet
+from tests import ROOT
+from tests.catalogs import GRID, VALUES, ZONES, make_item, save, write_cog
+from tests.gangs import client, lessons, unbroken  # noqa: F401 fixtures
+from tests.models import card, network
+from tests.proxy import Proxy, s3_environment
+from tests.published import GRID as RELIEF
+from tests.runs import TINY, TINY_YEARS, ai4land, write_run
+from tests.slurm import JOBS, squeue, start_slurm
+from tests.stores import TinyStore, write_tiny_store
+from tests.waiting import until
 
 
 @pytest.fixture(scope="session")
@@ -67,93 +70,12 @@ def schemas() -> Iterator[JsonSchemaSTACValidator]:
     pystac.StacIO.default = before
 
 
-@dataclass(frozen=True)
-class TinyStore:
-    """A global analysis-ready store small enough to train and map in a second."""
-
-    path: Path
-    grid: Grid
-    legend: Legend
-    years: tuple[int, ...]
-
-
-def write_tiny_store(
-    path: Path, *, shard: int = 32, years: tuple[int, ...] = (2000, 2001, 2002, 2003), seed: int = 0
-) -> TinyStore:
-    """Write a store of 64 x 128 fine cells (factor 8): smooth random land cover that drifts, two static maps, 7 states."""
-    rng = np.random.default_rng(seed)
-    grid = make_grid((-180, -90, 180, 90), coarse_cell=22.5, factor=8, shard=shard)
-    legend = load_legend("hildaplus")
-    noise = rng.standard_normal((legend.n, *grid.shape))
-    noise = ndimage.gaussian_filter(noise, (0, 3, 3), mode=("nearest", "nearest", "wrap"))
-    noise /= noise.std()
-    trend = np.linspace(-1, 1, legend.n)[:, None, None] * 0.3
-    land = ndimage.gaussian_filter(rng.standard_normal(grid.shape), 5, mode=("nearest", "wrap")) > -0.02
-    land[:, 32:64] &= np.arange(64)[:, None] < 32
-    maps = {y: legend.decode(np.where(land, (noise + i * trend).argmax(0), 255).astype(np.uint8)) for i, y in enumerate(years)}
-    index = {y: legend.encode(m) for y, m in maps.items()}
-    shares = (
-        np.stack([[block_sum((index[y] == k).astype(float), grid.factor) for k in range(legend.n)] for y in years])
-        / grid.factor**2
-    )
-    coords = grid.coords()
-    coarse = xr.DataArray(
-        shares.astype(np.float32),
-        dims=("year", "state", *COARSE_DIMS),
-        coords={"year": list(years), "state": [str(c) for c in legend.codes], **{d: coords[d] for d in COARSE_DIMS}},
-    )
-    layers = [
-        Layer("height", False, of_array(noise[0].astype(np.float32) * 100)),
-        Layer("zone", True, of_array((noise[1] > 0).astype(np.float32) + 1)),
-    ]
-    write_store(
-        path,
-        grid=grid,
-        legend=legend,
-        mask=of_array(land),
-        maps={year: of_array(codes) for year, codes in maps.items()},
-        coarse=coarse,
-        layers=layers,
-        identity={"made": "by the tests"},
-    )
-    return TinyStore(path, grid, legend, years)
-
-
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
     return write_tiny_store(tmp_path_factory.mktemp("tiny") / "store.zarr")
 
 
 # -- SLURM --------------------------------------------------------------------------------------------------------------
-
-DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
-JOBS = {"DASK_JOBQUEUE__SLURM__INTERFACE": "lo", "DASK_JOBQUEUE__SLURM__WALLTIME": "00:10:00"}
-"""What a command line in a process of its own needs to submit jobs here."""
-
-
-def start_slurm(home: Path, *, needs: tuple[str, ...] = DAEMONS, **setting: str) -> Iterator[dict[str, str]]:
-    """Start a private SLURM cluster, give the environment that its commands need, and stop it."""
-    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    missing = [name for name in needs if shutil.which(name, path=path) is None]
-    if missing:
-        pytest.skip(f"SLURM is not installed ({', '.join(missing)}): make test-slurm installs it")
-    script = Path(__file__).with_name("slurm_local.sh")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1] % 20000 + 10000
-    setting = {
-        "SLURM_LOCAL_HOME": str(home),
-        "SLURM_LOCAL_PORT": str(port),
-        "SLURM_LOCAL_GPUS_PER_NODE": "2",
-        "SLURM_LOCAL_CPUS": "4",
-        **setting,
-    }
-    env = {**os.environ, **setting}
-    subprocess.run([script, "start"], check=True, env=env, timeout=60)
-    try:
-        yield {"SLURM_CONF": str(home / "etc" / "slurm.conf"), **setting}
-    finally:
-        subprocess.run([script, "stop"], check=True, env=env, timeout=120)
 
 
 @pytest.fixture(scope="session")
@@ -184,27 +106,6 @@ def jobs(slurm_cluster: Path, tmp_path: Path) -> Any:
 
     start.told = told  # type: ignore[attr-defined]
     return start
-
-
-def squeue(form: str, *options: str) -> list[str]:
-    """Ask SLURM for jobs in any state, a line each."""
-    done = subprocess.run(["squeue", "-h", "-o", form, *options], capture_output=True, text=True, check=True, timeout=60)
-    return done.stdout.split("\n")[:-1]
-
-
-def until(what: Callable[[], Any], *, seconds: float = 60.0) -> None:
-    """Wait until something holds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if what():
-            return
-        time.sleep(0.1)
-    raise AssertionError("it did not come to hold")
-
-
-def workers_of(client: Client) -> dict[str, Any]:
-    """Describe the workers that a client has, by address."""
-    return client.scheduler_info(n_workers=-1)["workers"]
 
 
 # -- S3 -----------------------------------------------------------------------------------------------------------------
@@ -247,21 +148,73 @@ def s3(_s3_started: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     stores._remote.cache_clear()
 
 
-def s3_environment(proxy: Proxy) -> dict[str, str]:
-    return {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-    }
-
-
 @pytest.fixture
 def bucket(s3: Proxy) -> str:
     """URL of an empty bucket."""
     import boto3
 
     name = f"b{time.monotonic_ns()}"
-    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1")
-    client.create_bucket(Bucket=name)
+    boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1").create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A catalogue in a folder with a blank: terrain in two halves of other years, soil as one."""
+    root = tmp_path_factory.mktemp("my world")
+    half = GRID.shape[1] // 2
+    items = []
+    for name, cut, year in (("west", slice(0, half), 2000), ("east", slice(half, None), 2005)):
+        t = GRID.fine.affine * Affine.translation(cut.start, 0)
+        files = {
+            "elevation": write_cog(root / f"h_{name}.tif", VALUES[:, cut], t, nodata=np.nan),
+            "zone": write_cog(root / f"z_{name}.tif", ZONES[:, cut], t, nodata=0),
+        }
+        extra = {"elevation": {"nodata": "nan", "data_type": "float32"}, "zone": {"nodata": 0, "data_type": "uint8"}}
+        items.append(make_item(name, files, t, VALUES[:, cut].shape, year=year, extra=extra))
+    fine = np.kron(np.nan_to_num(VALUES), np.ones((4, 4), "float32")) + np.tile(
+        np.float32([[0, 8], [8, 0]]), 2 * np.array(GRID.shape)
+    )
+    t = GRID.fine.affine * Affine.scale(0.25)
+    soil = make_item("globe", {"depth": write_cog(root / "soil.tif", fine, t)}, t, fine.shape, projection=False)
+    return save(root, {"terrain": items, "soil": [soil]})
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    net = network()
+    save_model(tmp_path / "model", [net.state_dict()], card(net))
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="session")
+def planet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_planet(tmp_path_factory.mktemp("planet") / "p", coarse_cell=15.0, factor=8, years=range(2000, 2008)).folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was finished on this machine alone."""
+    planet = make_planet(tmp_path_factory.mktemp("planet") / "p", coarse_cell=15.0, factor=8, years=TINY_YEARS).folder
+    file = write_run(tmp_path_factory.mktemp("whole"), planet, **TINY)
+    ai4land("run", file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def terrain(tmp_path_factory) -> Path:
+    """A catalogue that a static map comes from, with a licence and a producer."""
+    root = tmp_path_factory.mktemp("terrain")
+    t, values = RELIEF.fine.affine, np.ones(RELIEF.shape, np.float32)
+    item = make_item("globe", {"height": write_cog(root / "h.tif", values, t)}, t, RELIEF.shape)
+    catalog = save(root, {"relief": [item]})
+    path = catalog.parent / "relief" / "collection.json"
+    said = json.loads(path.read_text())
+    said |= {
+        "license": "CC-BY-4.0",
+        "title": "Relief",
+        "providers": [{"name": "Hill Survey", "roles": ["host"], "url": "javascript:x"}],
+    }
+    said["links"].append({"rel": "license", "href": "https://example.org/terms"})
+    path.write_text(json.dumps(said))
+    return catalog

@@ -86,3 +86,12 @@ class Proxy:
                     return
                 client.sendall(data)
             client.shutdown(socket.SHUT_WR)
+
+
+def s3_environment(proxy: Proxy) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+    }

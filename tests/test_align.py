@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from conftest import write_tiny_store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -22,6 +21,7 @@ from ai4land.errors import DataError, MismatchError
 from ai4land.grid import COARSE_DIMS, Grid, Window, chunk_side, make_grid
 from ai4land.legend import load_legend
 from ai4land.materialise import Layer, of_array
+from tests.stores import write_tiny_store
 
 YEARS = [2001, 2003]
 LEGEND = load_legend("hildaplus")

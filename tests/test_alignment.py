@@ -7,14 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-import xarray as xr
 import zarr
 from affine import Affine
-from test_catalog import make_item, save, write_cog
-from test_end_to_end import write_run
-from test_inputs import run_of
 
-from ai4land import alignment, inputs
+from ai4land import alignment, inputs, luh2
 from ai4land.align import SCENARIO_YEARS, open_store, write_store
 from ai4land.alignment import align, check_years, read_layer
 from ai4land.assets import forget_items, items_in
@@ -29,6 +25,8 @@ from ai4land.luh2 import open_states
 from ai4land.materialise import Layer
 from ai4land.runfile import load_run
 from ai4land.synthetic import make_planet
+from tests.catalogs import make_item, save, write_cog
+from tests.runs import run_of, write_run
 
 
 @pytest.fixture(scope="module")
@@ -171,32 +169,26 @@ def test_a_store_of_more_years_holds_the_same_of_those_it_had(planet, tmp_path):
     assert contents_of(align(run), maps=[2004], states=range(2004, 2006)) == before
 
 
-def test_long_scenario_is_opened_some_years_at_a_time(tmp_path):
+def test_long_scenario_is_read_once_some_years_at_a_time(tmp_path, monkeypatch):
     planet = make_planet(tmp_path / "p", coarse_cell=15.0, factor=4, years=range(1980, 2020)).folder
     grid = make_grid((-180, -90, 180, 90), coarse_cell=15.0, factor=4, shard=16)
-    asked: list[list[int]] = []
-
-    def read(*, years: list[int]) -> xr.DataArray:
-        asked.append(list(years))
-        return open_states(
-            planet / "luh2" / "states.nc", static=planet / "luh2" / "staticData_quarterdeg.nc", grid=grid, years=years
-        )
-
     years = [y for y in range(1980, 2020) if y != 1999]
-    lazy = alignment._lazily(read, years, grid)
-    assert asked == [years[:SCENARIO_YEARS]] and lazy["year"].values.tolist() == years
-    whole = open_states(
-        planet / "luh2" / "states.nc", static=planet / "luh2" / "staticData_quarterdeg.nc", grid=grid, years=years
-    )
-    asked.clear()
-    assert lazy.isel(year=slice(0, 1)).values.tobytes() == whole.isel(year=slice(0, 1)).values.tobytes()
+    static = planet / "luh2" / "staticData_quarterdeg.nc"
+    about = {"static": static, "grid": grid, "years": years}
+    whole = open_states(planet / "luh2" / "states.nc", **about)
+    opened, asked = [], []
+    open_source, read = luh2.open_source, luh2._read
+    monkeypatch.setattr(luh2, "open_source", lambda path: opened.append(path) or open_source(path))
+    monkeypatch.setattr(luh2, "_read", lambda years, **more: asked.append(years) or read(years, **more))
+    lazy = open_states(planet / "luh2" / "states.nc", years_at_once=SCENARIO_YEARS, **about)
+    assert not asked and lazy["year"].values.tolist() == years and lazy.dtype == whole.dtype
     about = {"grid": grid, "legend": load_legend("hildaplus"), "mask": lambda w: np.ones((w.height, w.width), bool)}
     about |= {"maps": {1980: lambda w: np.full((w.height, w.width), 11, np.uint8)}, "identity": {}}
     about |= {"layers": [Layer("one", False, lambda w: np.ones((w.height, w.width), np.float32))]}
     write_store(tmp_path / "lazy.zarr", coarse=lazy, **about)
     write_store(tmp_path / "whole.zarr", coarse=whole, **about)
     assert bytes_in(tmp_path / "lazy.zarr") == bytes_in(tmp_path / "whole.zarr")
-    assert [len(part) for part in asked[1:]] == [16, 16, 7]
+    assert opened == [static, planet / "luh2" / "states.nc"] and [len(part) for part in asked] == [16, 16, 7]
     assert np.array_equal(open_store(tmp_path / "lazy.zarr")["coarse"].values, whole.values, equal_nan=True)
 
 

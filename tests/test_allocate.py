@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from ai4land.allocate import allocate, class_quotas, level_quotas
+from ai4land.allocate import allocate
 from ai4land.errors import DataError
 from ai4land.grid import block_sum
 from ai4land.legend import MISSING
+from ai4land.quotas import class_quotas, level_quotas
 
 KEEPS = st.sampled_from([None, np.inf, 0.0, 0.5, 5.0])
 
@@ -194,20 +195,6 @@ def test_equal_scores_with_a_bonus_change_no_more_than_they_must() -> None:
     assert (got != current).sum() == 40
 
 
-def test_quotas_of_groups_are_met_with_the_best_class_in_each() -> None:
-    rng = np.random.default_rng(6)
-    groups = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
-    scores = rng.standard_normal((4, 12, 12)).astype(np.float32)
-    current = rng.integers(0, 4, (12, 12)).astype(np.uint8)
-    have = np.tensordot(groups, counts(current, 4, 6), 1)
-    quotas = have + np.array([-3, 2, 1]).reshape(3, 1, 1)
-    for keep in (None, 0.0):
-        got = allocate(scores, current=current, quotas=quotas, factor=6, keep=keep, groups=groups).land_cover
-        assert np.array_equal(np.tensordot(groups, counts(got, 4, 6), 1), quotas)
-        first = np.isin(got, (0, 2)) & ((got != current) | (keep is not None))
-        assert np.array_equal(got[first], np.where(scores[0] >= scores[2], 0, 2)[first])
-
-
 def test_scores_that_are_not_numbers_matter_only_in_mapped_cells() -> None:
     rng = np.random.default_rng(8)
     scores = rng.standard_normal((3, 4, 4)).astype(np.float32)
@@ -255,7 +242,6 @@ GOOD: Any = {"current": HERE, "quotas": np.array([8, 8]).reshape(2, 1, 1), "fact
         ({"current": HERE + 7}, "class index is 7"),
         ({"current": None}, "mapped is None"),
         ({"locked": np.ones((2, 2), bool)}, "locked is"),
-        ({"groups": np.full((2, 2), 0.5)}, "groups are"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(change: Any, text: str) -> None:

@@ -1,4 +1,3 @@
-# ruff: noqa: F811  (world is a fixture of another module)
 from __future__ import annotations
 
 import dask.array
@@ -14,7 +13,7 @@ from ai4land.catalog import find_items
 from ai4land.errors import ConfigError, DataError
 from ai4land.gaps import check_any
 from ai4land.grid import FINE_DIMS, make_grid
-from tests.test_catalog import GRID, VALUES, ZONES, make_item, world, write_cog  # noqa: F401 world is a fixture
+from tests.catalogs import GRID, VALUES, ZONES, make_item, write_cog
 
 
 def test_two_halves_make_one_exact_lazy_layer(world):

@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ai4land.unet import interpolate
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "run.py"
 RATIOS = {
     "bf16_speedup",

@@ -1,86 +1,21 @@
 from __future__ import annotations
 
-import datetime as dt
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pystac
 import pytest
-import rasterio
-from affine import Affine
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ai4land.assets import load_asset
 from ai4land.catalog import find_items, split_bbox, years_of_item
 from ai4land.errors import DataError
-from ai4land.grid import make_grid
+from tests.catalogs import GRID, VALUES, ZONES, make_item
 
-GRID = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=4, shard=36)
-VALUES = np.random.default_rng(0).random(GRID.shape).astype("float32")
 VALUES[:5, :7] = np.nan
-ZONES = np.random.default_rng(1).integers(0, 9, GRID.shape).astype("uint8")
-
-
-def write_cog(path: Path, values, transform, *, nodata=None, crs="EPSG:4326") -> Path:
-    profile = {"height": values.shape[0], "width": values.shape[1], "count": 1, "dtype": values.dtype, "blocksize": 128}
-    with rasterio.open(path, "w", "COG", crs=crs, transform=transform, nodata=nodata, **profile) as file:
-        file.write(values, 1)
-    return path
-
-
-def make_item(name, files, transform, shape, *, year=2000, projection=True, extra=None, bbox=None, hrefs="{}"):
-    west, north = transform.c, transform.f
-    east, south = west + shape[1] * transform.a, north + shape[0] * transform.e
-    box = bbox or [west, south, east, north]
-    ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
-    item = pystac.Item(name, {"type": "Polygon", "coordinates": [ring]}, box, dt.datetime(year, 6, 1, tzinfo=dt.UTC), {})
-    described = {"proj:code": "EPSG:4326", "proj:shape": list(shape), "proj:transform": list(transform)[:6]} if projection else {}
-    for key, path in files.items():
-        fields = {**described, **(extra or {}).get(key, {})}
-        item.add_asset(
-            key, pystac.Asset(hrefs.format(path), media_type=pystac.MediaType.COG, roles=["data"], extra_fields=fields)
-        )
-    return item
-
-
-def save(root: Path, collections) -> Path:
-    """Write a self-contained catalogue with relative hrefs; collections by name."""
-    catalog = pystac.Catalog("world", "made for tests")
-    for name, items in collections.items():
-        space, time = pystac.SpatialExtent([[-180, -90, 180, 90]]), pystac.TemporalExtent([[dt.datetime(2000, 1, 1), None]])
-        child = pystac.Collection(name, name, pystac.Extent(space, time), license="CC0-1.0")
-        child.add_items(items)
-        catalog.add_child(child)
-    catalog.normalize_hrefs(str(root / "stac"))
-    catalog.make_all_asset_hrefs_relative()
-    catalog.save(pystac.CatalogType.SELF_CONTAINED)
-    return root / "stac" / "catalog.json"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A catalogue in a folder with a blank: terrain in two halves of other years, soil as one."""
-    root = tmp_path_factory.mktemp("my world")
-    half = GRID.shape[1] // 2
-    items = []
-    for name, cut, year in (("west", slice(0, half), 2000), ("east", slice(half, None), 2005)):
-        t = GRID.fine.affine * Affine.translation(cut.start, 0)
-        files = {
-            "elevation": write_cog(root / f"h_{name}.tif", VALUES[:, cut], t, nodata=np.nan),
-            "zone": write_cog(root / f"z_{name}.tif", ZONES[:, cut], t, nodata=0),
-        }
-        extra = {"elevation": {"nodata": "nan", "data_type": "float32"}, "zone": {"nodata": 0, "data_type": "uint8"}}
-        items.append(make_item(name, files, t, VALUES[:, cut].shape, year=year, extra=extra))
-    fine = np.kron(np.nan_to_num(VALUES), np.ones((4, 4), "float32")) + np.tile(
-        np.float32([[0, 8], [8, 0]]), 2 * np.array(GRID.shape)
-    )
-    t = GRID.fine.affine * Affine.scale(0.25)
-    soil = make_item("globe", {"depth": write_cog(root / "soil.tif", fine, t)}, t, fine.shape, projection=False)
-    return save(root, {"terrain": items, "soil": [soil]})
 
 
 @pytest.fixture(scope="module")

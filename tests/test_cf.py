@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import xarray as xr
-from test_cube import ABOUT, LEGEND, fill
 
 from ai4land import cube
 from ai4land.grid import Window, make_grid
 from ai4land.legend import load_legend
+from tests.cubes import ABOUT, LEGEND, fill
 
 GRID = make_grid((-180, -90, 180, 90), coarse_cell=45.0, factor=48, shard=96)
 ALLOWED = (

@@ -11,63 +11,18 @@ from hypothesis import strategies as st
 from ai4land.checkpoint import (
     CARD,
     WEIGHTS,
-    Card,
     check_fits,
     load_card,
     load_model,
     load_state,
     save_model,
     save_state,
-    write_atomically,
 )
 from ai4land.errors import DataError, MismatchError
-from ai4land.features import Feature, FeatureSpec
 from ai4land.legend import load_legend
+from ai4land.stores import write_atomically
 from ai4land.unet import UNet
-
-LEGEND = load_legend("hildaplus")
-SPEC = FeatureSpec(
-    features=(Feature(name="height", mean=3.5, std=0.25), Feature(name="zone", codes=(1, 2))),
-    states=("primf", "urban"),
-    codes=tuple(LEGEND.codes.tolist()),
-    difference_std=(0.1, 0.02),
-)
-
-
-def network(seed: int = 0) -> UNet:
-    torch.manual_seed(seed)
-    net = UNet(
-        static_channels=len(SPEC.static_names),
-        coarse_channels=len(SPEC.coarse_names),
-        classes=LEGEND.n,
-        factor=4,
-        base=2,
-        depth=1,
-        coarse_features=2,
-    )
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return net.eval()
-
-
-def card(net: UNet) -> Card:
-    return Card(
-        legend=LEGEND,
-        spec=SPEC,
-        network=net.settings,
-        cell=(0.25, 0.25),
-        weights="",
-        split="s",
-        store="t",
-        training={"steps": 3, "loss": 0.5},
-    )
-
-
-@pytest.fixture
-def saved(tmp_path) -> Path:
-    net = network()
-    save_model(tmp_path / "model", [net.state_dict()], card(net))
-    return tmp_path / "model"
+from tests.models import LEGEND, SPEC, card, network
 
 
 def arguments():

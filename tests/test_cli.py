@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -15,10 +14,10 @@ from typer.testing import CliRunner
 import ai4land
 from ai4land import cli
 from ai4land.runfile import load_run
+from tests import ROOT
 
 VERBS = ["plan", "align", "train", "reconstruct", "evaluate", "publish", "run", "verify", "commit", "fetch", "serve", "demo"]
 OF_A_RUN = [verb for verb in VERBS if verb not in ("verify", "commit", "fetch", "serve")]
-ROOT = Path(__file__).parents[1]
 
 
 def call(*args: str) -> tuple[int, str]:

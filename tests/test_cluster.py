@@ -5,10 +5,12 @@ import os
 import dask
 import psutil
 import pytest
+from distributed import Client, LocalCluster
 
 from ai4land.allocation import allocation
 from ai4land.cluster import connect, local
 from ai4land.errors import ConfigError
+from tests.strangers import assert_strangers_are_refused
 
 
 def surroundings() -> tuple[str | None, str | None, str]:
@@ -38,11 +40,19 @@ def test_workers_listen_on_the_loopback_and_end_with_the_block():
         assert dask.config.get("distributed.deploy.lost-worker-timeout") == "5 minutes"  # as long as it is there
         info = client.scheduler_info(n_workers=-1)["workers"]
         assert len(info) == 2
-        assert all(address.startswith("tcp://127.0.0.1:") and w["nthreads"] == 3 for address, w in info.items())
+        assert all(address.startswith("tls://127.0.0.1:") and w["nthreads"] == 3 for address, w in info.items())
         assert "127.0.0.1" in client.dashboard_link
         pids = list(client.run(os.getpid).values())
     assert dask.config.get("distributed.deploy.lost-worker-timeout") == before
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+
+
+def test_another_user_of_the_machine_is_refused_by_scheduler_and_workers():
+    with local(1, dashboard=False) as client:
+        (worker,) = client.scheduler_info(n_workers=-1)["workers"].items()
+        for address in (client.scheduler.address, worker[0], worker[1]["nanny"]):
+            assert_strangers_are_refused(address)
+        assert client.submit(sum, [1, 2]).result() == 3
 
 
 SHAPE = {"workers": 1, "threads": 1, "cores": 1, "memory": 1e9}
@@ -50,8 +60,11 @@ SHAPE = {"workers": 1, "threads": 1, "cores": 1, "memory": 1e9}
 
 def test_a_scheduler_that_is_there_is_joined_and_left_running(tmp_path):
     told: list[str] = []
-    with local(1, dashboard=False) as owner:
-        with connect(owner.scheduler.address, **SHAPE, folder=tmp_path, tell=told.append) as client:
+    with (
+        LocalCluster(1, processes=False, protocol="tcp://", dashboard_address=None) as cluster,
+        Client(cluster, set_as_default=False) as owner,
+    ):
+        with connect(cluster.scheduler_address, **SHAPE, folder=tmp_path, tell=told.append) as client:
             assert client.submit(sum, [1, 2]).result() == 3
         assert len(told) == 1 and owner.submit(sum, [2, 2]).result() == 4
 

@@ -113,53 +113,20 @@ def test_fixed_cells_stay_and_the_others_make_up_for_them_or_come_near(problem: 
     assert np.abs(np.abs(have - totals).sum(0) / 2 - least)[there].max(initial=0) < 1e-5
 
 
-@given(st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
-def test_groups_that_share_classes_are_met(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    n, m, factor, coarse = 5, 3, 4, (2, 2)
-    groups = rng.dirichlet(np.full(m, 0.5), n).T
-    groups[:, 0] = [1, 0, 0]
-    p = rng.dirichlet(np.ones(n), (8, 8)).transpose(2, 0, 1)
-    totals = np.tensordot(groups, rng.dirichlet(np.ones(n), coarse).transpose(2, 0, 1), 1)
-    got = project(p, totals=totals, factor=factor, mapped=np.ones((8, 8), bool), groups=groups)
-    assert got.multipliers.shape == totals.shape
-    assert got.residual.max() <= CLOSE
-    have = np.tensordot(groups, shares(got.fractions, np.ones((8, 8), bool), factor), 1)
-    assert np.abs(have - totals).max() <= CLOSE
-
-
 def test_the_fractions_are_those_of_least_relative_entropy() -> None:
     rng = np.random.default_rng(5)
     p = rng.dirichlet(np.ones(3), (2, 2)).transpose(2, 0, 1)
-    groups = np.array([[1, 0.4, 0], [0, 0.6, 1]])
-    totals = np.array([0.55, 0.45]).reshape(2, 1, 1)
-    got = project(p, totals=totals, factor=2, mapped=np.ones((2, 2), bool), groups=groups, tolerance=1e-10).fractions
+    totals = np.array([0.55, 0.25, 0.2]).reshape(3, 1, 1)
+    got = project(p, totals=totals, factor=2, mapped=np.ones((2, 2), bool), tolerance=1e-10).fractions
     flat = p.reshape(3, 4)
     rules = [
         {"type": "eq", "fun": lambda q: q.reshape(3, 4).sum(0) - 1},
-        {"type": "eq", "fun": lambda q: (groups @ q.reshape(3, 4).mean(1) - totals[:, 0, 0])[:1]},
+        {"type": "eq", "fun": lambda q: (q.reshape(3, 4).mean(1) - totals[:, 0, 0])[:2]},
     ]
     best = minimize(
         lambda q: (q * np.log(q / flat.ravel())).sum(), flat.ravel(), bounds=[(1e-9, 1)] * 12, constraints=rules, tol=1e-14
     )
     assert np.abs(got.reshape(3, 4) - best.x.reshape(3, 4)).max() < 1e-4
-
-
-def test_totals_no_mix_of_classes_has_come_as_near_as_can_be() -> None:
-    groups = np.array([[1, 0.5], [0, 0.5]])
-    p = np.full((2, 4, 4), 0.5, np.float32)
-    got = project(p, totals=np.array([0.2, 0.8]).reshape(2, 1, 1), factor=4, mapped=np.ones((4, 4), bool), groups=groups)
-    assert got.residual[0, 0] == pytest.approx(0.3, abs=1e-5)
-    assert got.fractions[1].min() > 1 - 1e-5
-
-
-def test_a_group_without_a_class_leaves_its_total_over() -> None:
-    groups = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    p = np.full((2, 2, 2), 0.5)
-    got = project(p, totals=np.array([0.3, 0.3, 0.4]).reshape(3, 1, 1), factor=2, mapped=np.ones((2, 2), bool), groups=groups)
-    assert got.residual[0, 0] == pytest.approx(0.4)
-    assert got.fractions.mean((1, 2)) == pytest.approx([0.5, 0.5], abs=1e-6)
 
 
 def test_coarse_cells_with_nan_or_nothing_mapped_keep_what_they_have() -> None:
@@ -228,7 +195,6 @@ GOOD = {"totals": np.full((2, 1, 1), 0.5), "factor": 4, "mapped": np.ones((4, 4)
         ({"totals": np.array([1.5, -0.5]).reshape(2, 1, 1)}, "negative"),
         ({"mapped": np.ones((4, 5), bool)}, "mapped are"),
         ({"areas": np.ones(5)}, "areas are"),
-        ({"groups": np.ones((2, 2))}, "groups are"),
         ({"fixed": np.ones((2, 2), bool)}, "fixed are"),
         ({"multipliers": np.ones((2, 2))}, "multipliers are"),
     ],

@@ -5,8 +5,8 @@ import pytest
 from ai4land import sources
 from ai4land.credits import Credit, credits_of, licence_of
 from ai4land.describe import read_map
-from tests.test_describe import make
-from tests.test_publish import run_in, terrain  # noqa: F401 a fixture
+from tests.cubes import bare_cube
+from tests.published import run_in
 
 
 def of(*licences: str) -> list[Credit]:
@@ -26,17 +26,17 @@ def of(*licences: str) -> list[Credit]:
 )
 def test_licence_covers_all_inputs(tmp_path, ids, others, want):
     run = run_in(tmp_path, sources=ids)
-    m = read_map(make(tmp_path / "c.zarr"), id="a", title="A")
+    m = read_map(bare_cube(tmp_path / "c.zarr"), id="a", title="A")
     assert licence_of(run, m, [*of(*ids), *of(*others)]) == want
 
 
 @pytest.mark.parametrize(("said", "want"), [("CC-BY-4.0", "CC-BY-4.0"), ("free for all", "other"), (None, "other")])
 def test_without_sources_the_licence_is_that_of_the_cube(tmp_path, said, want):
-    m = read_map(make(tmp_path / "c.zarr", **({} if said is None else {"license": said})), id="a", title="A")
+    m = read_map(bare_cube(tmp_path / "c.zarr", **({} if said is None else {"license": said})), id="a", title="A")
     assert licence_of(run_in(tmp_path), m, of("CC0-1.0")) == want
 
 
-def test_sources_and_collections_are_credited_once(tmp_path, terrain):  # noqa: F811 the fixture
+def test_sources_and_collections_are_credited_once(tmp_path, terrain):
     layer = {"catalog": str(terrain), "collection": "relief", "asset": "height"}
     static = [{"name": "height", **layer}, {"name": "again", **layer}, {"name": "here", "path": "h.tif"}]
     found = credits_of(run_in(tmp_path, sources=["luh2-v2h", "luh2-v2h"], static=static))

@@ -12,45 +12,17 @@ from ai4land import cube, ledger
 from ai4land.cube import Block
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import Window, make_grid
-from ai4land.legend import MISSING, load_legend
+from ai4land.legend import MISSING
 from ai4land.overviews import reduce_classes
-from ai4land.template import EMPTY, FRACTION_SCALE, SCALE, VARIABLES, make_template
+from ai4land.template import EMPTY, SCALE, VARIABLES, make_template
 from ai4land.writer import Writer, write_block
-
-GRID = make_grid((-180, -90, 180, 90), coarse_cell=45.0, factor=8, shard=16)
-LEGEND = load_legend("hildaplus")
-YEARS = [2000, 2001, 2005, 2006, 2007]
-ABOUT = {"grid": GRID, "legend": LEGEND, "years": YEARS, "title": "t", "source": "s", "totals": "exact", "years_a_shard": 4}
-PAIRS = [Window(0, 0, 16, 16), Window(16, 32, 16, 16)]
+from tests.cubes import ABOUT, GRID, LEGEND, PAIRS, YEARS, cells, fill
 
 
 @pytest.fixture
 def path(tmp_path):
     cube.create(tmp_path / "cube.zarr", identity={"model": "a"}, **ABOUT)
     return tmp_path / "cube.zarr"
-
-
-def cells(block: Block, seed: int = 0, legend=LEGEND):
-    rng = np.random.default_rng(seed)
-    shape = (len(block.years), block.window.height, block.window.width)
-    index = rng.integers(0, legend.n, shape).astype(np.uint8)
-    fraction = np.zeros((shape[0], legend.n, *shape[1:]), np.uint16)
-    np.put_along_axis(fraction, index[:, None].astype(np.int64), FRACTION_SCALE, axis=1)
-    sure = np.full(shape, SCALE, np.uint8)
-    codes = legend.decode(index)
-    return {
-        "land_cover": codes,
-        "most_likely": codes[:, ::-1],
-        "fraction": fraction,
-        "confidence": sure,
-        "change_probability": sure,
-    }
-
-
-def fill(path, windows, years=YEARS, seed=0):
-    for i, window in enumerate(windows):
-        block = Block(window, tuple(years))
-        write_block(path, block, cells(block, seed=seed + i))
 
 
 def whole(path):
@@ -230,6 +202,30 @@ def test_parts_of_a_cube_are_seen_from_its_root(tmp_path):
         cube.open_cube(root)
     with pytest.raises(MismatchError, match="differs in model"):
         cube.create(root / "ssp126", identity={"model": "other"}, land=PAIRS, **{**ABOUT, "years": [2001, 2002, 2003]})
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b'"text"', b'{"attributes": {"title": "x"}}', None])
+def test_a_damaged_part_does_not_stop_the_others(tmp_path, content):
+    root = tmp_path / "world.zarr"
+    for name in ("historical", "ssp126"):
+        cube.create(root / name, identity={}, land=PAIRS, **ABOUT)
+        fill(root / name, PAIRS)
+        cube.show(root / name)
+    before, damaged = (root / "zarr.json").read_bytes(), root / "historical" / "zarr.json"
+    damaged.unlink() if content is None else damaged.write_bytes(content)
+    cube.show(root / "ssp126")
+    assert zarr.open_group(root, mode="r").attrs["parts"] == ["ssp126"]
+    cube.show(root / "historical")
+    assert (root / "zarr.json").read_bytes() == before
+
+
+def test_a_root_whose_parts_are_all_damaged_is_left_as_it_is(tmp_path):
+    root = tmp_path / "world.zarr"
+    cube.create(root / "ssp126", identity={}, land=PAIRS, **ABOUT)
+    (root / "ssp126" / "zarr.json").write_bytes(b"{")
+    before = (root / "zarr.json").read_bytes()
+    cube._tell_root(root)
+    assert (root / "zarr.json").read_bytes() == before
 
 
 def test_missing_cube_says_how_to_make_one(tmp_path):

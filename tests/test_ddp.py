@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_end_to_end import command, planet, write_run  # noqa: F401 planet is a fixture
 from torch import nn
 
 from ai4land.checkpoint import WEIGHTS
-from ai4land.ddp import ALONE, Group, Norm, job_end, joined, shared_norms, torchrun_group
+from ai4land.ddp import job_end, joined, torchrun_group
+from ai4land.norm import ALONE, Group, Norm, shared_norms
 from ai4land.runfile import load_run
+from tests import ROOT
+from tests.runs import command, write_run
 
 SHAPE = (6, 3, 5, 4)
 
@@ -64,24 +66,37 @@ def test_normalisation_in_low_precision_is_near_that_in_float64(dtype):
 
 
 PART = """
-import sys, torch
+import sys, time, torch
 from datetime import timedelta
 from torch.distributed import FileStore
-sys.path.insert(0, sys.argv[4])
-from test_ddp import data, norm, results, Net
-from ai4land.ddp import joined, shared_norms
+from importlib import import_module
+from ai4land.ddp import joined
+from ai4land.errors import WorkerError
+from ai4land.norm import shared_norms
 
 torch.set_num_threads(1)
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 with joined(FileStore(folder + "/store", world), rank=rank, world=world, timeout=30) as group:
-    made = norm()
+    tests = import_module(sys.argv[4])
+    made = tests.norm()
     with shared_norms(made, group):
-        own = results(made, data()[rank::world])
-    net = Net()
+        own = tests.results(made, tests.data()[rank::world])
+    net = tests.Net()
     net(torch.full((1, 2), rank + 1.0)).sum().backward()
     numbers = group.add_gradients(net, torch.tensor(rank + 0.5), torch.tensor(1.0))
     group.first(lambda: open(folder + "/made", "w").write("yes"))
     there = open(folder + "/made").read()
+
+    def later():
+        time.sleep(0.5)
+        open(folder + "/again", "w").write(" again")
+
+    group.first(later)
+    there += open(folder + "/again").read()
+    try:
+        group.first(lambda: 1 / 0)
+    except (ZeroDivisionError, WorkerError) as error:
+        there += f" {error}"
     torch.save({"own": own, "grads": [p.grad for p in net.parameters()], "numbers": numbers, "there": there}, f"{folder}/{rank}.pt")
 """
 
@@ -100,10 +115,8 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_parts_of_a_batch_add_up_to_the_whole(tmp_path, world):
-    here = str(Path(__file__).parent)
-    started = [
-        subprocess.Popen([sys.executable, "-c", PART, str(rank), str(world), str(tmp_path), here]) for rank in range(world)
-    ]
+    call = [sys.executable, "-c", PART]
+    started = [subprocess.Popen([*call, str(rank), str(world), str(tmp_path), __name__], cwd=ROOT) for rank in range(world)]
     assert [p.wait(timeout=120) for p in started] == [0] * world
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     whole = results(norm(), data())
@@ -118,10 +131,12 @@ def test_parts_of_a_batch_add_up_to_the_whole(tmp_path, world):
         assert all(torch.equal(p["own"][kind], parts[0]["own"][kind]) for p in parts)
         assert torch.allclose(parts[0]["own"][kind], whole[kind], rtol=1e-12)
     total = world * (world + 1) / 2
-    for part in parts:
+    for rank, part in enumerate(parts):
+        failed = "process 0 failed with ZeroDivisionError" if rank else "division by zero"
+        assert part["there"].startswith(f"yes again {failed}")
         unused, weight, bias = part["grads"]
         assert unused is None and torch.equal(weight, torch.full((3, 2), total)) and torch.equal(bias, torch.full((3,), world))
-        assert part["numbers"].tolist() == [world**2 / 2, world] and part["there"] == "yes"
+        assert part["numbers"].tolist() == [world**2 / 2, world]
 
 
 def test_one_process_needs_no_others(tmp_path):
@@ -156,7 +171,7 @@ def children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_torchrun_starts_the_same_training_and_restarts_what_dies(planet, tmp_path):  # noqa: F811
+def test_torchrun_starts_the_same_training_and_restarts_what_dies(planet, tmp_path):
     file = write_run(tmp_path, planet)
     small = ["train.members=1", "train.steps=30", "train.checkpoint_every=10"]
     runs = [load_run(file, [*small, f"name={name}"]) for name in ("whole", "killed")]

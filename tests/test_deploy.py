@@ -19,9 +19,11 @@ import yaml
 from ai4land.cluster import SETTINGS
 from ai4land.errors import ConfigError
 from ai4land.slurm import slurm
-from tests.conftest import squeue, start_slurm, until
+from tests import ROOT
+from tests.slurm import squeue, start_slurm
+from tests.waiting import until
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
+DEPLOY = ROOT / "deploy"
 MN5 = DEPLOY / "mn5"
 JOBQUEUES = sorted(MN5.glob("jobqueue-*.yaml"))
 SCRIPTS = sorted(p for p in DEPLOY.rglob("*") if p.suffix in (".sh", ".sbatch"))
@@ -257,7 +259,7 @@ def test_install_refuses_another_python_and_a_damaged_copy(tmp_path):
     assert done.returncode == 1 and "expected Python 3.7" in done.stderr
     (bundle / "mn5" / "env.sh").write_text("")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "is not what was packed; copy it again" in done.stderr
+    assert done.returncode == 1 and "differs from what was packed; copy it again" in done.stderr
     assert not (tmp_path / "there").exists()
 
 
@@ -271,7 +273,7 @@ def test_pack_says_what_it_takes(tmp_path):
         (["pack", tmp_path / "x", "--glibc", "new"], 1, "expected a version such as 2.34"),
         (["pack", tmp_path / "x", "--python", "3.99"], 1, "python3.99 is not on the path"),
         (["pack", tmp_path / "full", "--python", VERSION], 1, "is not empty"),
-        (["install", tmp_path / "x"], 1, "run the script that lies in the folder of pack"),
+        (["install", tmp_path / "x"], 1, "run the copy of this script in the packed folder"),
     ):
         done = subprocess.run([MN5 / "install-offline.sh", *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, said in done.stderr) == (code, True), (arguments, done.stderr)
@@ -401,11 +403,11 @@ def test_a_job_whose_time_is_over_goes_on_from_the_queue(machine, tmp_path):
     until(lambda: state_of(job) in ("COMPLETED", "FAILED"))
     log = (tmp_path / "log").read_text()
     assert state_of(job) == "COMPLETED", log
-    assert (tmp_path / "said").read_text() == "begun\nbegun\n" and log.count("goes back into the queue") == 1
+    assert (tmp_path / "said").read_text() == "begun\nbegun\n" and log.count("returns to the queue to resume") == 1
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize(("times", "work", "said"), [("20", "exit 3", ""), ("0", "true", "is not there after 0 returns")])
+@pytest.mark.parametrize(("times", "work", "said"), [("20", "exit 3", ""), ("0", "true", "does not exist after 0 returns")])
 def test_a_job_that_fails_or_returned_too_often_does_not_go_on(machine, tmp_path, times, work, said):
     machine("work", work)
     (script := tmp_path / "job.sh").write_text(

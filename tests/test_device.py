@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,14 +13,14 @@ import pytest
 import torch
 
 from ai4land import device as module
-from ai4land.device import claim, release, slot_folder
-from ai4land.errors import ConfigError
+from ai4land.device import release, slot_folder, take_slot
+from ai4land.errors import ConfigError, StoreError
 
 HOLDER = """
 import sys
 from pathlib import Path
-from ai4land.device import claim
-slot = claim(int(sys.argv[1]), Path(sys.argv[2]))
+from ai4land.device import take_slot
+slot = take_slot(int(sys.argv[1]), Path(sys.argv[2]))
 print(slot.number, slot.index, flush=True)
 sys.stdin.read()
 """
@@ -53,11 +54,14 @@ def test_processes_get_devices_of_their_own_and_a_killed_ones_is_free_again(hold
 
 
 def test_more_processes_than_devices_share_them_by_turn(tmp_path, caplog):
-    slots = [claim(2, tmp_path / "slots") for _ in range(5)]
+    slots = [take_slot(2, tmp_path / "slots") for _ in range(5)]
     assert [s.index for s in slots] == [0, 1, 0, 1, 0]
     assert [r.getMessage().split(";")[0] for r in caplog.records] == [f"{n} processes share 2 devices" for n in (3, 4, 5)]
     slots[1].release()
-    assert claim(2, tmp_path / "slots").number == 1
+    slots[1] = take_slot(2, tmp_path / "slots")
+    assert slots[1].number == 1
+    for slot in slots:
+        slot.release()
 
 
 def test_folder_is_that_of_this_user_job_and_view(monkeypatch, tmp_path):
@@ -66,7 +70,7 @@ def test_folder_is_that_of_this_user_job_and_view(monkeypatch, tmp_path):
     for job, visible in ((None, None), ("7", None), ("7", "0,1"), ("8", "0,1")):
         for key, value in (("SLURM_JOB_ID", job), ("CUDA_VISIBLE_DEVICES", visible)):
             monkeypatch.delenv(key, raising=False) if value is None else monkeypatch.setenv(key, value)
-        claim(4)
+        take_slot(4).release()
         names.add(slot_folder())
         assert slot_folder().stat().st_mode & 0o777 == 0o700
     assert len(names) == 4 and all(n.parent == tmp_path and f"-{os.geteuid()}-" in n.name for n in names)
@@ -76,18 +80,18 @@ def test_a_folder_that_others_could_have_made_is_refused(tmp_path):
     (mine := tmp_path / "mine").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(mine)
     with pytest.raises(ConfigError, match="link is not a folder"):
-        claim(2, tmp_path / "link")
+        take_slot(2, tmp_path / "link")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file is not a folder"):
-        claim(2, tmp_path / "file")
+        take_slot(2, tmp_path / "file")
     mine.chmod(0o770)
     with pytest.raises(ConfigError, match=r"with mode 770, expected user \d+ and mode 700"):
-        claim(2, mine)
+        take_slot(2, mine)
     mine.chmod(0o700)
     (victim := tmp_path / "victim").write_text("theirs")
     (mine / "slot-0").symlink_to(victim)
-    with pytest.raises(OSError, match="symbolic link"):
-        claim(2, mine)
+    with pytest.raises(StoreError, match="symbolic link"):
+        take_slot(2, mine)
     assert victim.read_text() == "theirs"
 
 
@@ -95,8 +99,17 @@ def test_a_folder_that_others_could_have_made_is_refused(tmp_path):
 def test_a_folder_of_another_user_is_refused(tmp_path):
     (theirs := tmp_path / "theirs").mkdir(mode=0o700)
     os.chown(theirs, 12345, -1)
-    with pytest.raises(ConfigError, match="is of user 12345"):
-        claim(2, theirs)
+    with pytest.raises(ConfigError, match="belongs to user 12345"):
+        take_slot(2, theirs)
+
+
+def test_a_folder_without_locks_is_refused(tmp_path, monkeypatch):
+    def lockless(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", lockless)
+    with pytest.raises(ConfigError, match=r"slot-0 cannot be locked: .*No locks available.*set TMPDIR"):
+        take_slot(2, tmp_path / "slots")
 
 
 def test_without_a_gpu_it_is_the_cpu():
@@ -140,7 +153,7 @@ def test_local_rank_decides_where_a_launcher_set_it(gpus, monkeypatch, tmp_path,
 
 def test_a_process_keeps_its_slot_in_all_threads_until_it_is_released(gpus):
     current = gpus(4)
-    other = claim(4)
+    other = take_slot(4)
     found: list[torch.device] = []
     threads = [threading.Thread(target=lambda: found.append(module.device())) for _ in range(8)]
     for t in threads:
@@ -168,7 +181,9 @@ def test_a_forked_child_has_a_slot_of_its_own_and_does_not_keep_its_parents(gpus
     try:
         assert os.read(reader, 8) == b"1"
         release()
-        assert claim(4).number == 0
+        again = take_slot(4)
+        assert again.number == 0
+        again.release()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

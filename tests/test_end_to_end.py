@@ -17,9 +17,7 @@ import netCDF4
 import numpy as np
 import pytest
 import rasterio
-import yaml
 from affine import Affine
-from test_hold import another_process
 
 from ai4land import cli, cube, ledger, results, stages, training
 from ai4land.align import open_store
@@ -31,55 +29,11 @@ from ai4land.forward import precision_of
 from ai4land.reconstruct import plan_blocks, run_blocks
 from ai4land.runfile import load_run
 from ai4land.splits import load_split
-from ai4land.synthetic import make_planet
 from ai4land.verify import strike, verify
+from tests import ROOT
+from tests.runs import CHECKPOINT, STEPS, ai4land, another_process, command, contents, write_run
 
-STEPS, CHECKPOINT = 45, 20
 TEST_YEARS = (2005, 2006, 2007)
-STAC = {"catalog": "catalog/catalog.json"}
-RUN: dict[str, Any] = {
-    "name": "tiny",
-    "title": "Land cover of a tiny planet",
-    "grid": {"bbox": [-180, -90, 180, 90], "coarse_cell": 15.0, "factor": 8, "shard": 48},
-    "landcover": {"source": "landcover/HILDAplus_{year}.tif", "legend": "hildaplus"},
-    "scenario": {
-        "kind": "luh2",
-        "paths": ["luh2/states.nc"],
-        "static": "luh2/staticData_quarterdeg.nc",
-        "crosswalk": "luh2_to_hildaplus",
-    },
-    "static": [
-        {"name": "elevation", **STAC, "collection": "terrain", "asset": "elevation"},
-        {"name": "temperature", **STAC, "collection": "climate", "asset": "temperature"},
-        {"name": "climate_zone", **STAC, "collection": "climate", "asset": "climate_zone", "categorical": True},
-        {"name": "soil_depth", "path": "static/soil_depth.tif"},
-    ],
-    "split": {
-        "train": "2000-2003",
-        "max_lead": 3,
-        "validation": {"reference": 2003, "years": 2004},
-        "test": {"reference": 2004, "years": "2005-2007"},
-    },
-    "model": {"base": 6, "depth": 2, "coarse_features": 6},
-    "train": {
-        "members": 2,
-        "steps": STEPS,
-        "batch": 4,
-        "patch": 32,
-        "learning_rate": 0.02,
-        "ema": 0.9,
-        "change_weight": 1000.0,
-        "class_balance": 1.0,
-        "seed": 2,
-        "warmup": 4,
-        "validate_every": 15,
-        "validation_batches": 2,
-        "checkpoint_every": CHECKPOINT,
-        "precision": "float32",
-        "threads": 1,
-    },
-    "reconstruct": {"reference": 2004, "years": "2003-2007", "years_a_shard": 2, "workers": 1, "threads": 1},
-}
 NAMES = {
     "overall_accuracy",
     "macro_f1",
@@ -92,36 +46,8 @@ NAMES = {
 }
 
 
-def write_run(folder: Path, planet: Path, **changes: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "run.yaml"
-    file.write_text(yaml.safe_dump({**RUN, "data": str(planet), "runs": str(folder / "runs"), **changes}, sort_keys=False))
-    return file
-
-
-def command(*args: str | Path) -> dict[str, Any]:
-    """The command line in a process of its own, on one thread and without a GPU, so that its bytes can be compared."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return {"args": [sys.executable, "-m", "ai4land.cli", *map(str, args)], "env": env}
-
-
-def ai4land(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(**command(*args), capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def contents(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.glob(pattern) if p.is_file()}
-
-
 def cube_bytes(run: Path) -> dict[str, bytes]:
     return {f"{name}/{k}": v for name in ("cube.zarr", "validation.zarr") for k, v in contents(run / name, "*/c/**/*").items()}
-
-
-@pytest.fixture(scope="session")
-def planet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_planet(tmp_path_factory.mktemp("planet") / "p", coarse_cell=15.0, factor=8, years=range(2000, 2008)).folder
 
 
 @pytest.fixture(scope="session")
@@ -187,7 +113,7 @@ def test_results_of_other_inputs_are_not_gone_on_with(copied, planet, tmp_path):
 
 def test_tables_of_the_documentation_are_printed_from_runs(finished):
     folder = load_run(finished[0]).folder
-    script = Path(__file__).parents[1] / "benchmarks" / "tables.py"
+    script = ROOT / "benchmarks" / "tables.py"
     made = subprocess.run([sys.executable, script, folder, folder], capture_output=True, text=True, check=True, timeout=60).stdout
     scores = json.loads((folder / "evaluation.json").read_text())["test"]
     assert f"| overall accuracy | {scores['model']['overall_accuracy']:.4f} |" in made
@@ -702,26 +628,19 @@ def test_mending_holds_the_cube_from_the_first_to_the_last_change(copied, monkey
     next(p for p in sorted(place.glob("land_cover/c/**/*")) if p.is_file()).unlink()
     refusals = []
 
-    def blocks(*given, **options):
-        with pytest.raises(MismatchError, match="being made by another run") as refusal, claim(place):
-            pass
-        refusals.append(refusal)
-        return run_blocks(*given, **options)
+    def refused_then(verb):
+        def then(*given, **options):
+            with pytest.raises(MismatchError, match="being made by another run") as refusal, claim(place):
+                pass
+            refusals.append(refusal)
+            return verb(*given, **options)
 
-    def struck(*given, **options):
-        keys = strike(*given, **options)
-        monkeypatch.setattr(stages, "align", lambda *a, **k: [taken(), align(*a, **k)][1])
-        return keys
+        return then
 
-    def taken():
-        with pytest.raises(MismatchError, match="being made by another run") as refusal, claim(place):
-            pass
-        refusals.append(refusal)
-
-    monkeypatch.setattr(stages, "run_blocks", blocks)
-    monkeypatch.setattr(stages, "strike", struck)
+    for name, verb in (("strike", strike), ("align", align), ("run_blocks", run_blocks)):
+        monkeypatch.setattr(stages, name, refused_then(verb))
     stages.mend(run, place, verify(place))
-    assert len(refusals) >= 2 and not verify(place)
+    assert len(refusals) >= 3 and not verify(place)
 
 
 def test_partial_files_may_vanish_while_they_are_removed(tmp_path, monkeypatch):

@@ -17,20 +17,20 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import s3_environment, until
-from test_end_to_end import ai4land, command, contents, write_run
-from test_slurm_reconstruct import TINY, blocks_of, folder_of, whole  # noqa: F401 whole is a fixture
 
 from ai4land import cube, ledger
 from ai4land.runfile import load_run
 from ai4land.stores import names, read
 from ai4land.verify import verify
+from tests.proxy import s3_environment
+from tests.runs import TINY, ai4land, blocks_of, command, contents, folder_of, write_run
+from tests.waiting import until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 KILLS = 30
 
 
-def trained_in(folder: Path, whole: Path, **others) -> Path:  # noqa: F811
+def trained_in(folder: Path, whole: Path, **others) -> Path:
     """Copy a run without its cube."""
     file = write_run(folder, Path(load_run(whole).data), **TINY, **others)
     shutil.copytree(folder_of(whole), folder_of(file), ignore=shutil.ignore_patterns("cube*", "figures", "evaluation.json"))
@@ -94,7 +94,7 @@ class Cluster:
         return (self.folder / "log").read_text(errors="replace")
 
 
-def test_killed_at_thirty_random_moments(whole, tmp_path):  # noqa: F811
+def test_killed_at_thirty_random_moments(whole, tmp_path):
     """Workers, scheduler and client are killed while cubes are made, one after the other; every cube has the bytes of the unbroken one."""
     dice = random.Random(6)
     kills: Counter[str] = Counter()
@@ -156,7 +156,7 @@ def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
 
-def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(whole, tmp_path):  # noqa: F811
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(whole, tmp_path):
     with small_disk(tmp_path / "disk", "200m") as disk:
         file = trained_in(disk, whole)
         held = psutil.disk_usage(str(disk)).used
@@ -174,7 +174,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(whole, tmp_
         assert not list(folder_of(file).rglob("*.partial"))
 
 
-def test_a_cube_that_may_no_longer_be_written_is_named_and_the_run_goes_on_later(whole, tmp_path):  # noqa: F811
+def test_a_cube_that_may_no_longer_be_written_is_named_and_the_run_goes_on_later(whole, tmp_path):
     """Its folders become immutable: what root, too, has no permission for."""
     file = trained_in(tmp_path, whole)
     path = folder_of(file) / "cube.zarr"
@@ -199,7 +199,7 @@ def test_a_cube_that_may_no_longer_be_written_is_named_and_the_run_goes_on_later
 
 
 @pytest.mark.parametrize("mode", ["refuse", "cut", "hang"])
-def test_an_object_store_that_is_away_for_half_a_minute_is_waited_for(whole, tmp_path, s3, bucket, mode):  # noqa: F811
+def test_an_object_store_that_is_away_for_half_a_minute_is_waited_for(whole, tmp_path, s3, bucket, mode):
     file = trained_in(tmp_path, whole)
     place = f"{bucket}/world.zarr"
     env = {**os.environ, **s3_environment(s3)}
@@ -215,7 +215,7 @@ def test_an_object_store_that_is_away_for_half_a_minute_is_waited_for(whole, tmp
     assert verify(place) == [] and cube.open_cube(place)["year"].size == 8
 
 
-def test_a_run_into_an_object_store_that_is_killed_is_run_again(whole, tmp_path, s3, bucket):  # noqa: F811
+def test_a_run_into_an_object_store_that_is_killed_is_run_again(whole, tmp_path, s3, bucket):
     file = trained_in(tmp_path, whole)
     place = f"{bucket}/world.zarr"
     log = (tmp_path / "log").open("wb")

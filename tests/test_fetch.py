@@ -36,7 +36,6 @@ from ai4land.mirror import FILE, locked
 from ai4land.raster import open_raster
 from ai4land.sources import SourceFile, load_source
 
-ROOT = Path(__file__).parents[1]
 GRID = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=2, shard=18)
 VALUES = np.random.default_rng(0).integers(1, 200, GRID.shape).astype("uint8")
 HALF = GRID.shape[1] // 2

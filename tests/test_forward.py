@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -11,14 +12,12 @@ from ai4land.checkpoint import load_card
 from ai4land.ensemble import Ensemble
 from ai4land.errors import MismatchError
 from ai4land.features import FeatureSpec
-from ai4land.forward import ACCURACY, AGREEMENT, Forward, bfloat16_pays, folded, gate, precision_of, ready
+from ai4land.forward import ACCURACY, AGREEMENT, Forward, bfloat16_pays, folded, precision_of, ready
 from ai4land.grid import Window, coarse_window
-from tests.test_checkpoint import saved
-from tests.test_unet import CLASSES, FACTOR, randomised
+from ai4land.judge import gate
+from tests.models import CLASSES, FACTOR, randomised
 
 CPU = torch.device("cpu")
-
-__all__ = ["saved"]
 
 
 def ensemble(members: int = 2, *, depth: int = 2) -> Ensemble:
@@ -114,12 +113,36 @@ def test_bfloat16_is_used_where_card_and_device_allow_it(saved, monkeypatch):
     assert isinstance(bfloat16_pays(CPU), bool)
 
 
-def test_each_thread_has_a_network_of_its_own(saved):
+def test_threads_share_the_weights_and_have_buffers_of_their_own(saved):
     checksum = load_card(saved).weights
+    here = ready(str(saved), checksum, "float32")[0]
     with ThreadPoolExecutor(1) as other:
         there = other.submit(ready, str(saved), checksum, "float32").result()[0]
         assert other.submit(ready, str(saved), checksum, "float32").result()[0] is there
-    assert there is not ready(str(saved), checksum, "float32")[0]
+    assert there is not here
+    for ours, theirs in zip(here.members, there.members, strict=True):
+        pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+        assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+
+
+def test_threads_side_by_side_predict_what_one_alone_predicts():
+    torch.set_num_threads(1)
+    first = Forward(ensemble(), device=CPU)
+    windows = [maps(2 * first.halo + 16, seed=seed) for seed in range(4)]
+    barrier = Barrier(len(windows))
+
+    def run(forward: Forward, window, wait=lambda: None) -> list[np.ndarray]:
+        static, reference, offset, years = window
+        wait()
+        forward.begin(static, reference, offset=offset)
+        wait()
+        return [forward.probabilities(coarse) for coarse in years]
+
+    alone = [run(first, window) for window in windows]
+    with ThreadPoolExecutor(len(windows)) as pool:
+        jobs = [pool.submit(run, first.for_another_thread(), window, barrier.wait) for window in windows]
+    for expected, job in zip(alone, jobs, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(expected, job.result(), strict=True))
 
 
 def test_model_is_made_ready_once_and_knows_its_checksum(saved):

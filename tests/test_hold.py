@@ -8,33 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from test_inputs import run_of
 
 from ai4land.alignment import align
 from ai4land.errors import MismatchError
 from ai4land.hold import hold
 from ai4land.training import train
-
-HOLD = "import sys, time, pathlib\nfrom ai4land.hold import hold\nwith hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)"
-
-
-@contextmanager
-def another_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds a folder until it is killed."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+from tests.runs import another_process, run_of
 
 
 def test_second_process_is_refused_by_every_verb_and_a_killed_one_is_taken_over_at_once(tmp_path):

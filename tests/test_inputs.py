@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,29 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ai4land import inputs
-from ai4land.config import RunConfig
 from ai4land.errors import ConfigError
 from ai4land.legend import load_legend
 from ai4land.splits import TEST, VALIDATION, Scored
-
-RUN: dict[str, Any] = {
-    "name": "small",
-    "grid": {"bbox": [-180, -90, 180, 90], "coarse_cell": 22.5, "factor": 8, "shard": 32},
-    "landcover": {"source": "maps/{year}.tif", "legend": "hildaplus"},
-    "scenario": {"kind": "luh2", "paths": ["states.nc"]},
-    "static": [{"name": "height", "path": "height.tif"}],
-    "split": {
-        "train": "2000-2002",
-        "validation": {"reference": 2002, "years": 2003},
-        "test": {"reference": 2003, "years": [2005, 2006]},
-    },
-    "train": {"patch": 32},
-    "reconstruct": {"reference": 2003, "years": "2004-2007"},
-}
-
-
-def run_of(**changes: Any) -> RunConfig:
-    return RunConfig.model_validate({**RUN, **changes})
+from tests.runs import RUN, SMALL, run_of
 
 
 def test_maps_and_states_are_needed_where_they_are_used():
@@ -43,12 +23,12 @@ def test_maps_and_states_are_needed_where_they_are_used():
 
 
 def test_run_without_test_years_does_not_need_their_maps():
-    maps, _ = inputs.needed_years(run_of(split={**RUN["split"], "test": None}))
+    maps, _ = inputs.needed_years(run_of(split={**SMALL["split"], "test": None}))
     assert maps == {2000, 2001, 2002, 2003}
 
 
 def test_scenario_years_on_the_way_from_the_reference_map_are_needed_where_they_are_there():
-    split = {**RUN["split"], "test": {"reference": 2003, "years": [2008]}}
+    split = {**SMALL["split"], "test": {"reference": 2003, "years": [2008]}}
     run = run_of(split=split, reconstruct={"reference": 2003, "years": [2000, 2006]})
     plain = {2000, 2001, 2002, 2003, 2006, 2008}
     assert inputs.needed_years(run)[1] == plain
@@ -121,12 +101,12 @@ def test_crosswalk_of_a_user_lies_beside_the_data(tmp_path: Path):
     legend = load_legend("hildaplus")
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "mine.csv").write_text("state,11,44\nprimf,0.25,0.75\nurban,1,0\n")
-    scenario = {**RUN["scenario"], "crosswalk": "tables/mine.csv"}
+    scenario = {**SMALL["scenario"], "crosswalk": "tables/mine.csv"}
     crosswalk = inputs.crosswalk_of(run_of(data=str(tmp_path), scenario=scenario), legend)
     assert crosswalk.name == "mine" and crosswalk.matrix[0, [0, 3]].tolist() == [0.25, 0.75]
     assert inputs.crosswalk_of(run_of(data=str(tmp_path)), legend).name == "luh2_to_hildaplus"
     with pytest.raises(ConfigError, match=r"tables.none\.csv does not exist"):
-        inputs.crosswalk_of(run_of(data=str(tmp_path), scenario={**RUN["scenario"], "crosswalk": "tables/none.csv"}), legend)
+        inputs.crosswalk_of(run_of(data=str(tmp_path), scenario={**SMALL["scenario"], "crosswalk": "tables/none.csv"}), legend)
 
 
 def test_places_given_as_file_urls_are_folders(tmp_path: Path):
@@ -156,7 +136,7 @@ def test_identity_crosswalk_is_no_file():
 def test_legend_of_a_user_lies_beside_the_data(tmp_path: Path):
     text = (Path(str(files("ai4land"))) / "data" / "legends" / "hildaplus.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text)
-    legend = inputs.legend_of(run_of(data=str(tmp_path), landcover={**RUN["landcover"], "legend": "mine.yaml"}))
+    legend = inputs.legend_of(run_of(data=str(tmp_path), landcover={**SMALL["landcover"], "legend": "mine.yaml"}))
     assert legend.name == "mine" and np.array_equal(legend.codes, inputs.legend_of(run_of()).codes)
 
 
@@ -171,7 +151,7 @@ def test_split_follows_the_run():
 
 def test_split_in_space_follows_the_seed():
     space = {"block": 2, "validation": 0.2, "test": 0.2, "buffer": 0}
-    runs = [run_of(seed=seed, split={**RUN["split"], "space": space}) for seed in (0, 0, 1)]
+    runs = [run_of(seed=seed, split={**SMALL["split"], "space": space}) for seed in (0, 0, 1)]
     first, again, other = (inputs.split_of(run, inputs.grid_of(run)) for run in runs)
     assert first.hash == again.hash != other.hash
     assert (first.roles == VALIDATION).any() and (first.roles == TEST).any()
@@ -193,7 +173,7 @@ def test_identity_changes_with_what_the_store_is_made_from_alone():
     same = [
         run_of(title="x"),
         run_of(train={"patch": 32, "steps": 5}),
-        run_of(reconstruct={**RUN["reconstruct"], "years": [2005]}),
+        run_of(reconstruct={**SMALL["reconstruct"], "years": [2005]}),
     ]
     assert all(inputs.identity_of(run) == inputs.identity_of(run_of()) for run in same)
     other = run_of(static=[{"name": "slope", "path": "s.tif"}])

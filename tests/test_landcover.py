@@ -9,12 +9,12 @@ import pytest
 import rasterio
 import xarray as xr
 from affine import Affine
-from test_catalog import make_item, save, write_cog
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import make_grid
 from ai4land.landcover import available_years, find_catalog_maps, find_maps
 from ai4land.legend import load_legend
+from tests.catalogs import make_item, save, write_cog
 
 GRID = make_grid((-6, -4, 10, 8), coarse_cell=2.0, factor=4, shard=8, origin=(-6.0, 8.0))
 HILDA, FOREST, LCCS = load_legend("hildaplus"), load_legend("hildaplus_forest"), load_legend("lccs_level1")

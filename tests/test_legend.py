@@ -11,18 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
 
-from ai4land.crosswalk import Crosswalk, load_crosswalk
 from ai4land.errors import ConfigError, DataError
 from ai4land.legend import MISSING, LandClass, Legend, load_legend
 
 DATA = Path(str(files("ai4land"))) / "data"
 LEGENDS = sorted(p.stem for p in (DATA / "legends").glob("*.yaml"))
-CROSSWALKS = sorted(p.stem for p in (DATA / "crosswalks").glob("*.csv"))
 HILDA = load_legend("hildaplus")
-
-
-def legend_of(crosswalk: str) -> Legend:
-    return load_legend(crosswalk.split("_to_")[1])
 
 
 def small(**changes) -> dict:
@@ -30,11 +24,8 @@ def small(**changes) -> dict:
     return {"name": "small", "title": "t", "fill": LandClass(code=0, name="none", colour="#123456"), "classes": land, **changes}
 
 
-def test_built_in_legends_and_crosswalks_are_there():
+def test_built_in_legends_are_there():
     assert {"hildaplus", "hildaplus_forest", "lccs", "lccs_level1", "ipcc", "igbp"} <= set(LEGENDS)
-    assert {"luh2_to_hildaplus", "luh2_to_lccs_level1", "luh2_to_ipcc", "lccs_level1_to_ipcc", "isimip2b_to_igbp"} <= set(
-        CROSSWALKS
-    )
 
 
 @pytest.mark.parametrize("name", LEGENDS)
@@ -88,89 +79,17 @@ def test_codes_that_are_no_whole_numbers_of_a_byte_are_refused(codes, shown):
         HILDA.encode(codes)
 
 
-@pytest.mark.parametrize("name", CROSSWALKS)
-def test_crosswalk_loads_and_rows_sum_to_one(name):
-    legend = legend_of(name)
-    walk = load_crosswalk(name, legend)
-    assert walk.matrix.shape == (len(walk.states), legend.n)
-    assert np.allclose(walk.matrix.sum(1), 1, atol=1e-6)
-    assert (walk.matrix >= 0).all()
-    assert len(set(walk.states)) == len(walk.states)
-
-
-def test_crosswalk_of_luh2_places_its_states():
-    walk = load_crosswalk("luh2_to_hildaplus", HILDA)
-    place = {s: HILDA.names[int(row.argmax())] for s, row in zip(walk.states, walk.matrix, strict=True)}
-    assert {s: place[s] for s in ("primf", "urban", "c3ann", "pastr")} == {
-        "primf": "forest", "urban": "urban", "c3ann": "cropland", "pastr": "pasture_rangeland",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", [*CROSSWALKS, "identity"])
-@given(data=st.data())
-def test_to_classes_conserves_the_sum(name, data):
-    walk = load_crosswalk(name, HILDA if name == "identity" else legend_of(name))
-    shares = data.draw(hnp.arrays(np.float32, (len(walk.states), 2, 3), elements=st.floats(0, 1, width=32)))
-    classes = walk.to_classes(shares)
-    assert classes.shape == (walk.matrix.shape[1], 2, 3)
-    assert np.allclose(classes.sum(0), shares.sum(0, dtype=np.float64), rtol=1e-6, atol=1e-9)
-    assert (classes >= 0).all()
-
-
-def test_identity_maps_each_class_to_itself():
-    walk = load_crosswalk("identity", HILDA)
-    assert walk.states == tuple(str(c) for c in HILDA.codes)
-    shares = np.random.default_rng(0).random((HILDA.n, 3))
-    assert np.array_equal(walk.to_classes(shares), shares)
-
-
-def test_select_reorders_and_names_what_it_lacks():
-    walk = load_crosswalk("luh2_to_hildaplus", HILDA)
-    chosen = walk.select(["urban", "primf"])
-    assert chosen.states == ("urban", "primf")
-    assert np.array_equal(chosen.matrix, walk.matrix[[walk.states.index("urban"), walk.states.index("primf")]])
-    with pytest.raises(ConfigError, match=r"no row for the states \['moss'\]"):
-        walk.select(["urban", "moss"])
-
-
-def test_user_files_load(tmp_path):
+def test_a_users_own_file_loads(tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(Legend(**small(aliases={7: 2})).model_dump(mode="json", exclude={"name"})))
     legend = load_legend(tmp_path / "mine.yaml")
     assert (legend.name, legend.n, legend.encode(np.array([7, 1])).tolist()) == ("mine", 2, [1, 0])
-    (tmp_path / "walk.csv").write_text("# a comment\nstate,2\nwood,1\n\ngrass,1.0\n")
-    walk = load_crosswalk(tmp_path / "walk.csv", legend)
-    assert walk == Crosswalk(name="walk", states=("wood", "grass"), weights=((0.0, 1.0), (0.0, 1.0)))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("state,11,22\na,0.5,0.4\n", "row 'a' sums to 0.9"),
-        ("state,11,23\na,0.5,0.5\n", r"columns \[23\] are not codes of legend hildaplus"),
-        ("state,11,11\na,0,1\n", "each class code once"),
-        ("state,11,22\na,1,0\na,0,1\n", "row 'a' is given twice"),
-        ("state,11,22\na,1\n", "row 'a' has 2 cells, expected 3"),
-        ("state,11,22\na,2,-1\n", "expected weights of 0..1"),
-        ("state,11,22\na,nan,1\n", "expected weights of 0..1"),
-        ("state,11,22\na,x,1\n", "could not convert"),
-        ("", "is not valid"),
-        ("state,11\nß,1\n".encode("latin-1"), "is not valid"),
-    ],
-)
-def test_bad_crosswalk_files_are_refused(tmp_path, text, message):
-    path = tmp_path / "bad.csv"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ConfigError, match=message):
-        load_crosswalk(path, HILDA)
-
-
-@pytest.mark.parametrize("loader", [load_legend, lambda name: load_crosswalk(name, HILDA)])
-def test_missing_files_are_named(loader, tmp_path):
-    suffix = ".yaml" if loader is load_legend else ".csv"
-    with pytest.raises(ConfigError, match=f"gone{suffix} does not exist"):
-        loader(tmp_path / f"gone{suffix}")
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"gone\.yaml does not exist"):
+        load_legend(tmp_path / "gone.yaml")
     with pytest.raises(ConfigError, match=r"'gone', expected one of \['"):
-        loader("gone")
+        load_legend("gone")
 
 
 def test_python_objects_in_yaml_are_refused(tmp_path):

@@ -218,6 +218,18 @@ def test_sums_are_checked_and_the_worst_cell_is_named(tmp_path):
         open_states(write(tmp_path / "b.nc", [2000], edit=overfill), grid=GRID)
 
 
+def test_where_the_static_file_has_no_ice_and_water_sums_stay_below_one(tmp_path):
+    def overfill(fields):
+        fields[0, :, 7, 35] = 0.1
+
+    icwtr = ICWTR.copy()
+    icwtr[7, 35] = np.nan
+    static = write_static(tmp_path / "static.nc", icwtr)
+    assert np.isfinite(open_states(write(tmp_path / "a.nc", [2000]), grid=GRID, static=static).values[0, :, 1, 1]).all()
+    with pytest.raises(DataError, match=r"is 1\.2 in 2000 at 52\.5 N -2\.5 E"):
+        open_states(write(tmp_path / "b.nc", [2000], edit=overfill), grid=GRID, static=static)
+
+
 def test_static_file_of_another_grid_is_refused(tmp_path):
     path, static = write(tmp_path / "a.nc", [2000]), write_static(tmp_path / "static.nc")
     with xr.open_dataset(static) as whole:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import re
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ai4land.errors import DataError
-from ai4land.mirror import inside, locked, plain_href, read_manifest, safe_name, write_json
+from ai4land.mirror import inside, locked, plain_href, read_manifest, safe_name, write_catalog, write_json
 
 
 @given(st.text(max_size=300))
@@ -47,6 +48,15 @@ def test_a_folder_is_held_by_one(tmp_path):
         pass
     with locked(tmp_path / "a"):
         assert (tmp_path / "a" / ".lock").is_file()
+
+
+def test_a_folder_without_locks_is_filled_with_a_warning(tmp_path, monkeypatch, caplog):
+    def lockless(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", lockless)
+    assert write_catalog(tmp_path / "a").is_file()
+    assert "cannot be locked: its file system has no locks" in caplog.text and "one process at a time" in caplog.text
 
 
 def test_a_damaged_manifest_counts_as_none(tmp_path):

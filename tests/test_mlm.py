@@ -9,15 +9,15 @@ from ai4land.credits import Credit
 from ai4land.describe import read_map
 from ai4land.errors import DataError, MismatchError
 from ai4land.mlm import checksum, model_collection, model_item
-from tests.test_checkpoint import LEGEND, SPEC, card, network
-from tests.test_describe import make
+from tests.cubes import bare_cube
+from tests.models import LEGEND, SPEC, card, network
 
 
 @pytest.fixture
 def made(tmp_path):
     nets = [network(0), network(1)]
     saved = save_model(tmp_path, [n.state_dict() for n in nets], card(nets[0]))
-    m = read_map(make(tmp_path / "c.zarr"), id="a", title="A")
+    m = read_map(bare_cube(tmp_path / "c.zarr"), id="a", title="A")
     return nets, saved, m, tmp_path
 
 

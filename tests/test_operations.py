@@ -1,9 +1,8 @@
 """The tables of docs/operations.md: each row names tests that exist."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
 
 
 def test_every_row_of_what_may_fail_names_tests_that_exist():
@@ -13,6 +12,6 @@ def test_every_row_of_what_may_fail_names_tests_that_exist():
     named = {row: re.findall(r"`(test_\w+)`", row) for row in rows}
     assert len(rows) > 15 and not [row for row, tests in named.items() if not tests]
     there = {
-        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
     }
     assert {name for tests in named.values() for name in tests} <= there

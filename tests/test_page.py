@@ -16,8 +16,8 @@ from odc.geo.geobox import GeoBox
 from PIL import Image
 
 from ai4land.web import make_app
-from tests.test_atlas import FLAGS, HILDA, some_codes, write_maps
-from tests.test_web import running
+from tests.maps import FLAGS, HILDA, some_codes, write_maps
+from tests.servers import running
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

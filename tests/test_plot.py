@@ -8,15 +8,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from PIL import Image
 
 from ai4land.calibration import Reliability
 from ai4land.errors import DataError
+from ai4land.grid import Window, tiles
 from ai4land.legend import MISSING, load_legend
-from ai4land.plot import DPI, HITS_COLOURS, curves_figure, hits_figure, lead_figure, map_figure, reliability_figure, thin
+from ai4land.plot import (
+    DPI,
+    HITS_COLOURS,
+    MAX_SIDE,
+    curves_figure,
+    hits_figure,
+    lead_figure,
+    map_figure,
+    reliability_figure,
+    step_of,
+    thin,
+)
 
 LEGEND = load_legend("hildaplus")
 EXTENT = (10.0, 47.0, 13.0, 49.0)
@@ -31,21 +43,21 @@ def count(path: Path, colour: str) -> int:
     return int((pixels(path) == np.array(list(bytes.fromhex(colour[1:])))).all(axis=-1).sum())
 
 
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 90))
-def test_thin_keeps_codes_and_the_limit(rows: int, cols: int, side: int) -> None:
-    codes = np.arange(rows * cols, dtype=np.int64).reshape(rows, cols)
-    got = thin(codes, side)
-    assert max(got.shape) <= side
-    step = math.ceil(max(rows, cols) / side)
-    assert np.isin(got, codes).all()
-    assert (np.diff(got, axis=0) == step * cols).all()
-    assert (np.diff(got, axis=1) == step).all()
-    assert min(got.shape) >= 1
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 90), st.integers(8, 64))
+@settings(max_examples=40, deadline=None)
+def test_thin_takes_the_middle_of_each_block_whatever_the_windows(rows: int, cols: int, step: int, size: int) -> None:
+    codes = (np.arange(rows * cols) % 251).reshape(rows, cols).astype(np.uint8)
+    got = thin(lambda w: codes[w.slices], windows=tiles((rows, cols), size), shape=(rows, cols), step=step)
+    first = [min(step - 1, n - 1) // 2 for n in codes.shape]
+    assert np.array_equal(got, codes[first[0] :: step, first[1] :: step])
+    half = thin(lambda w: codes[w.slices], windows=[Window(0, 0, rows, cols // 2)], shape=(rows, cols), step=step, fill=251)
+    outside = np.arange(first[1], cols, step) >= cols // 2
+    assert (half[:, outside] == 251).all() and np.array_equal(half[:, ~outside], got[:, ~outside])
 
 
-def test_thin_leaves_a_small_map_alone() -> None:
-    codes = np.arange(12).reshape(3, 4)
-    assert np.array_equal(thin(codes, 4), codes)
+def test_the_step_keeps_the_limit_and_leaves_a_small_map_alone() -> None:
+    assert step_of((MAX_SIDE, 3)) == 1 and step_of((MAX_SIDE + 1, 3)) == 2
+    assert math.ceil(129_600 / step_of((64_800, 129_600))) <= MAX_SIDE
 
 
 def test_map_has_the_colours_of_the_classes_that_occur(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from ai4land.align import open_store
-from ai4land.features import fit_spec
 from ai4land.forward import ready
 from ai4land.legend import load_legend
+from ai4land.normalise import fit_spec
 from ai4land.practice import CODES, practice_grid, practice_network, save_practice_model, write_practice_store
 
 

@@ -38,17 +38,12 @@ from ai4land.config import RunConfig
 from ai4land.credits import credits_of
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.export import equal_area
-from ai4land.grid import Window, make_grid
-from ai4land.legend import Legend, load_legend
+from ai4land.legend import Legend
 from ai4land.publish import publish
-from ai4land.template import FRACTION_EMPTY, SCALE
-from ai4land.writer import write_block
-from tests.test_catalog import make_item, save, write_cog
-from tests.test_checkpoint import card, network
+from tests import ROOT
+from tests.models import card, network
+from tests.published import GRID, HILDA, YEARS, codes_of, make_cube, make_run, run_in, write_years
 
-ROOT = Path(__file__).parents[1]
-GRID = make_grid((-180, -90, 180, 90), coarse_cell=45.0, factor=16, shard=64)
-HILDA = load_legend("hildaplus")
 OWN = Legend(
     name="own",
     title="Mine & <b>yours</b>",
@@ -58,98 +53,6 @@ OWN = Legend(
         {"code": 7, "name": "dry", "colour": "#ff8800"},
     ),
 )
-YEARS = [850, 2004, 2005, 2100]
-CREATED = "2026-01-02T03:04:05Z"
-
-
-def codes_of(legend: Legend, year: int) -> np.ndarray:
-    """Bands of classes with some noise, and no land in the south."""
-    rng = np.random.default_rng(year)
-    index = (np.arange(GRID.shape[1])[None] // 9 + rng.integers(0, 2, GRID.shape)) % legend.n
-    index[-30:] = 255
-    return legend.decode(index.astype(np.uint8))
-
-
-def write_years(place: str | Path, window: Window, years: list[int], legend: Legend) -> None:
-    """Write whole shards of a cube."""
-    codes = np.stack([codes_of(legend, year)[window.slices] for year in years])
-    sure = np.full(codes.shape, SCALE, np.uint8)
-    fraction = np.full((len(years), legend.n, *codes.shape[1:]), FRACTION_EMPTY, np.uint16)
-    arrays = {"land_cover": codes, "most_likely": codes, "fraction": fraction, "confidence": sure, "change_probability": sure}
-    write_block(place, cube.Block(window, tuple(years)), arrays)
-
-
-def make_cube(
-    place: str | Path,
-    *,
-    years: list[int],
-    legend: Legend = HILDA,
-    model: str = "",
-    finish: bool = True,
-    whole: int | None = None,
-    years_a_shard: int = 10,
-    **attrs: str,
-) -> None:
-    """A small cube, or one part of a cube, by the functions that a run makes it with; its first ``whole`` years are written."""
-    about: dict[str, Any] = {
-        "title": "t",
-        "source": "ai4land <script>x</script>",
-        "totals": "exact",
-        "years_a_shard": years_a_shard,
-    }
-    about["attrs"] = {"history": f"{CREATED} created by ai4land 0.1.0 with a model", **attrs}
-    cube.create(place, grid=GRID, legend=legend, years=years, identity={"model": model} if model else {}, **about)
-    for window in GRID.shards():
-        write_years(place, window, years[:whole], legend)
-    if finish:
-        assert cube.show(place) == years
-
-
-def run_in(folder: Path, **changes: Any) -> RunConfig:
-    values: dict[str, Any] = {
-        "name": "tiny.map",
-        "title": "A *map* of <i>land</i>",
-        "runs": str(folder / "my runs"),
-        "data": str(folder),
-        "grid": {"bbox": [-180, -90, 180, 90], "coarse_cell": 45.0, "factor": 16, "shard": 64},
-        "landcover": {"source": "m.tif", "legend": "hildaplus"},
-        "scenario": {"kind": "luh2", "paths": ["s.nc"]},
-        "static": [{"name": "height", "path": "h.tif"}],
-        "split": {"train": "2000-2003"},
-        "train": {"patch": 32},
-        "reconstruct": {"reference": 2004, "years": YEARS},
-        **changes,
-    }
-    run = RunConfig(**values)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    return run
-
-
-def make_run(folder: Path, *, legend: Legend = HILDA, model: bool = True, **changes: Any) -> RunConfig:
-    run = run_in(folder, **changes)
-    net = network()
-    weights = save_model(run.folder, [net.state_dict()], card(net)).weights if model else ""
-    make_cube(run.folder / "cube.zarr", years=YEARS, legend=legend, model=weights)
-    return run
-
-
-@pytest.fixture(scope="module")
-def terrain(tmp_path_factory) -> Path:
-    """A catalogue that a static map comes from, with a licence and a producer."""
-    root = tmp_path_factory.mktemp("terrain")
-    t, values = GRID.fine.affine, np.ones(GRID.shape, np.float32)
-    item = make_item("globe", {"height": write_cog(root / "h.tif", values, t)}, t, GRID.shape)
-    catalog = save(root, {"relief": [item]})
-    path = catalog.parent / "relief" / "collection.json"
-    said = json.loads(path.read_text())
-    said |= {
-        "license": "CC-BY-4.0",
-        "title": "Relief",
-        "providers": [{"name": "Hill Survey", "roles": ["host"], "url": "javascript:x"}],
-    }
-    said["links"].append({"rel": "license", "href": "https://example.org/terms"})
-    path.write_text(json.dumps(said))
-    return catalog
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,15 @@ from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import Block
 from ai4land.ensemble import Ensemble
 from ai4land.errors import ConfigError, DataError, MismatchError
-from ai4land.features import fit_spec
 from ai4land.forward import Forward
 from ai4land.grid import Window, tiles
 from ai4land.legend import MISSING
-from ai4land.predict import Source, predict
+from ai4land.normalise import fit_spec
+from ai4land.predict import Source, mapped_part, predict
 from ai4land.reconstruct import (
     Job,
     _placed,
     land_of,
-    mapped_part,
     plan_blocks,
     quantise,
     reconstruct_block,
@@ -38,7 +37,7 @@ from ai4land.runfile import load_run
 from ai4land.stages import credit_attrs
 from ai4land.template import FRACTION_SCALE
 from ai4land.unet import UNet
-from tests.conftest import write_tiny_store
+from tests.stores import write_tiny_store
 
 PAIRS = ((2000, 2001), (2001, 2003), (2003, 2000))
 YEARS = [2000, 2001, 2002, 2003]

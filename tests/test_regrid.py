@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import centres, edges, make_grid
-from ai4land.regrid import (
-    cell_edges,
-    find_centres,
-    footprint,
-    nested_index,
-    regrid_conservative,
-    sphere_areas,
-    valid_share,
-)
+from ai4land.regrid import _average, _spread, _weights, cell_edges, find_centres, footprint, nested_index, sphere_areas
 
 BOX = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=1, shard=18).coarse
 
@@ -26,6 +18,16 @@ BOX = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=1, shard=18).coarse
 def world(rows, cols, *, west=-180.0, flip=False):
     lat = np.linspace(-90, 90, rows + 1)
     return (lat[::-1] if flip else lat), west + np.linspace(0, 360, cols + 1)
+
+
+def regrid(values, *, lat_edges, lon_edges, box):
+    """Average a field ``(..., lat, lon)`` over the cells of a box, as a footprint does with the part that it reads."""
+    return _average(values, *_weights(lat_edges, lon_edges, box))
+
+
+def valid_share(valid, *, lat_edges, lon_edges, box):
+    """Share of each cell of a box that valid source cells cover: mean times share times area is the sum over the overlap."""
+    return _spread(valid.astype(np.float64), *_weights(lat_edges, lon_edges, box))
 
 
 def box_areas(box):
@@ -46,7 +48,7 @@ def test_global_integral_is_conserved(source):
     values = rng.normal(size=(2, rows, cols))
     valid = rng.random((rows, cols)) >= gaps
     lat, lon = world(rows, cols, west=west, flip=flip)
-    out = regrid_conservative(np.where(valid, values, np.nan), lat_edges=lat, lon_edges=lon, box=BOX)
+    out = regrid(np.where(valid, values, np.nan), lat_edges=lat, lon_edges=lon, box=BOX)
     share = valid_share(valid, lat_edges=lat, lon_edges=lon, box=BOX)
     there = (np.where(np.isnan(out), 0, out) * share * box_areas(BOX)).sum(axis=(1, 2))
     here = (np.where(valid, values, 0) * sphere_areas(lat, 360 / cols, radius=1.0)[:, None]).sum(axis=(1, 2))
@@ -60,7 +62,7 @@ def test_constants_stay_constant(source, constant):
     rows, cols, west, flip, gaps, seed = source
     values = np.where(np.random.default_rng(seed).random((rows, cols)) >= gaps, constant, np.nan)
     lat, lon = world(rows, cols, west=west, flip=flip)
-    out = regrid_conservative(values, lat_edges=lat, lon_edges=lon, box=BOX)
+    out = regrid(values, lat_edges=lat, lon_edges=lon, box=BOX)
     np.testing.assert_allclose(out[np.isfinite(out)], constant, rtol=1e-9, atol=1e-9)
     assert np.isfinite(out).any() == np.isfinite(values).any()
 
@@ -68,14 +70,14 @@ def test_constants_stay_constant(source, constant):
 def test_identical_grid_is_exact():
     values = np.random.default_rng(0).normal(size=(18, 36))
     lat, lon = world(18, 36, flip=True)
-    np.testing.assert_allclose(regrid_conservative(values, lat_edges=lat, lon_edges=lon, box=BOX), values, rtol=1e-12)
+    np.testing.assert_allclose(regrid(values, lat_edges=lat, lon_edges=lon, box=BOX), values, rtol=1e-12)
 
 
 def test_overlap_agrees_with_sampling_points():
     rng = np.random.default_rng(1)
     lat, lon = world(13, 17, west=3.0)
     values = rng.random((13, 17))
-    out = regrid_conservative(values, lat_edges=lat, lon_edges=lon, box=BOX)
+    out = regrid(values, lat_edges=lat, lon_edges=lon, box=BOX)
     for row, col in ((0, 0), (7, 18), (17, 35)):
         north, west = 90 - 10 * row, -180 + 10 * col
         y, x = north - (np.arange(400) + 0.5) / 40, west + (np.arange(400) + 0.5) / 40
@@ -107,7 +109,7 @@ def test_cut_gives_what_the_whole_source_gives(west, cols, flip):
     cut = footprint(lat, lon, box=grid.coarse, source="field")
     part = cut.cut(xr.DataArray(values, dims=("lat", "lon")), dims=("lat", "lon"))
     assert part.shape == (cut.lat.size, cut.lon.size) and part.size < values.size / 2
-    whole = regrid_conservative(values, lat_edges=lat_edges, lon_edges=lon_edges, box=grid.coarse)
+    whole = regrid(values, lat_edges=lat_edges, lon_edges=lon_edges, box=grid.coarse)
     np.testing.assert_allclose(cut.to_box(part), whole, rtol=1e-9)
 
 
@@ -156,7 +158,7 @@ def test_refusals_name_the_source():
     with pytest.raises(ConfigError, match="expected degrees"):
         footprint(lat, lon, box=utm, source="x.nc")
     with pytest.raises(DataError, match="expected at most 360"):
-        regrid_conservative(np.ones((10, 40)), lat_edges=np.arange(11), lon_edges=np.arange(0, 410, 10), box=BOX)
+        regrid(np.ones((10, 40)), lat_edges=np.arange(11), lon_edges=np.arange(0, 410, 10), box=BOX)
     with pytest.raises(DataError, match="latitude named one of"):
         find_centres(xr.Dataset(coords={"lon": lon}), source="x.nc")
     with pytest.raises(DataError, match="reaches 950000"):

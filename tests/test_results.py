@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+import tempfile
+import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,77 +14,17 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ai4land import cube, inputs, results
+from ai4land import inputs, plot, results
 from ai4land.align import open_store, write_store
-from ai4land.checkpoint import Card, save_model
 from ai4land.config import RunConfig
 from ai4land.errors import DataError, MismatchError
-from ai4land.features import fit_spec
-from ai4land.grid import COARSE_DIMS, block_sum
-from ai4land.legend import load_legend
+from ai4land.grid import COARSE_DIMS, Window, block_sum, coarse_slices
+from ai4land.legend import MISSING, load_legend
 from ai4land.materialise import Layer, of_array
 from ai4land.predict import Source
-from ai4land.reconstruct import land_of, plan_blocks
+from ai4land.reconstruct import plan_blocks
 from ai4land.rivals import Wanted
-from ai4land.template import FRACTION_EMPTY, FRACTION_SCALE
-from ai4land.unet import UNet
-from ai4land.writer import write_block
-
-YEARS = [2000, 2001, 2002, 2003]
-
-
-def run_in(folder: Path, **changes: Any) -> RunConfig:
-    values: dict[str, Any] = {
-        "name": "small",
-        "title": "A small run",
-        "runs": str(folder),
-        "grid": {"bbox": [-180, -90, 180, 90], "coarse_cell": 22.5, "factor": 8, "shard": 32},
-        "landcover": {"source": "maps/{year}.tif", "legend": "hildaplus"},
-        "scenario": {"kind": "shares", "path": "s.nc", "variable": "v"},
-        "static": [{"name": "height", "path": "h.tif"}, {"name": "zone", "path": "z.tif", "categorical": True}],
-        "split": {
-            "train": [2000],
-            "max_lead": 0,
-            "validation": {"reference": 2000, "years": 2001},
-            "test": {"reference": 2001, "years": [2002, 2003]},
-        },
-        "model": {"base": 4, "depth": 2},
-        "train": {"patch": 32, "steps": 10},
-        "reconstruct": {"reference": 2001, "years": YEARS, "workers": 1},
-        "evaluate": {"boosting": 0},
-    }
-    return RunConfig.model_validate({**values, **changes})
-
-
-def prepare(run: RunConfig, store: Path) -> None:
-    """Give a run a store, a split and an untrained model, as if they had been made for it."""
-    shutil.copytree(store, run.folder / "store.zarr")
-    zarr.open_group(run.folder / "store.zarr", mode="r+").attrs["identity"] = inputs.identity_of(run)
-    split = inputs.split_of(run, inputs.grid_of(run))
-    split.save(run.folder / "splits.json")
-    source, data = Source(store), open_store(store)
-    spec = fit_spec(data, cells=split.roles == 0, pairs=split.pairs, codes=source.legend.codes.tolist(), factor=8)
-    channels = {"static_channels": len(spec.static_names), "coarse_channels": len(spec.coarse_names)}
-    model = UNet(**channels, classes=7, factor=8, base=4, depth=2)
-    about = {"legend": source.legend, "spec": spec, "network": model.settings, "cell": (1.0, 1.0), "store": ""}
-    save_model(run.folder, [model.state_dict()], Card(**about, weights="", split=split.hash, training={}))
-
-
-def make_cube(run: RunConfig, name: str, *, observed: bool, keep: int | None = None) -> None:
-    """Write a cube that holds the observed maps, or the reference map in every year."""
-    path, reference, years = inputs.cubes_of(run)[name]
-    source = Source(run.folder / "store.zarr")
-    about = {"title": "t", "source": "s", "totals": "exact", "land": land_of(source)}
-    cube.create(path, grid=source.grid, legend=source.legend, years=years, identity={}, **about)
-    for block in plan_blocks(run.folder / "store.zarr", years=years, reference=reference)[:keep]:
-        index = np.stack([source.map_of(y if observed else reference, block.window) for y in block.years])
-        unit = FRACTION_SCALE * (np.arange(7)[None, :, None, None] == index[:, None])
-        sure = np.where(index == 255, 255, 250).astype(np.uint8)
-        codes = source.legend.decode(index)
-        arrays = {"land_cover": codes, "most_likely": codes, "confidence": sure, "change_probability": sure}
-        arrays["fraction"] = np.where(index[:, None] == 255, FRACTION_EMPTY, unit).astype(np.uint16)
-        write_block(path, block, arrays)
-    cube.show(path)
+from tests.scored import YEARS, make_cube, prepare, run_in
 
 
 @pytest.fixture
@@ -207,6 +149,91 @@ def test_years_that_are_not_those_of_the_training_are_not_scored(run):
     assert not (run.folder / "evaluation.json").exists()
 
 
+# -- memory and disk of scores and figures ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs_by_shards(tmp_path_factory) -> dict[int, RunConfig]:
+    """Runs on one and on three shards of 256 x 256 cells, with a mask and a finished cube."""
+    made = {}
+    for shards in (1, 3):
+        run = run_in(
+            tmp_path_factory.mktemp(f"shards{shards}"),
+            grid={"bbox": [-180, 45, -180 + 45 * shards, 90], "coarse_cell": 45 / 8, "factor": 32, "shard": 256},
+            reconstruct={"reference": 2001, "years": [2002, 2003], "workers": 1},
+        )
+        grid, legend = inputs.grid_of(run), load_legend("hildaplus")
+        index = np.random.default_rng(0).integers(0, legend.n, (len(YEARS), *grid.shape)).astype(np.uint8)
+        mask = np.ones(grid.shape, bool)
+        mask[:7] = mask[:, :5] = False
+        index[:, ~mask] = MISSING
+        coords = {"year": YEARS, "state": [str(c) for c in legend.codes], **{d: grid.coords()[d] for d in COARSE_DIMS}}
+        shares = np.full((len(YEARS), legend.n, *grid.coarse.shape), 1 / legend.n, np.float32)
+        write_store(
+            run.folder / "store.zarr",
+            grid=grid,
+            legend=legend,
+            mask=of_array(mask),
+            maps={year: of_array(codes) for year, codes in zip(YEARS, legend.decode(index), strict=True)},
+            coarse=xr.DataArray(shares, dims=("year", "state", *COARSE_DIMS), coords=coords),
+            layers=[Layer("height", False, of_array(np.ones(grid.shape, np.float32)))],
+            identity={},
+        )
+        make_cube(run, "cube", observed=True)
+        made[shards] = run
+    return made
+
+
+def peaks(what: Callable[[RunConfig], Any], runs: dict[int, RunConfig]) -> list[int]:
+    """Most bytes that a call holds at once, for each run; a first call makes what is kept for good, such as modules."""
+    what(runs[1])
+    made = []
+    for run in runs.values():
+        tracemalloc.start()
+        try:
+            what(run)
+            made.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    return made
+
+
+def test_memory_of_the_maps_drawn_does_not_grow_with_the_map(runs_by_shards, monkeypatch):
+    monkeypatch.setattr(plot, "MAX_SIDE", 64)
+    one, three = peaks(lambda run: results.thin_maps(run), runs_by_shards)
+    assert three < one + 50_000  # a whole map has 131 072 cells more than one shard
+
+
+def score(run: RunConfig) -> dict[str, Any]:
+    source = Source(run.folder / "store.zarr")
+    split = inputs.split_of(run, source.grid)
+    return results._score(run, source, split, "test", split.test, split.cells(2))
+
+
+def test_memory_of_scoring_does_not_grow_with_the_map(runs_by_shards):
+    one, three = peaks(score, runs_by_shards)
+    assert three < 1.05 * one
+
+
+def test_scoring_keeps_no_maps_on_disk(runs_by_shards, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    run = runs_by_shards[1]
+    before = {p for p in run.folder.rglob("*") if p.is_file()}
+    assert "proportional" in score(run)
+    assert {p.name for p in run.folder.rglob("*") if p.is_file() and p not in before} <= {"test_bias.nc"}
+
+
+def test_thinned_maps_are_cells_of_the_maps(runs_by_shards, monkeypatch):
+    monkeypatch.setattr(plot, "MAX_SIDE", 64)
+    run = runs_by_shards[3]
+    (year, last), (start, seen, guess), (west, south, east, north) = results.thin_maps(run)
+    source = Source(run.folder / "store.zarr")
+    whole = Window(0, 0, *source.grid.shape)
+    for got, observed in ((start, 2001), (seen, 2003), (guess, 2003), (last, year)):
+        assert np.array_equal(got, source.map_of(observed, whole)[17::12, 5::12])  # blocks of 12; the first row is not mapped
+    assert (west, east) == (-180, -45) and (north, south) == pytest.approx((90 - 12 * 45 / 256, 90 - 21 * 12 * 45 / 256))
+
+
 # -- wanted shares ------------------------------------------------------------------------------------------------------
 
 
@@ -237,20 +264,29 @@ def all_land(tmp_path_factory) -> RunConfig:
     return run
 
 
-def wanted_of(run: RunConfig, reference: int = 2001) -> Wanted:
+def wanted_of(run: RunConfig, reference: int = 2001) -> Callable[[int], Any]:
+    """Read the wanted shares of the whole coarse grid, NaN in shards without a map."""
     source = Source(run.folder / "store.zarr")
-    windows = [w for w in source.grid.shards() if np.asarray(source.mask[w.slices]).any()]
-    return Wanted(run, source, reference, windows)
+    wanted = Wanted(run, source, reference)
+
+    def shares(year: int) -> Any:
+        out = np.full((source.legend.n, *source.grid.coarse.shape), np.nan)
+        for w in source.grid.shards():
+            if np.asarray(source.mask[w.slices]).any():
+                out[(slice(None), *coarse_slices(w, 8))] = wanted.shares(year, w)
+        return out
+
+    return shares
 
 
 def test_wanted_is_the_scenario_where_it_agrees_with_the_map(all_land):
     shares = wanted_of(all_land)
     coarse = open_store(all_land.folder / "store.zarr")["coarse"]
     for year in (2001, 2000, 2003):
-        wanted = shares.shares(year)
+        wanted = shares(year)
         assert np.abs(wanted - coarse.sel(year=year).values).max() < 1e-6
         assert np.allclose(wanted.sum(axis=0), 1)
-    assert np.abs(shares.shares(2003) - shares.shares(2000)).max() > 0.01
+    assert np.abs(shares(2003) - shares(2000)).max() > 0.01
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -265,18 +301,18 @@ def test_wanted_follows_the_change_of_a_scenario_of_another_level(all_land, tmp_
     array[...] = values
     run = run_in(tmp_path)
     shares = wanted_of(run)
-    held = shares.shares(2001)
-    assert np.allclose(shares.shares(2003), held)
+    held = shares(2001)
+    assert np.allclose(shares(2003), held)
     values[-1, to], values[-1, (to + 1) % 7] = rate + 0.05, 1 - rate - 0.05
     array[...] = values
-    wanted = wanted_of(run).shares(2003)
+    wanted = wanted_of(run)(2003)
     assert np.allclose(wanted.sum(axis=0), 1) and (wanted >= 0).all()
     enough = held[(to + 1) % 7] >= 0.06
     assert enough.any() and np.allclose((wanted - held)[to][enough], 0.05, atol=1e-6)
 
 
 def test_cells_without_a_map_want_nothing(run):
-    wanted = wanted_of(run).shares(2003)
+    wanted = wanted_of(run)(2003)
     mask = open_store(run.folder / "store.zarr")["mask"].values
     empty = block_sum(mask.astype(int), 8) == 0
     assert empty.any() and np.isnan(wanted[:, empty]).all() and np.isfinite(wanted[:, ~empty]).any()

@@ -5,47 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from ai4land.crosswalk import Crosswalk, class_shares, load_crosswalk
-from ai4land.errors import ConfigError, DataError
+from ai4land.crosswalk import load_crosswalk
+from ai4land.errors import DataError
 from ai4land.grid import make_grid
 from ai4land.legend import load_legend
-from ai4land.luh2 import STATES, as_scenario, open_states
+from ai4land.luh2 import open_states
 from ai4land.scenario import open_shares
 
 GRID = make_grid((0, 40, 20, 50), coarse_cell=5, factor=2, shard=4)
 BAVARIA = make_grid((9.0, 47.3, 13.8, 50.5), coarse_cell=100 / 360, factor=100, shard=400)
-
-
-def scenario(states, *, seed=0, left=0.2):
-    shares = np.random.default_rng(seed).dirichlet(np.ones(len(states)), size=(3, *GRID.coarse.shape)) * (1 - left)
-    shares[:, 0, 0] = np.nan
-    return as_scenario(np.moveaxis(shares, -1, 1), years=[2000, 2001, 2002], states=states, grid=GRID)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0, 1))
-def test_classes_take_all_of_the_cell(seed, left):
-    coarse = scenario(STATES, seed=seed, left=left)
-    shares = class_shares(coarse, crosswalk=load_crosswalk("luh2_to_ipcc", load_legend("ipcc")))
-    assert shares.dims == ("year", "class", "coarse_latitude", "coarse_longitude") and shares.dtype == np.float64
-    valid = np.isfinite(coarse.values).all(axis=1)
-    np.testing.assert_allclose(shares.sum("class").values[valid], 1, atol=1e-6)
-    assert np.isnan(shares.values[~np.broadcast_to(valid[:, None], shares.shape)]).all() and not valid.all()
-    np.testing.assert_allclose(shares.sel({"class": 6}).values[valid], left, atol=1e-6)
-    np.testing.assert_allclose(shares.sel({"class": 4}).values, coarse.sel(state="urban").values, rtol=1e-6)
-
-
-def test_without_a_row_for_the_rest_it_is_left_out():
-    coarse = scenario(["a", "b"])
-    walk = Crosswalk(name="w", states=("b", "a"), weights=((0, 1), (0.5, 0.5)))
-    shares = class_shares(coarse, crosswalk=walk)
-    np.testing.assert_allclose(shares.sel({"class": 0}), coarse.sel(state="a") / 2, rtol=1e-6)
-    np.testing.assert_allclose(shares.sum("class", skipna=False).values[:, 1:], 0.8, atol=1e-6)
-    with pytest.raises(ConfigError, match="no row for the states"):
-        class_shares(scenario(["a", "c"]), crosswalk=walk)
 
 
 def product(path, *, units="percent", off=0.0, dims=("year", "class_code", "lat", "lon"), zarr=False):
@@ -73,10 +42,7 @@ def test_shares_of_a_product_come_back(tmp_path, units, zarr):
     coarse = open_shares(path, variable="cover", grid=GRID, years=[2003, 2001])
     assert coarse.state.values.tolist() == ["10", "20", "30"] and coarse.year.values.tolist() == [2001, 2003]
     np.testing.assert_allclose(coarse.values, want.sel(year=[2001, 2003]).values, atol=1e-6)
-    named = open_shares(path, variable="cover", grid=GRID, years=[2000], state_names=["x", "y", "z"])
-    assert named.state.values.tolist() == ["x", "y", "z"] and np.isnan(named.values).any()
-    turned = open_shares(path, variable="cover", grid=GRID, years=[2000], state_names=["30", "10", "20"])
-    np.testing.assert_array_equal(turned.values, named.sel(state=["z", "x", "y"]).values)
+    assert np.isnan(coarse.values).any()
 
 
 def test_products_with_faults_are_refused(tmp_path):
@@ -89,10 +55,6 @@ def test_products_with_faults_are_refused(tmp_path):
         open_shares(path, variable="lc_percent", grid=GRID)
     with pytest.raises(DataError, match="give year_dim and class_dim"):
         open_shares(path, variable="cover", grid=GRID, class_dim="lccs_class")
-    with pytest.raises(DataError, match=r"expected the classes \['10', '20', '30'\]"):
-        open_shares(path, variable="cover", grid=GRID, state_names=["a", "b"])
-    with pytest.raises(DataError, match="in any order, or a new name for each"):
-        open_shares(path, variable="cover", grid=GRID, state_names=["10", "20", "40"])
     with pytest.raises(DataError, match=r"years are \[1990\]"):
         open_shares(path, variable="cover", grid=GRID, years=[1990])
     product(tmp_path / "close.nc", off=0.0015)
@@ -109,8 +71,8 @@ def test_real_cci_shares_are_nested(real_data):
     with xr.open_dataset(path) as raw:
         want = raw.lc_percent.sel(year=[1992, 1993, 1994]).sel(lat=y, lon=x, method="nearest", tolerance=1e-3).values / 100
     np.testing.assert_allclose(coarse.values, want, atol=1e-7)
-    shares = class_shares(coarse, crosswalk=load_crosswalk("identity", load_legend("lccs_level1")))
-    np.testing.assert_allclose(shares.values, want, atol=1e-7)
+    weights = load_crosswalk("identity", load_legend("lccs_level1")).for_states(coarse.state.values)
+    np.testing.assert_allclose([weights.to_classes(part) for part in coarse.values], want, atol=1e-7)
 
 
 def test_real_scenario_and_real_map_agree_on_cropland(real_data):

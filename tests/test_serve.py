@@ -10,14 +10,14 @@ import sys
 import threading
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 
 import ai4land
 from ai4land import serve
 from ai4land.errors import ConfigError, DataError
-from tests.test_atlas import some_codes, write_maps
+from tests import ROOT
+from tests.maps import some_codes, write_maps
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **env},
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
         )
         self.first = self.process.stderr.readline()
         self.url = re.search(r"http://[^/]+/", self.first)[0]
@@ -110,6 +110,7 @@ def test_it_says_how_to_reach_it_from_elsewhere_and_who_can(monkeypatch):
     assert re.search(r"ssh -L 8123:127\.0\.0\.1:8123 \S+@192\.0\.2\.5, then open http://127\.0\.0\.1:8123/", line)
     lines = serve.greeting("c.zarr", host="0.0.0.0", port=8123)
     assert lines[0].startswith("c.zarr is at http://127.0.0.1:8123/") and "public to everyone" in lines[1] and len(lines) == 2
+    assert "any web page" in serve.greeting("c.zarr", host="127.0.0.1", port=8123, cors=True)[-1]
     assert "http://[::1]:8123/" in serve.greeting("c.zarr", host="::1", port=8123)[0]
 
 
@@ -144,11 +145,14 @@ def test_a_missing_library_is_named(monkeypatch, cube, name):
         serve.serve(str(cube))
 
 
-def test_a_catalogue_elsewhere_is_given(cube, tmp_path):
+def test_a_catalogue_elsewhere_and_readers_of_other_sites_are_asked_for(cube, tmp_path):
     (tmp_path / "catalog.json").write_text(json.dumps({"type": "Catalog", "id": "x"}))
-    command = Command(cube, "--catalog", tmp_path)
+    command = Command(cube, "--catalog", tmp_path, "--cors")
     try:
         with urllib.request.urlopen(f"{command.url}stac/catalog.json", timeout=10) as answer:
             assert json.load(answer)["id"] == "x"
+        asked = urllib.request.Request(f"{command.url}info.json", headers={"Origin": "https://example.org"})
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            assert answer.headers["Access-Control-Allow-Origin"] == "*"
     finally:
         command.stop(signal.SIGINT)

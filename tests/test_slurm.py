@@ -9,14 +9,15 @@ import time
 
 import dask
 import pytest
-from distributed import Client
 
 from ai4land import keeper
 from ai4land.cluster import connect
 from ai4land.errors import ConfigError
 from ai4land.keeper import queue
-from ai4land.slurm import check, cores_of_worker
-from tests.conftest import until, workers_of
+from ai4land.slurm import check, cores_of_worker, private
+from tests.slurm import workers_of
+from tests.strangers import assert_strangers_are_refused
+from tests.waiting import until
 
 
 @pytest.mark.slurm
@@ -144,11 +145,29 @@ def test_a_worker_that_needs_more_memory_than_was_thought_is_not_paused(jobs):
 def test_a_stranger_without_the_certificate_is_refused(jobs):
     with jobs(1) as client:
         client.wait_for_workers(1, timeout=60)
-        address = client.scheduler.address
-        for tried in (address, address.replace("tls://", "tcp://")):
-            with pytest.raises((OSError, TypeError, ValueError, RuntimeError)):
-                Client(tried, timeout=3, set_as_default=False)
+        for address in (client.scheduler.address, *workers_of(client)):
+            assert_strangers_are_refused(address)
         assert client.submit(sum, [1, 2]).result() == 3
+
+
+@pytest.mark.parametrize("mode", [None, 0o777])
+def test_the_folder_of_keys_is_closed_to_others(tmp_path, mode):
+    folder = tmp_path / "run" / "slurm"
+    if mode:
+        folder.mkdir(parents=True)
+        folder.chmod(mode)
+    private(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_of_keys_that_is_not_ours_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "slurm").symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match=r"slurm is not a folder"):
+        private(tmp_path / "slurm")
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(ConfigError, match=rf"of user {os.getuid()}, expected user {os.getuid() + 1}"):
+        private(tmp_path / "mine")
 
 
 def test_without_sbatch_the_error_says_what_to_do(monkeypatch, tmp_path):

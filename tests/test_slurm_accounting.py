@@ -13,7 +13,8 @@ from ai4land.cluster import SETTINGS
 from ai4land.errors import ConfigError
 from ai4land.keeper import queue
 from ai4land.slurm import slurm
-from tests.conftest import DAEMONS, JOBS, start_slurm, until, workers_of
+from tests.slurm import DAEMONS, JOBS, start_slurm, workers_of
+from tests.waiting import until
 
 pytestmark = pytest.mark.slurm
 

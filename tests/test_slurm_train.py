@@ -12,28 +12,28 @@ from functools import partial
 
 import dask
 import pytest
-from conftest import until
-from test_end_to_end import ai4land, command, planet  # noqa: F401 planet is a fixture
-from test_gang import CHECKPOINT, STEPS, client, lessons, losses, pids, steps, train, unbroken, weights  # noqa: F401 fixtures
 
 from ai4land import training
 from ai4land.runfile import load_run
+from tests.gangs import CHECKPOINT, STEPS, losses, pids, steps, train, weights
+from tests.runs import ai4land, command
+from tests.waiting import until
 
 pytestmark = pytest.mark.slurm
 
 
-def job_ids(client):  # noqa: F811
+def job_ids(client):
     """Job of each rank."""
     there = client.scheduler_info(n_workers=-1)["workers"]
     found = client.run(lambda: os.environ["SLURM_JOB_ID"])
     return [found[a] for a in sorted(there, key=lambda a: str(there[a]["name"]))]
 
 
-def cancel(client, rank: int) -> None:  # noqa: F811
+def cancel(client, rank: int) -> None:
     subprocess.run(["scancel", job_ids(client)[rank]], check=True, timeout=60)
 
 
-def send(client, rank: int, number: int) -> None:  # noqa: F811
+def send(client, rank: int, number: int) -> None:
     os.kill(pids(client)[rank], number)
 
 
@@ -45,7 +45,7 @@ def send(client, rank: int, number: int) -> None:  # noqa: F811
         ("SIGSTOP of a rank", partial(send, rank=1, number=signal.SIGSTOP), 4.0),
     ],
 )
-def test_what_happens_to_a_job_changes_nothing(jobs, lessons, unbroken, name, what, timeout):  # noqa: F811
+def test_what_happens_to_a_job_changes_nothing(jobs, lessons, unbroken, name, what, timeout):
     with jobs(2, lasting=True) as workers:
         event = (CHECKPOINT + 4, partial(what, workers))
         run, told = train(lessons(name.replace(" ", "_")), workers, events=[event], timeout=timeout)
@@ -53,7 +53,7 @@ def test_what_happens_to_a_job_changes_nothing(jobs, lessons, unbroken, name, wh
     assert any("goes on from its last state" in line for line in told)
 
 
-def test_training_leaves_a_job_before_its_end_and_goes_on_in_the_next(jobs, lessons):  # noqa: F811
+def test_training_leaves_a_job_before_its_end_and_goes_on_in_the_next(jobs, lessons):
     """The time of a job of one minute is over after 2 s, so that every job takes one step."""
     made = {"steps": 3, "checkpoint_every": 100}
     whole, lesson = lessons("few", **made)
@@ -65,14 +65,14 @@ def test_training_leaves_a_job_before_its_end_and_goes_on_in_the_next(jobs, less
     assert len({line for line in jobs.told if "gone" in line}) == 2
 
 
-def test_training_works_with_the_jobs_that_are_granted(jobs, lessons):  # noqa: F811
+def test_training_works_with_the_jobs_that_are_granted(jobs, lessons):
     with jobs(4, cores=4, lasting=True) as workers:
         run, told = train(lessons("granted", steps=4), workers, workers=4, patience=3.0)
     assert "training on 2 of 4 workers" in told and steps(run)[-1]["workers"] == 2
     assert any("2 of 4 jobs wait: " in line for line in jobs.told)
 
 
-def test_the_command_trains_on_jobs(slurm_cluster, planet, lessons, unbroken, tmp_path):  # noqa: F811
+def test_the_command_trains_on_jobs(slurm_cluster, planet, lessons, unbroken, tmp_path):
     run, _ = lessons("command")
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(run.model_dump(mode="json")))
@@ -81,7 +81,7 @@ def test_the_command_trains_on_jobs(slurm_cluster, planet, lessons, unbroken, tm
     assert "training on 2 of 2 workers" in done.stderr and f"train: {STEPS} of {STEPS}" in done.stderr
 
 
-def test_a_killed_client_is_run_again_to_the_same_weights(slurm_cluster, lessons, client, tmp_path):  # noqa: F811
+def test_a_killed_client_is_run_again_to_the_same_weights(slurm_cluster, lessons, client, tmp_path):
     made = {"steps": 200, "validate_every": 200}  # for more seconds than the second command takes to start
     whole, _ = train(lessons("client_whole", **made), client)
     run, _ = lessons("client", **made)
@@ -97,7 +97,7 @@ def test_a_killed_client_is_run_again_to_the_same_weights(slurm_cluster, lessons
     assert "cancelling 2 jobs of a client that is gone" in done.stderr
 
 
-def test_torchrun_under_srun_trains_on_two_nodes_and_leaves_in_time(slurm_cluster, lessons, tmp_path):  # noqa: F811
+def test_torchrun_under_srun_trains_on_two_nodes_and_leaves_in_time(slurm_cluster, lessons, tmp_path):
     """The time of an allocation of one minute is over after 2 s, so that each takes one step and ends well."""
     run, _ = lessons("srun", steps=2, leave=58)
     file = tmp_path / "run.yaml"
@@ -119,7 +119,7 @@ def test_torchrun_under_srun_trains_on_two_nodes_and_leaves_in_time(slurm_cluste
     assert losses(whole) == pytest.approx(losses(run), abs=1e-5) and (run.folder / "model.json").is_file()
 
 
-def test_a_training_that_leaves_its_allocation_says_so_by_its_exit_status(slurm_cluster, lessons, tmp_path):  # noqa: F811
+def test_a_training_that_leaves_its_allocation_says_so_by_its_exit_status(slurm_cluster, lessons, tmp_path):
     run, _ = lessons("alone_in_a_job", steps=2, leave=58)
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(run.model_dump(mode="json")))

@@ -3,7 +3,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from pathlib import Path
 
 import pystac
 import pytest
@@ -18,7 +17,6 @@ from ai4land.legend import load_legend
 from ai4land.runfile import load_run, pipelines
 from ai4land.sources import catalog_path, credits_of, licence_of, load_source, load_sources
 
-ROOT = Path(__file__).parents[1]
 FILE_EXTENSION = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
 GLOBAL = ("global_1km.yaml", "global_300m.yaml")
 DOCUMENTS = sorted(catalog_path().parent.rglob("*.json"))

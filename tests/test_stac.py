@@ -9,11 +9,11 @@ from ai4land.credits import Credit
 from ai4land.describe import read_map
 from ai4land.grid import make_grid
 from ai4land.stac import classes, collection, credit_fields, item, plain, year_end, year_start
-from tests.test_describe import make
+from tests.cubes import bare_cube
 
 
 def test_a_collection_says_what_the_cube_says(tmp_path):
-    m = read_map(make(tmp_path / "c.zarr", years=(850, 851), ai4land_identity={"legend": "mine"}), id="a", title="A")
+    m = read_map(bare_cube(tmp_path / "c.zarr", years=(850, 851), ai4land_identity={"legend": "mine"}), id="a", title="A")
     about = collection(m, credits=[], licence="other", cube="c", root="c", assets={})
     assert about["providers"][0]["processing:software"] == {"ai4land": "1.2.3"} and "mine" in about["keywords"]
     assert about["cube:dimensions"]["time"]["step"] == "P1Y"
@@ -22,7 +22,7 @@ def test_a_collection_says_what_the_cube_says(tmp_path):
 
 
 def test_years_before_1000_keep_their_zeros(tmp_path):
-    m = read_map(make(tmp_path / "c.zarr", years=(850, 2100)), id="a", title="A")
+    m = read_map(bare_cube(tmp_path / "c.zarr", years=(850, 2100)), id="a", title="A")
     made = item(m, 850, cube="c")
     assert made["properties"]["start_datetime"] == "0850-01-01T00:00:00Z" == year_start(850)
     assert made["properties"]["end_datetime"] == "0850-12-31T23:59:59Z" == year_end(850)
@@ -32,7 +32,7 @@ def test_years_before_1000_keep_their_zeros(tmp_path):
 
 def test_projected_grid_has_its_box_in_degrees(tmp_path):
     grid = make_grid((4e6, 2e6, 4.2e6, 2.2e6), coarse_cell=50_000, factor=4, shard=8, origin=(0.0, 6e6), crs="EPSG:3035")
-    m = read_map(make(tmp_path / "c.zarr", grid=grid), id="a", title="A")
+    m = read_map(bare_cube(tmp_path / "c.zarr", grid=grid), id="a", title="A")
     west, south, east, north = m.bbox
     assert 5 < west < east < 14 and 38 < south < north < 45
     made = item(m, 850, cube="c")["properties"]
@@ -67,7 +67,7 @@ def test_plain_text_has_no_markup(text):
 @pytest.mark.parametrize("crs", ["EPSG:3035", "+proj=laea +lat_0=50 +lon_0=9 +x_0=4000000 +y_0=3000000 +datum=WGS84 +type=crs"])
 def test_objects_of_a_projected_grid_are_valid(tmp_path, crs, schemas):
     grid = make_grid((4e6, 2e6, 4.2e6, 2.2e6), coarse_cell=50_000, factor=4, shard=8, origin=(0.0, 6e6), crs=crs)
-    m = read_map(make(tmp_path / "c.zarr", grid=grid, years=(850, 900)), id="a", title="A")
+    m = read_map(bare_cube(tmp_path / "c.zarr", grid=grid, years=(850, 900)), id="a", title="A")
     about = collection(m, credits=[], licence="other", cube="c", root="c", assets={})
     for made in (about, item(m, 850, cube="c", cog="c.tif", thumbnail="t.png")):
         value = {**made, "links": [*made["links"]]}
@@ -77,5 +77,5 @@ def test_objects_of_a_projected_grid_are_valid(tmp_path, crs, schemas):
 
 def test_names_of_classes_are_data(tmp_path):
     land = {"flag_values": [0, 5], "flag_meanings": "sea <b>x</b>", "flag_colors": "#ffffff #00aa00"}
-    m = read_map(make(tmp_path / "c.zarr", land=land), id="a", title="A")
+    m = read_map(bare_cube(tmp_path / "c.zarr", land=land), id="a", title="A")
     assert classes(m.flags)[1] == {"value": 5, "name": "-b-x--b-", "description": "&lt;b&gt;x&lt;/b&gt;", "color_hint": "00AA00"}

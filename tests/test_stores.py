@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import until
-from test_cube import ABOUT, PAIRS, YEARS, cells, fill
 
 from ai4land import claim as claims
 from ai4land import cube, ledger, stores
 from ai4land.claim import check_claim, claim
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.grid import Window, make_grid
-from ai4land.stores import delete, inside, names, read, write
+from ai4land.stores import delete, inside, lock, names, read, write
 from ai4land.verify import strike, verify
 from ai4land.writer import Writer
+from tests.cubes import ABOUT, PAIRS, YEARS, cells, fill
+from tests.waiting import until
 
 
-@pytest.fixture(params=["folder", "s3", "memory"])
+@pytest.fixture(params=["folder", "file URL", "s3", "memory"])
 def place(request, tmp_path):
-    """A place of each kind: a folder, obstore and fsspec."""
+    """A place of each kind: a folder by its path and by a URL, obstore and fsspec."""
     if request.param == "folder":
         return tmp_path / "place"
+    if request.param == "file URL":
+        return (tmp_path / "a place").as_uri()
     if request.param == "s3":
         return request.getfixturevalue("bucket")
     return f"memory://{tmp_path.name}"
@@ -43,6 +48,24 @@ def test_objects_are_written_read_listed_and_deleted(place):
     delete(place, "a/b")
     delete(place, "a/b")
     assert names(place) == ["c"]
+
+
+def test_a_prefix_is_of_characters(place):
+    for name in ("0-12-ab.jsonl", "0-12-cd.jsonl", "0-120-ab.jsonl", "10-12-ab.jsonl", "part/0-12-x", "part/c/0", "party"):
+        write(place, name, b"x")
+    assert names(place, "0-12-") == ["0-12-ab.jsonl", "0-12-cd.jsonl"]
+    assert names(place, "0-12-cd.jsonl") == ["0-12-cd.jsonl"]
+    assert names(place, "part") == ["part/0-12-x", "part/c/0", "party"]
+    assert names(place, "part/0-") == ["part/0-12-x"] and names(place, "part/") == ["part/0-12-x", "part/c/0"]
+    assert names(place, "nothing/") == names(place, "0-13") == []
+
+
+def test_a_shard_finds_its_own_records(place):
+    path = inside(place, "cube.zarr")
+    for row, col, years in ((0, 12, [2000, 2001]), (0, 12, [2002]), (0, 120, [2003]), (12, 0, [2004])):
+        ledger.Book(path, row=row, col=col).enter(years=years, files={})
+    assert ledger.years_of(path, row=0, col=12) == {2000, 2001, 2002}
+    assert ledger.years_of(path, row=0, col=120) == {2003} and ledger.years_of(path, row=0, col=1) == set()
 
 
 def test_a_cube_is_the_same_everywhere(place, tmp_path):
@@ -151,6 +174,33 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(bucket, s3, mode, monke
     assert read(bucket, "a") == b"y" * 100_000 and time.monotonic() - began > 1.5
 
 
+def test_locks_and_files_need_no_zarr():
+    code = (
+        "import sys, ai4land.stores as s; s.folder_of('a'); print([m for m in ('zarr', 'fsspec', 'obstore') if m in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_lock_is_held_by_one_until_it_is_closed(tmp_path):
+    path = tmp_path / "new" / "lock"
+    with lock(path) as file:
+        file.write("mine")
+        file.flush()
+        with pytest.raises(BlockingIOError):
+            lock(path)
+        free = threading.Timer(0.3, file.close)
+        free.start()
+        lock(path, wait=True).close()
+        free.join()
+    with lock(path) as file:
+        assert file.read() == "mine"
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(DataError, match=r"link cannot be written: .*symbolic link"):
+        lock(tmp_path / "link")
+
+
 # -- claims -------------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +223,35 @@ def test_a_cube_is_held_by_one_at_a_time(place, quick):
         check_claim(path, token)
     with claim(path) as again:
         assert again != token
+        with claim(path, held=again) as inner:  # as mending does, which reconstructs under its own claim
+            assert inner == again
+        check_claim(path, again)
+    with pytest.raises(MismatchError, match="held by another run by now"), claim(path, held=token):
+        pass
+
+
+def test_a_claim_without_locks_is_one_that_is_renewed(tmp_path, quick, monkeypatch):
+    def lockless(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", lockless)
+    path = tmp_path / "cube.zarr"
+    with claim(path) as token:
+        until(lambda: claims._held(ledger.ledger_path(path)).get("beat", 0) > 1, seconds=20)
+        check_claim(path, token)
+        with pytest.raises(MismatchError, match="is being made by another run"), claim(path):
+            pass
+    assert ledger.CLAIM not in names(ledger.ledger_path(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"null"])
+def test_a_damaged_claim_counts_as_none(place, quick, content):
+    path = inside(place, "cube.zarr")
+    write(ledger.ledger_path(path), ledger.CLAIM, content)
+    with pytest.raises(MismatchError, match="held by another run by now"):
+        check_claim(path, "t")
+    with claim(path) as token:
+        check_claim(path, token)
 
 
 def test_a_claim_that_nobody_renews_is_taken_over_and_its_tasks_write_no_more(bucket, quick, monkeypatch):
@@ -183,7 +262,7 @@ def test_a_claim_that_nobody_renews_is_taken_over_and_its_tasks_write_no_more(bu
     orphan = Writer(path, PAIRS[0], token="t")
     check_claim(path, "t")
     with claim(path, tell=told.append):
-        assert "was held by process 1 on elsewhere; looking for up to" in told[0]
+        assert "was held by process 1 on elsewhere; waiting up to" in told[0]
         with pytest.raises(MismatchError, match="this task is of one before it; nothing is written any more"):
             made = cells(cube.Block(PAIRS[0], tuple(YEARS)))
             for i, year in enumerate(YEARS):

@@ -9,7 +9,7 @@ from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 
 from ai4land.tiles import choose, point, series, tile
-from tests.test_atlas import HILDA, only, pixels, some_codes, write_maps
+from tests.maps import HILDA, only, pixels, some_codes, write_maps
 
 RGB = {c.code: (*bytes.fromhex(c.colour[1:]), 255) for c in HILDA.classes}
 

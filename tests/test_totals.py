@@ -100,3 +100,21 @@ def test_a_scenario_without_data_asks_for_nothing():
     scenario = {2000: np.full((3, 1, 1), np.nan)}
     t = totals(scenario, reference=np.zeros((2, 2), np.uint8))
     assert np.isnan(t.shares(2000)).all() and (t.quotas(2000) == -1).all()
+
+
+def test_a_year_of_the_scenario_is_read_once_for_all_that_is_asked_of_it():
+    scenario, asked = {2000: shares(3, 1), 2001: shares(3, 2)}, []
+    t = Totals(
+        lambda year: asked.append(year) or scenario[year],
+        names=list("abc"),
+        crosswalk=ONE,
+        mapped=np.ones((6, 8), bool),
+        factor=2,
+        areas=None,
+        reference=np.zeros((6, 8), np.uint8),
+        reference_year=2000,
+    )
+    for year in (2000, 2001):
+        assert (t.quotas(year).sum(0) == 4).all()
+        assert np.allclose(t.shares(year).sum(0), 1) and np.allclose(t.shares(year, by_cells=True).sum(0), 1)
+    assert asked == [2000, 2001]

@@ -12,8 +12,8 @@ import torch
 from ai4land.align import open_store
 from ai4land.batch import PatchLoader
 from ai4land.errors import DataError, MismatchError
-from ai4land.features import fit_spec
 from ai4land.forward import bfloat16_pays
+from ai4land.normalise import fit_spec
 from ai4land.train import Schedule, fit
 from ai4land.unet import UNet
 
@@ -121,6 +121,15 @@ def test_damaged_state_is_refused(tiny_store, tmp_path):
 def test_training_stops_when_validation_no_longer_improves(tiny_store, tmp_path):
     result = run(tiny_store, tmp_path, steps=400, learning_rate=1e-9, weight_decay=0.0, validate_every=2, patience=3, ema=0.0)
     assert result.steps < 40
+
+
+def test_training_that_never_improves_says_that_the_weights_are_untrained(tiny_store, tmp_path, caplog):
+    with caplog.at_level("WARNING", "ai4land.train"):
+        assert run(tiny_store, tmp_path / "good", steps=6).best_step == 6 and not caplog.records
+        result = run(tiny_store, tmp_path / "bad", steps=6, learning_rate=10.0, warmup=0, ema=0.0)
+    untrained, _, _ = setup(tiny_store)
+    assert result.best_step == 0 and equal(result.weights, untrained.state_dict())
+    assert "the UNTRAINED weights are kept" in caplog.text and str(tmp_path / "bad") in caplog.text
 
 
 def test_loss_that_is_not_a_number_stops_the_training(tiny_store, tmp_path):

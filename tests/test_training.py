@@ -1,17 +1,17 @@
 from __future__ import annotations
 
 import numpy as np
-from test_inputs import RUN, run_of
 
 from ai4land import inputs, training
 from ai4land.align import open_store
 from ai4land.grid import FINE_DIMS
+from tests.runs import SMALL, run_of
 
 
 def test_class_counts_are_of_training_cells_alone(tiny_store):
     store = open_store(tiny_store.path)
     run = run_of(
-        split={**RUN["split"], "train": [2000, 2001], "space": {"block": 2, "validation": 0.3, "test": 0.0, "buffer": 0}}
+        split={**SMALL["split"], "train": [2000, 2001], "space": {"block": 2, "validation": 0.3, "test": 0.0, "buffer": 0}}
     )
     split = inputs.split_of(run, tiny_store.grid)
     counts = training._class_counts(store, split, tiny_store.legend, tiny_store.grid)

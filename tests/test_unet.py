@@ -11,26 +11,7 @@ from torch.nn import functional as F
 
 from ai4land.grid import Window, coarse_window, read_coarse
 from ai4land.unet import UNet, interpolate
-
-CLASSES, FACTOR = 4, 16
-
-
-def randomised(depth: int, *, base: int = 2, seed: int = 0) -> UNet:
-    """A network in evaluation mode whose every parameter and running statistic is random, in float64.
-
-    Biases of the normalisation are positive, so that few ReLUs are dead and the whole receptive field shows.
-    """
-    torch.manual_seed(seed)
-    net = UNet(static_channels=2, coarse_channels=3, classes=CLASSES, factor=FACTOR, base=base, depth=depth, coarse_features=2)
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, 0.5, 2.0)
-    return net.double().eval()
+from tests.models import CLASSES, FACTOR, randomised
 
 
 def inputs(size: int, *, seed: int = 0, batch: int = 1):

@@ -3,12 +3,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_cube import ABOUT, PAIRS, YEARS, fill
 
 from ai4land import cube, ledger
 from ai4land.errors import DataError
 from ai4land.grid import Window
 from ai4land.verify import strike, verify
+from tests.cubes import ABOUT, PAIRS, YEARS, fill
 
 GONE = Window(32, 0, 16, 16)
 

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
-from test_cube import ABOUT, PAIRS, YEARS, fill
 from typer.testing import CliRunner
 
 from ai4land import cli, cube, versions
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.grid import Window, make_grid
-from ai4land.stores import delete, inside, names, open_place, read, write
+from ai4land.stores import delete, folder_of, inside, names, open_place, read, write
 from ai4land.verify import strike, verify
 from ai4land.versions import commit, open_version, repository_path
+from tests.cubes import ABOUT, PAIRS, YEARS, fill
 
 icechunk = pytest.importorskip("icechunk", reason="Icechunk is not installed: pip install ai4land[icechunk]")
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", "file URL", "s3"])
 def root(request, tmp_path):
-    return tmp_path if request.param == "folder" else request.getfixturevalue("bucket")
+    kinds = {"folder": lambda: tmp_path, "file URL": tmp_path.as_uri, "s3": lambda: request.getfixturevalue("bucket")}
+    return kinds[request.param]()
 
 
 @pytest.fixture
@@ -63,17 +66,58 @@ def test_new_years_are_added_and_old_commits_stay(place):
     assert open_version(repository_path(place), year=2006).identical(before)
 
 
-def test_a_shard_that_was_damaged_and_made_again_is_read(place):
-    commit(place)
-    before = open_version(repository_path(place)).load()
+def age(place):
+    """Make the files of a cube an hour old: Icechunk tells their times to the second."""
+    folder = folder_of(place)
+    for path in () if folder is None else folder.rglob("*"):
+        os.utime(path, (time.time() - 3600.25,) * 2)
+
+
+def make_again(place, *, seed: int) -> None:
     name = next(n for n in names(place) if n.startswith("land_cover/c/"))
-    damage = verify(place)
-    assert damage == []
     write(place, name, b"x" * len(read(place, name) or b""))
     strike(place, verify(place))
-    fill(place, PAIRS, years=YEARS[:4])
-    assert verify(place) == [] and commit(place) == []
-    assert open_version(repository_path(place)).identical(before)
+    fill(place, PAIRS, years=YEARS[:4], seed=seed)
+    assert verify(place) == []
+
+
+def test_a_shard_made_again_with_other_cells_is_refused_in_old_commits(place):
+    age(place)
+    commit(place)
+    old = open_version(repository_path(place), year=2005).load()
+    make_again(place, seed=7)
+    with pytest.raises(icechunk.IcechunkError, match="the object owning the virtual chunk has changed"):
+        open_version(repository_path(place), year=2005).load()
+    assert commit(place) == []
+    now = open_version(repository_path(place)).load()
+    assert now.identical(cube.open_cube(place).load()) and not now["land_cover"][:3].equals(old["land_cover"])
+    with pytest.raises(icechunk.IcechunkError, match="the object owning the virtual chunk has changed"):
+        open_version(repository_path(place), year=2005).load()
+    assert commit(place) == [] and open_version(repository_path(place), year=2006).identical(now)
+
+
+def test_a_shard_made_again_with_the_same_cells_is_read(place):
+    age(place)
+    commit(place)
+    before = open_version(repository_path(place)).load()
+    make_again(place, seed=0)
+    if folder_of(place) is not None:
+        with pytest.raises(icechunk.IcechunkError, match="the object owning the virtual chunk has changed"):
+            open_version(repository_path(place)).load()
+    else:  # an object with the same bytes has the same ETag
+        assert open_version(repository_path(place), year=2005).load().identical(before.isel(time=slice(3)))
+    assert commit(place) == [] and open_version(repository_path(place)).identical(before)
+    fill(place, PAIRS, years=YEARS[4:])
+    cube.show(place)
+    assert commit(place) == [2007] and open_version(repository_path(place)).identical(cube.open_cube(place))
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"x", "has 1 bytes"), (None, "is missing")])
+def test_a_damaged_cube_is_not_committed(place, content, said):
+    name = next(n for n in names(place) if n.startswith("land_cover/c/"))
+    delete(place, name) if content is None else write(place, name, content)
+    with pytest.raises(DataError, match=rf"{name} of .* {said}, expected \d+ as in the ledger; mend the cube with"):
+        commit(place)
 
 
 def test_overviews_and_parts_are_there_too(root):

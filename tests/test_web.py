@@ -5,11 +5,9 @@ import importlib.util
 import io
 import json
 import socket
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -17,7 +15,6 @@ from urllib.parse import urljoin
 import numpy as np
 import pystac
 import pytest
-import uvicorn
 import xarray as xr
 import zarr
 from PIL import Image
@@ -26,38 +23,11 @@ from ai4land.atlas import open_atlas
 from ai4land.cube import open_cube
 from ai4land.errors import ConfigError, DataError
 from ai4land.publish import publish
-from ai4land.serve import listen
 from ai4land.tiles import point, series, tile
 from ai4land.web import make_app
-from tests.test_atlas import HILDA, some_codes, write_maps
-from tests.test_publish import make_run
-
-
-@contextlib.contextmanager
-def running(app: Any) -> Iterator[tuple[str, list[tuple[str, str, int]]]]:
-    """Serve an application on a free port; gives its address and what was answered: method, path, status."""
-    answered: list[tuple[str, str, int]] = []
-
-    async def watched(scope, receive, send):
-        async def noted(message):
-            if message["type"] == "http.response.start":
-                answered.append((scope["method"], scope["path"], message["status"]))
-            await send(message)
-
-        await app(scope, receive, noted)
-
-    with listen("127.0.0.1", 0) as sock:
-        server = uvicorn.Server(
-            uvicorn.Config(watched, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=1)
-        )
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{sock.getsockname()[1]}", answered
-        finally:
-            server.should_exit = True
-            thread.join(10)
-            assert not thread.is_alive()
+from tests.maps import HILDA, some_codes, write_maps
+from tests.published import make_run
+from tests.servers import running
 
 
 def ask(url: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
@@ -190,7 +160,15 @@ def test_head_etag_and_media_type(url, folder):
     assert headers["content-type"] == "application/json" and json.loads(body)["node_type"] == "group"
 
 
-def test_pages_of_other_places_may_read(url):
+def test_pages_of_other_sites_may_read_only_if_allowed(served, folder):
+    for path in ("cube/zarr.json", "stac/catalog.json", "info.json", "tiles/2000/0/0/0.png", SHARD, "cube/none/zarr.json"):
+        headers = ask(f"{served[0]}/{path}", Origin="https://example.org")[1]
+        assert not [name for name in headers if name.startswith("access-control")]
+    with running(make_app(str(folder / "cube.zarr"), cors=True)) as (url, _):
+        check_open_to_all(url)
+
+
+def check_open_to_all(url: str) -> None:
     for path in ("cube/zarr.json", "stac/catalog.json", "info.json", "tiles/2000/0/0/0.png", "cube/none/zarr.json"):
         assert ask(f"{url}/{path}", Origin="https://example.org")[1]["access-control-allow-origin"] == "*"
     asked = {"Origin": "https://example.org", "Access_Control_Request_Method": "GET", "Access_Control_Request_Headers": "range"}
@@ -426,6 +404,18 @@ def test_a_remote_cube_gives_tiles_and_points_and_sends_readers_there(served):
         assert ask(f"{far}/cube/land_cover/zarr.json")[2] == (folder / "cube.zarr/land_cover/zarr.json").read_bytes()
         assert raw(far, "/cube/../secret.txt").split()[1] == b"404"
         assert json.loads(ask(f"{far}/info.json")[2])["cube"] == f"{url}/cube.zarr"
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_cube_is_served_from_any_kind_of_place(tmp_path, kind):
+    there = (tmp_path / "a b" / "c.zarr").as_uri() if kind == "file" else f"memory://{tmp_path.name}/c.zarr"
+    write_maps(tmp_path / "a b" / "c.zarr" if kind == "file" else there, codes=some_codes())
+    here = write_maps(tmp_path / "here.zarr", codes=some_codes())
+    (part,) = open_atlas(str(here)).parts.values()
+    with running(make_app(there)) as (url, _):
+        assert ask(f"{url}/tiles/2001/2/1/1.png")[2] == tile(part, year=2001, z=2, x=1, y=1)
+        assert json.loads(ask(f"{url}/info.json")[2])["cube"] == ("cube" if kind == "file" else there)
+        assert ask(f"{url}/cube/zarr.json")[0] == (200 if kind == "file" else 404)  # the memory of this process is no address
 
 
 def test_an_address_with_a_secret_is_not_passed_on(served):

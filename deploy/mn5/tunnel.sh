@@ -3,9 +3,9 @@
 #
 #     tunnel.sh PORT USER@LOGIN [NODE]        e.g. tunnel.sh 8787 bsc032xxx@alogin1.bsc.es as03r1b14
 #
-# PORT is the one that the run printed ("Dask dashboard: http://127.0.0.1:PORT/status"). Without NODE the run is on the login node itself; with
-# it, in a job on that node (squeue tells it), and the tunnel goes through the login node. A dashboard listens on the loopback of its
-# machine alone, so nobody else can reach it. With PRINT=1 the command is printed and not run.
+# PORT is the one that the run printed ("Dask dashboard: http://127.0.0.1:PORT/status"). Without NODE, the run is on the login node. With NODE,
+# it is in a job on that node (see squeue), and the tunnel goes through the login node. A dashboard listens on the loopback of its node only, so
+# nobody else can reach it. PRINT=1 prints the command without running it.
 set -euo pipefail
 case $# in
     2) target=("$2") ;;

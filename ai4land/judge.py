@@ -1,0 +1,104 @@
+"""What held-out batches say of a trained ensemble: how sharp its probabilities should be, and whether it can run in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ai4land.batch import Batch
+from ai4land.ensemble import Ensemble
+from ai4land.forward import folded
+from ai4land.legend import MISSING
+from ai4land.losses import change_loss, impose_totals
+
+_RANGE = (0.25, 2.0)
+"""Between which the sharpness is sought."""
+
+
+@torch.inference_mode()
+def fit_sharpness(model: Ensemble, batches: Iterable[Batch], *, totals: bool) -> float:
+    """Find the sharpness that makes the targets most likely.
+
+    It is as good as the batches are: those of disturbed maps say how sure the network is of these, not of change that happens.
+
+    Parameters
+    ----------
+    model
+        Its own sharpness does not count.
+    batches
+        That training has not seen.
+    totals
+        Whether the coarse totals of the targets are imposed on the probabilities, as in training.
+
+    Returns
+    -------
+    float
+        Between 0.25 and 2; 1 where no cell has a target.
+    """
+    model.eval()
+    seen: list[tuple[Tensor, Batch]] = []
+    for batch in batches:
+        logits = model(batch.static, batch.reference, batch.coarse, batch.offset) / model.sharpness
+        seen.append((logits, batch))
+    ones = torch.ones(model.classes)
+
+    def loss(sharpness: float) -> float:
+        total = 0.0
+        for logits, batch in seen:
+            offset = batch.offset if totals else None
+            weights = ones.to(logits.device)
+            total += float(
+                change_loss(
+                    sharpness * logits,
+                    batch.target,
+                    batch.reference,
+                    weights,
+                    change_weight=1.0,
+                    offset=offset,
+                    factor=model.factor,
+                )
+            )
+        return total
+
+    if not loss(1.0):
+        return 1.0
+    from scipy.optimize import minimize_scalar  # here, as SciPy loads slowly
+
+    return float(minimize_scalar(loss, bounds=_RANGE, method="bounded", options={"xatol": 0.01}).x)
+
+
+@torch.inference_mode()
+def gate(model: Ensemble, batches: Iterable[Batch], *, totals: bool) -> dict[str, float]:
+    """Measure what bfloat16 costs on held-out batches.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    batches
+        That training has not seen.
+    totals
+        Whether the coarse totals of the targets are imposed before the most likely class is taken.
+
+    Returns
+    -------
+    dict
+        ``agreement``: share of cells with the most likely class of float32; ``accuracy_lost``: of float32 less that of bfloat16.
+    """
+    arms = [folded(model, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    cells, same, right = 0, 0, [0, 0]
+    for batch in batches:
+        scored = batch.target != MISSING
+        guesses = []
+        for i, arm in enumerate(arms):
+            logits = arm(batch.static, batch.reference, batch.coarse, batch.offset)
+            if totals:
+                logits = impose_totals(logits, batch.target, offset=batch.offset, factor=model.factor)
+            guesses.append(logits.argmax(1))
+            right[i] += int(((guesses[i] == batch.target) & scored).sum())
+        same += int(((guesses[0] == guesses[1]) & scored).sum())
+        cells += int(scored.sum())
+    share = 1 / max(cells, 1)
+    return {"agreement": same * share, "accuracy_lost": (right[0] - right[1]) * share}
