@@ -31,6 +31,7 @@ from ai4land.contents import changed_files, note_files
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.fractions import open_fractions
 from ai4land.grid import FINE_DIMS, Grid, Window
+from ai4land.hold import hold
 from ai4land.hrefs import local_path
 from ai4land.inputs import (
     Tell,
@@ -64,7 +65,18 @@ _FEW = 200
 
 
 def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
-    """Make the analysis-ready store of a run, if it is not there."""
+    """Make the analysis-ready store of a run, if it is not there.
+
+    Raises
+    ------
+    MismatchError
+        If the store was made from something else, or another process is at work in the folder of the run.
+    """
+    with hold(run.folder):
+        return _align(run, tell)
+
+
+def _align(run: RunConfig, tell: Tell) -> Path:
     path = run.folder / "store.zarr"
     codes = legend_of(run).codes.tolist()
     unknown = sorted(set(run.constrain.lock) - set(codes))

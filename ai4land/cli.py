@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,9 @@ import ai4land
 from ai4land.config import RunConfig, plain_path
 from ai4land.errors import AI4LandError, ConfigError, DataError, Unfinished
 from ai4land.runfile import load_run
-from ai4land.stores import Place
+
+if TYPE_CHECKING:
+    from ai4land.stores import Place
 
 app = typer.Typer(
     help="Annual high-resolution land cover from coarse land-use scenarios.\n\n"
@@ -248,11 +250,13 @@ def run_all(run: RunFile, overrides: Overrides = None) -> None:
 
 def _whole(config: RunConfig) -> None:
     from ai4land.cost import refuse
+    from ai4land.hold import hold
 
     refuse(config)
-    _train(config)
-    place = _reconstruct(config)
-    _evaluate(config)
+    with hold(config.folder):
+        _train(config)
+        place = _reconstruct(config)
+        _evaluate(config)
     _out.print(f"Results are in {config.folder}: evaluation.json, figures/; the cube is {place}", soft_wrap=True)
 
 

@@ -8,9 +8,12 @@ its data sheet. Counted are training and reconstruction, which is what nodes are
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -393,15 +396,26 @@ def _lacking(run: RunConfig, work: Work) -> list[str]:
     folder = run.folder.absolute()
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free
-    held = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.exists() else 0
     elsewhere = run.reconstruct.cube is not None and folder_of(run.reconstruct.cube) is None
     need = work.store + (0 if elsewhere else work.cubes)
+    # A large cube has hundreds of thousands of files: they are looked at only where it matters.
+    held = 0 if need <= free else _size_of(folder)
     if need <= free + held:
         return []
     return [
         f"store and cubes need {need / 1e9:.1f} GB of disk, {there} has {(free + held) / 1e9:.1f} GB; "
         "map fewer years, or set runs to another disk"
     ]
+
+
+def _size_of(folder: Path) -> int:
+    """Add up the sizes of the files below a folder; those that vanish meanwhile count as nothing."""
+    size = 0
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(inner, name).stat().st_size
+    return size
 
 
 def refuse(run: RunConfig, *, workers: int | None = None, land: float = 1.0, device: str | None = None) -> None:

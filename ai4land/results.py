@@ -21,6 +21,7 @@ from ai4land.cost import STATIC_BYTES, Rates, count, estimate, network_of
 from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import evaluate_years
 from ai4land.grid import Window, coarse_slices
+from ai4land.hold import hold
 from ai4land.inputs import cubes_of, grid_of, legend_of, split_of
 from ai4land.legend import Legend
 from ai4land.predict import Source
@@ -53,6 +54,11 @@ def evaluate(run: RunConfig, *, tell: Callable[[str], None] = _log.info) -> dict
     """
     for path, *_ in cubes_of(run).values():
         cube.open_cube(path)
+    with hold(run.folder):
+        return _evaluate(run, tell)
+
+
+def _evaluate(run: RunConfig, tell: Callable[[str], None]) -> dict[str, Any]:
     source = Source(align(run, tell=tell))
     split = split_of(run, source.grid)
     saved, trained = load_split(run.folder / "splits.json").hash, load_card(run.folder).split

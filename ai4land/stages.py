@@ -24,6 +24,7 @@ from ai4land.contents import held_of
 from ai4land.digests import digest
 from ai4land.errors import ConfigError, DataError
 from ai4land.forward import Precision, precision_of
+from ai4land.hold import hold
 from ai4land.inputs import Tell, crosswalk_of, cubes_of, identity_of, legend_of
 from ai4land.predict import Source
 from ai4land.reconstruct import BlockSettings, land_of, plan_blocks, run_blocks
@@ -47,13 +48,17 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     Raises
     ------
     MismatchError
-        If a cube is there that is not of this run, or that another run is making.
+        If a cube is there that is not of this run, that another run is making, or another process is at work in the folder.
     """
-    with ExitStack() as claims:
-        return _reconstruct(run, claims, tell, progress)
+    load_model(run.folder)
+    with hold(run.folder), ExitStack() as claims:
+        return _reconstruct(run, claims, {}, tell, progress)
 
 
-def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callable[[int, int], None] | None) -> Place:
+def _reconstruct(
+    run: RunConfig, claims: ExitStack, tokens: dict[Place, str], tell: Tell, progress: Callable[[int, int], None] | None
+) -> Place:
+    """Make the cubes; ``tokens`` are those of the claims that the caller holds on some of them."""
     from ai4land.cluster import connect
     from ai4land.cost import network_of, worker_memory
     from ai4land.slurm import cores_of_worker
@@ -71,7 +76,8 @@ def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callab
     precision = precision_of(card) if r.precision == "auto" else r.precision
     work: list[tuple[Place, list[cube.Block], BlockSettings]] = []
     for name, (path, reference, years) in cubes_of(run).items():
-        token = claims.enter_context(claim(path, tell=tell))
+        held = next((token for place, token in tokens.items() if _same(place, path)), None)
+        token = claims.enter_context(claim(path, held=held, tell=tell))
         identity = {
             "model": card.weights,
             "sharpness": card.sharpness,
@@ -124,9 +130,7 @@ def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callab
             for _, blocks, job in work:
                 run_blocks(blocks, job, client=client, progress=step)
     for path, _, _ in work:
-        folder = folder_of(path)
-        for left in () if folder is None else folder.rglob("*.partial"):
-            left.unlink()
+        _remove_partial(path)
         years = cube.show(path)
         if len(years) != len(cube.template_of(path)["years"]):
             raise DataError(
@@ -135,6 +139,13 @@ def _reconstruct(run: RunConfig, claims: ExitStack, tell: Tell, progress: Callab
     if card.training.get("fingerprint") == fingerprint_of(run, card.split):
         run.save(run.folder / "config.yaml")
     return cubes_of(run)["cube"][0]
+
+
+def _remove_partial(place: Place) -> None:
+    """Remove what dead workers left half written; a late task may move its own into place meanwhile."""
+    folder = folder_of(place)
+    for file in () if folder is None else folder.rglob("*.partial"):
+        file.unlink(missing_ok=True)
 
 
 def credit_attrs(run: RunConfig) -> dict[str, str]:
@@ -193,10 +204,12 @@ def mend(
     DataError
         If something is still wrong.
     """
-    with claim(place, tell=tell):
+    load_model(run.folder)
+    with hold(run.folder), ExitStack() as claims:
+        token = claims.enter_context(claim(place, tell=tell))
         again = strike(place, damages)
-    tell(f"{len(damages)} things are wrong with {place}; {len({k[:2] for k in again})} shards are done again")
-    reconstruct(run, tell=tell, progress=progress)
+        tell(f"{len(damages)} things are wrong with {place}; {len({k[:2] for k in again})} shards are done again")
+        _reconstruct(run, claims, {place: token}, tell, progress)
     left = verify(place)
     if left:
         raise DataError(f"cube {place} is still not as its ledger says: {'; '.join(map(str, left[:5]))}; is its disk sound?")

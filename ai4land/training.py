@@ -36,6 +36,7 @@ from ai4land.errors import ConfigError, MismatchError
 from ai4land.features import FeatureSpec
 from ai4land.gang import Member, gang
 from ai4land.grid import Grid
+from ai4land.hold import hold
 from ai4land.inputs import Tell, grid_of, identity_of, split_of
 from ai4land.judge import fit_sharpness, gate
 from ai4land.legend import Legend
@@ -72,10 +73,16 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Progress | None =
     Raises
     ------
     MismatchError
-        If the folder holds a training of another configuration.
+        If the folder holds a training of another configuration, or another process is at work in it.
     Unfinished
         If the time of the SLURM job that this process is in is nearly over: called again, it goes on.
     """
+    with hold(run.folder):
+        _train(run, tell, progress)
+    return run.folder
+
+
+def _train(run: RunConfig, tell: Tell, progress: Progress | None) -> None:
     if TORCHRUN in os.environ:
         with torchrun_group(timeout=run.train.timeout) as group:
             leads = group.rank == 0
@@ -91,7 +98,6 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Progress | None =
         else:
             _on_workers(run, lesson, tell=tell, progress=progress)
         tell(f"trained; sharpness {load_card(run.folder).sharpness:.3f} on validation")
-    return run.folder
 
 
 def _prepare(run: RunConfig, tell: Tell) -> bool:

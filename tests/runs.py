@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +123,20 @@ def folder_of(file: Path) -> Path:
 
 def blocks_of(file: Path) -> list[Block]:
     return plan_blocks(folder_of(file) / "store.zarr", years=TINY_YEARS, reference=2004, years_a_shard=2)
+
+
+HOLDER = "import sys, time, pathlib\nfrom ai4land.hold import hold\nwith hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)"
+
+
+@contextmanager
+def another_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds a folder until it is killed."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +131,21 @@ def test_run_that_is_too_large_for_the_disk_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"run cannot fit: .*store and cubes need \d+\.\d GB of disk"):
         refuse(run)
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_a_run_are_looked_at_only_on_a_full_disk_and_may_vanish(tmp_path, monkeypatch):
+    run = run_of(tmp_path)
+    (run.folder / "a").mkdir(parents=True)
+    (run.folder / "a" / "kept").write_bytes(b"12345")
+    (run.folder / "a" / "vanished").symlink_to(tmp_path / "nowhere")
+    assert cost._size_of(run.folder) == 5 and cost._size_of(tmp_path / "nowhere") == 0
+    looked: list[Path] = []
+    monkeypatch.setattr(cost, "_size_of", lambda folder: looked.append(folder) or 0)
+    refuse(run)
+    assert not looked
+    with pytest.raises(ConfigError, match="GB of disk"):
+        refuse(load_run("global_300m.yaml", [f"runs={tmp_path}", "reconstruct.years=850-2100"]))
+    assert looked
 
 
 def test_global_runs_fit_the_stated_device(tmp_path):

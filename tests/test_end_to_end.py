@@ -21,15 +21,17 @@ from affine import Affine
 
 from ai4land import cli, cube, ledger, results, stages, training
 from ai4land.align import open_store
+from ai4land.alignment import align
 from ai4land.checkpoint import load_card, load_model, save_model
 from ai4land.claim import claim
 from ai4land.errors import MismatchError
 from ai4land.forward import precision_of
-from ai4land.reconstruct import plan_blocks
+from ai4land.reconstruct import plan_blocks, run_blocks
 from ai4land.runfile import load_run
 from ai4land.splits import load_split
+from ai4land.verify import strike, verify
 from tests import ROOT
-from tests.runs import CHECKPOINT, STEPS, ai4land, command, contents, write_run
+from tests.runs import CHECKPOINT, STEPS, ai4land, another_process, command, contents, write_run
 
 TEST_YEARS = (2005, 2006, 2007)
 NAMES = {
@@ -606,6 +608,46 @@ def test_damaged_cube_is_told_and_mended(copied, monkeypatch, capsys):
     assert contents(path, "**/*") == before
     code, out, err = main(monkeypatch, capsys, "verify", path)
     assert code == 0 and "is as its ledger says" in out and not err.replace("verify", "").strip(": \n").startswith("error")
+
+
+def test_second_run_of_a_folder_is_refused_while_the_first_is_at_it(copied, monkeypatch, capsys):
+    folder = load_run(copied).folder
+    before = contents(folder)
+    with another_process(folder) as first:
+        for verb in ("run", "reconstruct", "evaluate", "train", "align"):
+            code, _, err = main(monkeypatch, capsys, verb, copied)
+            assert code == 1 and f"is in use by process {first.pid} on" in err
+    (folder / "claim").unlink()
+    assert contents(folder) == before
+
+
+def test_mending_holds_the_cube_from_the_first_to_the_last_change(copied, monkeypatch):
+    """No other run may take the cube between striking its damaged shards and making them anew."""
+    run = load_run(copied)
+    place = run.folder / "cube.zarr"
+    next(p for p in sorted(place.glob("land_cover/c/**/*")) if p.is_file()).unlink()
+    refusals = []
+
+    def refused_then(verb):
+        def then(*given, **options):
+            with pytest.raises(MismatchError, match="being made by another run") as refusal, claim(place):
+                pass
+            refusals.append(refusal)
+            return verb(*given, **options)
+
+        return then
+
+    for name, verb in (("strike", strike), ("align", align), ("run_blocks", run_blocks)):
+        monkeypatch.setattr(stages, name, refused_then(verb))
+    stages.mend(run, place, verify(place))
+    assert len(refusals) >= 3 and not verify(place)
+
+
+def test_partial_files_may_vanish_while_they_are_removed(tmp_path, monkeypatch):
+    (tmp_path / "a.partial").touch()
+    monkeypatch.setattr(Path, "rglob", lambda folder, _: iter([folder / "a.partial", folder / "vanished.partial"]))
+    stages._remove_partial(tmp_path)
+    assert not (tmp_path / "a.partial").exists()
 
 
 def test_second_run_on_a_cube_is_refused_while_the_first_is_at_it(copied, monkeypatch, capsys):
