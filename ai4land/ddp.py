@@ -11,7 +11,6 @@ import logging
 import os
 import subprocess
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,29 +19,31 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ai4land.norm import _LONG, Group
+from ai4land.errors import ConfigError
+from ai4land.norm import Group
 
 _log = logging.getLogger(__name__)
 
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 """Environment variable by which a process knows that torchrun started it."""
+ARRIVAL = 120.0
+"""Seconds, at least, within which all processes of a group have to arrive: their libraries may load slowly."""
 
 
 @contextmanager
 def joined(store: Any, *, rank: int, world: int, timeout: float) -> Iterator[Group]:
-    """Be one of a group for a while.
+    """Join a group for the length of a ``with`` block.
 
     Parameters
     ----------
     store
-        That all processes of the group reach, and nobody else uses the keys of.
+        Key-value store that all processes of the group reach and that nobody else writes to.
     rank, world
         As of :class:`Group`.
     timeout
-        Seconds that a process waits for the others in one operation before it gives up with a ``RuntimeError``.
+        Seconds that a process waits for the others in one operation, before a ``RuntimeError``.
     """
     if world == 1:
         yield Group()
@@ -57,38 +58,28 @@ def joined(store: Any, *, rank: int, world: int, timeout: float) -> Iterator[Gro
 
 @contextmanager
 def torchrun_group(*, timeout: float) -> Iterator[Group]:
-    """Be one of the group that torchrun started; alone where it did not."""
+    """Join the group that torchrun started; without torchrun, a process is alone.
+
+    Raises
+    ------
+    ConfigError
+        If torchrun restarts processes that fail, and lets them find what the dead ones wrote to its key-value store.
+    """
     if TORCHRUN not in os.environ:
         yield Group()
         return
-    store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    with joined(_fresh(store, rank=rank, world=world), rank=rank, world=world, timeout=timeout) as group:
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            "torchrun --max-restarts keeps the key-value store of the processes that died, expected a new one for each start; "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or leave out --max-restarts"
+        )
+    store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=max(timeout, ARRIVAL))))
+    with joined(store, rank=rank, world=world, timeout=timeout) as group:
         yield group
 
 
-def _fresh(store: Any, *, rank: int, world: int) -> Any:
-    """Find a part of a store that none but the living processes have written to.
-
-    torchrun keeps its store when it starts processes again, with the addresses of dead ones in it. So every process asks with a number
-    of its own, and the first one answers such questions with the name of a part until all have heard it.
-    """
-    own = uuid.uuid4().hex
-    if rank:
-        store.set(f"ai4land/{rank}", own)
-        store.wait([f"ai4land/{own}"], _LONG)
-        name = store.get(f"ai4land/{own}").decode()
-        store.set(f"ai4land/{name}/{rank}", "heard")
-        return PrefixStore(name, store)
-    for other in range(1, world):
-        while not store.check([f"ai4land/{own}/{other}"]):
-            if store.check([f"ai4land/{other}"]):
-                store.set(f"ai4land/{store.get(f'ai4land/{other}').decode()}", own)
-            time.sleep(0.05)
-    return PrefixStore(own, store)
-
-
 def use_interface(host: str) -> None:
-    """Have gloo and NCCL talk over the network interface that has an address of this machine, unless the environment says which."""
+    """Make gloo and NCCL use the network interface with this address of the machine, unless the environment names one."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address == host for a in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
@@ -96,7 +87,7 @@ def use_interface(host: str) -> None:
 
 
 def job_end() -> float | None:
-    """Ask when SLURM will end the job that this process is in, in seconds since 1970; None outside of a job or without a limit."""
+    """Ask SLURM when the job of this process ends, in seconds since 1970; None outside a job or without a time limit."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
@@ -106,6 +97,6 @@ def job_end() -> float | None:
         return time.mktime(time.strptime(done.stdout.strip(), "%Y-%m-%dT%H:%M:%S"))
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         _log.warning(
-            "when the job ends is not known (%s): it is not left in time, but training goes on from its last state", error
+            "the end of this job is unknown (%s): training cannot stop in time, and will resume from its last saved state", error
         )
         return None

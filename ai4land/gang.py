@@ -22,14 +22,12 @@ from typing import Any
 from distributed import Client, Future, Nanny, get_worker, wait
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from ai4land.ddp import joined, use_interface
+from ai4land.ddp import ARRIVAL, joined, use_interface
 from ai4land.errors import AI4LandError, Unfinished, WorkerError
 from ai4land.norm import Group
 
 _STORES: dict[str, Any] = {}
 """Key-value stores that this process serves, by the name of the generation."""
-_ARRIVAL = 120.0
-"""Seconds, at least, within which all workers of a generation have to come: their libraries may load slowly."""
 _TICK = 0.5
 """Seconds between two looks at a generation."""
 
@@ -52,7 +50,7 @@ class Member:
         store = None
         if self.world > 1:
             use_interface(_host(get_worker().address))
-            arrival = timedelta(seconds=max(self.timeout, _ARRIVAL))
+            arrival = timedelta(seconds=max(self.timeout, ARRIVAL))
             served = _STORES.pop(self.generation, None)
             store = PrefixStore("ai4land", served or TCPStore(self.host, self.port, self.world, False, arrival))
             store.set(f"here {self.rank}", "")

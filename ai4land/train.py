@@ -1,8 +1,8 @@
-"""The training loop, of one process or of each of a group.
+"""The training loop, for one process or for each process of a group.
 
-Batches follow from the seed and the step alone and the state is saved every few steps, so that a run that was killed
-goes on to the same weights, bit for bit, on the same number of threads and processes. The best weights by validation loss, of an
-exponential moving average, are what is kept.
+Batches depend only on the seed and the step, and the state is saved every few steps. A run that was killed therefore
+resumes to the same weights, bit for bit, given as many threads and processes. Of an exponential moving average of the weights,
+those with the lowest validation loss are kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the network learns; the fields are those of :class:`ai4land.config.TrainConfig`."""
+    """How the network learns: the settings of the same names in a run file."""
 
     steps: int
     learning_rate: float = 2e-3
@@ -86,14 +86,14 @@ def fit(
     device: torch.device | None = None,
     progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Trained:
-    """Train a network, from the start or from where it stopped.
+    """Train a network, from the start or from its last saved state.
 
     Parameters
     ----------
     model
         The network; trained in place.
     batches
-        Makes the batches from a given step on; of a group, the part of each that is this process's.
+        Makes the batches from a given step on; in a group, this process's part of each.
     validation
         Batches, or parts of them, that are scored every ``validate_every`` steps.
     weights
@@ -103,148 +103,209 @@ def fit(
     folder
         Where ``metrics.jsonl`` and ``resume.pt`` are kept.
     fingerprint
-        Of everything that shapes the result; a state with another one is refused.
+        Of all settings and data that the result depends on; a saved state with another one is refused.
     group
-        Processes that train together; the first of them keeps the folder.
+        Processes that train together; the first of them writes to the folder.
     until
-        Time, in seconds since 1970, from which on training is left: its state is saved at the end of the step.
+        Time, in seconds since 1970, at which training saves its state and stops, at the end of a step.
     device
         Default: that of :func:`ai4land.device.device`.
     progress
-        Called after each step with the step and its numbers, by the first process.
+        Called by the first process after each step, with the step and its row of metrics.
 
     Raises
     ------
     MismatchError
-        If ``resume.pt`` is of another configuration.
+        If ``resume.pt`` belongs to another configuration.
     DataError
         If a loss is not finite.
     Unfinished
-        If training was left; called again, it goes on.
+        If training stopped at ``until``; the same call resumes it.
     """
     device = device or device_of_process()
-    half = bfloat16_pays(device) if schedule.precision == "auto" else schedule.precision == "bfloat16"
-    half = int(group.sum(torch.tensor(int(half), device=device))) == group.world
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    weights = weights.to(device)
-    validation = [b.to(device) for b in validation]
-    wholes = _wholes(validation, weights, schedule, group)
-    optimiser = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.learning_rate)
-    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    best = {k: v.clone() for k, v in average.items()}
-    step, best_step, best_loss, waited = 0, 0, math.inf, 0
+    training = _Training(model, validation, weights, schedule, group, device)
     resume = folder / "resume.pt"
     if resume.is_file():
-        state = load_state(resume)
-        if state["fingerprint"] != fingerprint:
-            raise MismatchError(
-                f"training in {folder} was begun with another configuration ({state['fingerprint']}, expected {fingerprint}); "
-                "restore the run file, choose another name, or delete the folder's resume.pt"
-            )
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average, best = ({k: v.to(device) for k, v in state[name].items()} for name in ("average", "best"))
-        step, best_step, best_loss, waited = state["step"], state["best_step"], state["best_loss"], state["waited"]
-        _log.info("training goes on from step %d", step)
-    if int(group.sum(torch.tensor(step, device=device))) != step * group.world:
-        raise RuntimeError(f"process {group.rank} read the state of step {step} in {folder}, others that of another one")
+        training.load(resume, fingerprint)
+    if int(group.sum(torch.tensor(training.step, device=device))) != training.step * group.world:
+        raise RuntimeError(f"process {group.rank} read the state of step {training.step} in {folder}, others read another step")
     leads = group.rank == 0
-    rows = _Rows(folder / "metrics.jsonl" if leads else Path(os.devnull), keep=step)
-
-    def score(parameters: dict[str, Tensor]) -> dict[str, float]:
-        return _validate(model, parameters, validation, wholes, weights, schedule, half, group)
-
-    if step == 0:
-        first = score(average)
-        best_loss = first["validation_loss"]
-        rows.add({"step": 0, **first})
-    source = prefetched(batches(step), pin=device.type == "cuda")
+    rows = _Rows(folder / "metrics.jsonl" if leads else Path(os.devnull), keep=training.step)
+    if training.step == 0:
+        rows.add({"step": 0, **training.validate()})
+    source = prefetched(batches(training.step), pin=device.type == "cuda")
     with closing(source), closing(rows), shared_norms(model, group):
-        while step < schedule.steps and waited < schedule.patience:
-            began = time.perf_counter()
-            batch = next(source).to(device)
-            arrived = time.perf_counter()
-            for parameters in optimiser.param_groups:
-                parameters["lr"] = schedule.rate(step)
-            model.train()
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-                logits = model(batch.static, batch.reference, batch.coarse, batch.offset)
-            loss = _loss(logits, batch, weights, schedule, model.factor, whole=_wholes([batch], weights, schedule, group)[0])
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            over = torch.tensor(float(until is not None and time.time() >= until), device=device)
-            whole_loss, leave = group.add_gradients(model, loss, over).tolist()
-            if not math.isfinite(whole_loss):
-                raise DataError(
-                    f"training loss is {whole_loss} at step {step}, expected a number; lower train.learning_rate or look for NaN in the inputs"
-                )
-            norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-            optimiser.step()
-            step += 1
-            _average(average, model, min(schedule.ema, step / (step + 10)))
-            now = time.perf_counter()
-            row = {
-                "step": step,
-                "loss": round(whole_loss, 6),
-                "lr": schedule.rate(step - 1),
-                "gradient_norm": round(float(norm), 5),
-                "seconds": round(now - began, 4),
-                "waited": round(arrived - began, 4),
-                "workers": group.world,
-            }
-            if step % schedule.validate_every == 0 or step == schedule.steps:
-                row |= score(average)
-                waited += 1
-                if row["validation_loss"] < best_loss:
-                    best_loss, best_step, waited = row["validation_loss"], step, 0
-                    best = {k: v.clone() for k, v in average.items()}
+        while not training.ended:
+            row, over = training.advance(source, until)
             rows.add(row)
             if leads and progress is not None:
-                progress(step, row)
-            ends = step == schedule.steps or waited >= schedule.patience
-            left = leave > 0 and not ends
-            if leads and (step % schedule.checkpoint_every == 0 or ends or left):
-                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "best": best}
-                numbers = {
-                    "step": step,
-                    "best_step": best_step,
-                    "best_loss": best_loss,
-                    "waited": waited,
-                    "fingerprint": fingerprint,
-                }
-                save_state(resume, {**state, **numbers})
-            if left:
-                group.sum(torch.zeros((), device=device))  # nobody leaves before the state is on disk
+                progress(training.step, row)
+            stops = over and not training.ended
+            if leads and (training.step % schedule.checkpoint_every == 0 or training.ended or stops):
+                training.save(resume, fingerprint)
+            if stops:
+                group.sum(torch.zeros((), device=device))  # no process stops before the state is on disk
                 raise Unfinished(
-                    f"training in {folder} was left at step {step} of {schedule.steps}, as the time of its job is over; run it again to go on"
+                    f"training in {folder} stopped at step {training.step} of {schedule.steps} because the time of its job runs out; "
+                    "run it again to resume"
                 )
-    _log.info("trained %d steps; best validation loss %.5f at step %d", step, best_loss, best_step)
-    if leads and not best_step:
+    _log.info("trained %d steps; best validation loss %.5f at step %d", training.step, training.best_loss, training.best_step)
+    if leads and not training.best_step:
         _log.warning(
-            "no step of the training in %s has a lower validation loss than the untrained network (%.5f), expected some; the UNTRAINED weights are "
-            "kept: the model copies its reference map. Look at validation_loss in metrics.jsonl, lower train.learning_rate or add steps",
+            "no step of the training in %s has a lower validation loss than the untrained network (%.5f), expected some; the UNTRAINED weights "
+            "are kept: the model copies its reference map. Look at validation_loss in metrics.jsonl, lower train.learning_rate or add steps",
             folder,
-            best_loss,
+            training.best_loss,
         )
-    return Trained({k: v.cpu() for k, v in best.items()}, best_step, best_loss, step)
+    best = {k: v.cpu() for k, v in training.best.items()}
+    return Trained(best, training.best_step, training.best_loss, training.step)
 
 
-def _wholes(batches: list[Batch], weights: Tensor, schedule: Schedule, group: Group) -> list[Tensor | None]:
-    """Weight of each whole batch, of which this process has a part; None for its own."""
-    if group.world == 1 or not batches:
-        return [None] * len(batches)
-    own = [cell_weights(b.target, b.reference, weights, change_weight=schedule.change_weight).sum() for b in batches]
-    return list(group.sum(torch.stack(own)))
+class _Training:
+    """The state of a training: network, optimiser, moving average and best weights; ``stale`` counts validations without improvement."""
 
+    def __init__(
+        self, model: UNet, validation: list[Batch], weights: Tensor, schedule: Schedule, group: Group, device: torch.device
+    ) -> None:
+        self.model, self.schedule, self.group, self.device = model, schedule, group, device
+        half = bfloat16_pays(device) if schedule.precision == "auto" else schedule.precision == "bfloat16"
+        self.half = int(group.sum(torch.tensor(int(half), device=device))) == group.world
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.weights = weights.to(device)
+        self.validation = [b.to(device) for b in validation]
+        self.wholes = self._wholes(self.validation)
+        self.optimiser = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.learning_rate)
+        self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.best = {k: v.clone() for k, v in self.average.items()}
+        self.step, self.best_step, self.best_loss, self.stale = 0, 0, math.inf, 0
 
-def _loss(logits: Tensor, batch: Batch, weights: Tensor, schedule: Schedule, factor: int, *, whole: Tensor | None) -> Tensor:
-    """Loss with the totals imposed and without, by their shares; of a group, this process's part of it."""
-    change = schedule.change_weight
-    part = partial(change_loss, logits, batch.target, batch.reference, weights, change_weight=change, whole=whole)
-    total, share = torch.zeros((), device=logits.device), schedule.totals_share
-    if share:
-        total = total + share * part(offset=batch.offset, factor=factor)
-    return total + (1 - share) * part() if share < 1 else total
+    @property
+    def ended(self) -> bool:
+        """Whether all steps are taken, or validation no longer improves."""
+        return self.step >= self.schedule.steps or self.stale >= self.schedule.patience
+
+    def load(self, path: Path, fingerprint: str) -> None:
+        """Resume from a saved state of the same configuration."""
+        state = load_state(path)
+        if state["fingerprint"] != fingerprint:
+            raise MismatchError(
+                f"training in {path.parent} was begun with another configuration ({state['fingerprint']}, expected {fingerprint}); "
+                "restore the run file, choose another name, or delete the folder's resume.pt"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.average, self.best = ({k: v.to(self.device) for k, v in state[name].items()} for name in ("average", "best"))
+        self.step, self.best_step, self.best_loss, self.stale = (state[k] for k in ("step", "best_step", "best_loss", "waited"))
+        _log.info("training resumes from step %d", self.step)
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Save the state that training resumes from."""
+        tensors = {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "average": self.average,
+            "best": self.best,
+        }
+        numbers = {"step": self.step, "best_step": self.best_step, "best_loss": self.best_loss, "waited": self.stale}
+        save_state(path, {**tensors, **numbers, "fingerprint": fingerprint})
+
+    def advance(self, source: Iterator[Batch], until: float | None) -> tuple[dict[str, float], bool]:
+        """Take one step, and validate when it is due; return its row of metrics, and whether any process has reached the time ``until``."""
+        began = time.perf_counter()
+        batch = next(source).to(self.device)
+        arrived = time.perf_counter()
+        rate = self.schedule.rate(self.step)
+        loss, norm, over = self._learn(batch, rate, until)
+        self.step += 1
+        _average(self.average, self.model, min(self.schedule.ema, self.step / (self.step + 10)))
+        row = {
+            "step": self.step,
+            "loss": round(loss, 6),
+            "lr": rate,
+            "gradient_norm": round(norm, 5),
+            "seconds": round(time.perf_counter() - began, 4),
+            "waited": round(arrived - began, 4),
+            "workers": self.group.world,
+        }
+        if self.step % self.schedule.validate_every == 0 or self.step == self.schedule.steps:
+            row |= self.validate()
+        return row, over
+
+    def _learn(self, batch: Batch, rate: float, until: float | None) -> tuple[float, float, bool]:
+        """Change the weights by one batch; return the loss and the norm of the gradient of the whole batch, and whether the time is over."""
+        for parameters in self.optimiser.param_groups:
+            parameters["lr"] = rate
+        self.model.train()
+        loss = self._loss(self._logits(batch), batch, self._wholes([batch])[0])
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        over = torch.tensor(float(until is not None and time.time() >= until), device=self.device)
+        whole_loss, reached = self.group.add_gradients(self.model, loss, over).tolist()
+        if not math.isfinite(whole_loss):
+            raise DataError(
+                f"training loss is {whole_loss} at step {self.step}, expected a number; lower train.learning_rate or look for NaN in the inputs"
+            )
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
+        self.optimiser.step()
+        return whole_loss, float(norm), reached > 0
+
+    def validate(self) -> dict[str, float]:
+        """Score the moving average, and keep it if it is the best so far."""
+        scores = self._score(self.average)
+        self.stale += 1
+        if scores["validation_loss"] < self.best_loss:
+            self.best_loss, self.best_step, self.stale = scores["validation_loss"], self.step, 0
+            self.best = {k: v.clone() for k, v in self.average.items()}
+        return scores
+
+    @torch.no_grad()
+    def _score(self, parameters: dict[str, Tensor]) -> dict[str, float]:
+        """Score weights on the validation batches: loss, and accuracy and Figure of Merit of the most likely class."""
+        own = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(parameters)
+        self.model.eval()
+        loss, cells, right, hits, union = 0.0, 0, 0, 0, 0
+        for batch, whole in zip(self.validation, self.wholes, strict=True):
+            logits = self._logits(batch)
+            loss += float(self._loss(logits, batch, whole))
+            if self.schedule.totals_share:
+                logits = impose_totals(logits.float(), batch.target, offset=batch.offset, factor=self.model.factor)
+            guess, scored = logits.argmax(1), batch.target != MISSING
+            changed, guessed = batch.target != batch.reference, guess != batch.reference
+            right += int(((guess == batch.target) & scored).sum())
+            cells += int(scored.sum())
+            hits += int((changed & guessed & (guess == batch.target) & scored).sum())
+            union += int(((changed | guessed) & scored).sum())
+        self.model.load_state_dict(own)
+        sums = torch.tensor([loss, cells, right, hits, union], dtype=torch.float64, device=self.device)
+        loss, cells, right, hits, union = self.group.sum(sums).tolist()
+        return {
+            "validation_loss": round(loss / max(1, len(self.validation)), 6),
+            "validation_accuracy": round(right / max(1, cells), 6),
+            "validation_figure_of_merit": round(hits / max(1, union), 6),
+        }
+
+    def _logits(self, batch: Batch) -> Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half):
+            logits: Tensor = self.model(batch.static, batch.reference, batch.coarse, batch.offset)
+        return logits
+
+    def _wholes(self, batches: list[Batch]) -> list[Tensor | None]:
+        """Weight of each whole batch, of which this process has a part; None where it has the whole."""
+        if self.group.world == 1 or not batches:
+            return [None] * len(batches)
+        change = self.schedule.change_weight
+        own = [cell_weights(b.target, b.reference, self.weights, change_weight=change).sum() for b in batches]
+        return list(self.group.sum(torch.stack(own)))
+
+    def _loss(self, logits: Tensor, batch: Batch, whole: Tensor | None) -> Tensor:
+        """Loss with and without the totals imposed, mixed by their shares; in a group, this process's part of it."""
+        change, share = self.schedule.change_weight, self.schedule.totals_share
+        part = partial(change_loss, logits, batch.target, batch.reference, self.weights, change_weight=change, whole=whole)
+        total = torch.zeros((), device=logits.device)
+        if share:
+            total = total + share * part(offset=batch.offset, factor=self.model.factor)
+        return total + (1 - share) * part() if share < 1 else total
 
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
@@ -256,6 +317,7 @@ def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """Move the exponential moving average towards the weights of a model."""
     for name, value in model.state_dict().items():
         if value.dtype.is_floating_point:
             average[name].lerp_(value, 1 - decay)
@@ -263,48 +325,10 @@ def _average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None
             average[name].copy_(value)
 
 
-@torch.no_grad()
-def _validate(
-    model: UNet,
-    parameters: dict[str, Tensor],
-    batches: list[Batch],
-    wholes: list[Tensor | None],
-    weights: Tensor,
-    schedule: Schedule,
-    half: bool,
-    group: Group,
-) -> dict[str, float]:
-    """Score weights on the validation batches: loss, and of the most likely class accuracy and Figure of Merit."""
-    own = {k: v.clone() for k, v in model.state_dict().items()}
-    model.load_state_dict(parameters)
-    model.eval()
-    loss, cells, right, hits, union = 0.0, 0, 0, 0, 0
-    for batch, whole in zip(batches, wholes, strict=True):
-        with torch.autocast(batch.static.device.type, dtype=torch.bfloat16, enabled=half):
-            logits = model(batch.static, batch.reference, batch.coarse, batch.offset)
-        loss += float(_loss(logits, batch, weights, schedule, model.factor, whole=whole))
-        if schedule.totals_share:
-            logits = impose_totals(logits.float(), batch.target, offset=batch.offset, factor=model.factor)
-        guess, scored = logits.argmax(1), batch.target != MISSING
-        truly, guessed = batch.target != batch.reference, guess != batch.reference
-        right += int(((guess == batch.target) & scored).sum())
-        cells += int(scored.sum())
-        hits += int((truly & guessed & (guess == batch.target) & scored).sum())
-        union += int(((truly | guessed) & scored).sum())
-    model.load_state_dict(own)
-    sums = torch.tensor([loss, cells, right, hits, union], dtype=torch.float64, device=weights.device)
-    loss, cells, right, hits, union = group.sum(sums).tolist()
-    return {
-        "validation_loss": round(loss / max(1, len(batches)), 6),
-        "validation_accuracy": round(right / max(1, cells), 6),
-        "validation_figure_of_merit": round(hits / max(1, union), 6),
-    }
-
-
 class _Rows:
-    """``metrics.jsonl``: a row a step; rows after the step that training resumes from are dropped.
+    """``metrics.jsonl``, a row per step; rows after the step that training resumes from are dropped.
 
-    The file is held open: one that is written anew meanwhile, by a training that goes on elsewhere, is not added to.
+    The file stays open, so that rows never end up in a file that replaces it, as when the training resumes elsewhere.
     """
 
     def __init__(self, path: Path, *, keep: int) -> None:
@@ -321,7 +345,7 @@ class _Rows:
 
 
 def _kept(path: Path, keep: int) -> Iterator[str]:
-    """Rows up to a step; a torn one and what follows are left out."""
+    """Rows up to a step; an incomplete row and all after it are dropped."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() and keep else []:
         try:
             if json.loads(line)["step"] <= keep:
