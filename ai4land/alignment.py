@@ -33,19 +33,7 @@ from ai4land.fractions import open_fractions
 from ai4land.grid import FINE_DIMS, Grid, Window
 from ai4land.hold import hold
 from ai4land.hrefs import local_path
-from ai4land.inputs import (
-    Tell,
-    crosswalk_of,
-    fraction_files,
-    grid_of,
-    held_states,
-    identity_of,
-    legend_of,
-    map_source,
-    mask_year,
-    needed_years,
-    split_of,
-)
+from ai4land.inputs import Inputs, Tell, fraction_files, held_states, map_source, mask_year, needed_years
 from ai4land.landcover import AnnualMap, CatalogMap, find_catalog_maps, find_maps
 from ai4land.legend import Legend
 from ai4land.luh2 import open_states
@@ -73,24 +61,24 @@ def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
         If the store was made from something else, or another process is at work in the folder of the run.
     """
     with hold(run.folder):
-        return _align(run, tell)
+        return _align(run, Inputs.of(run), tell)
 
 
-def _align(run: RunConfig, tell: Tell) -> Path:
+def _align(run: RunConfig, inputs: Inputs, tell: Tell) -> Path:
     path = run.folder / "store.zarr"
-    codes = legend_of(run).codes.tolist()
+    codes = inputs.legend.codes.tolist()
     unknown = sorted(set(run.constrain.lock) - set(codes))
     if unknown:
         raise ConfigError(f"constrain.lock has the codes {unknown}, expected some of {codes}; mend it")
     needed, states = needed_years(run)
-    if check_identity(path, identity_of(run)):
+    if check_identity(path, inputs.identity):
         check_years(path, needed, states)
         _check_files(path, run)
         return path
     forget_items()
-    grid, legend = grid_of(run), legend_of(run)
-    split_of(run, grid)
-    crosswalk = crosswalk_of(run, legend)
+    grid, legend = inputs.grid, inputs.legend
+    _ = inputs.split  # refused before long work if it cannot be
+    crosswalk = inputs.crosswalk
     maps = maps_of(run, grid, legend)
     lacking = sorted(needed - set(maps))
     if lacking:
@@ -120,7 +108,7 @@ def _align(run: RunConfig, tell: Tell) -> Path:
                 maps={year: maps[year].read for year in years},
                 coarse=coarse,
                 layers=[Layer(s.name, s.categorical, partial(read_layer, layer=s, run=run, grid=grid)) for s in run.static],
-                identity=identity_of(run),
+                identity=inputs.identity,
                 known=known,
                 files=files,
                 client=client,

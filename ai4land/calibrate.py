@@ -33,7 +33,7 @@ from ai4land.cube import Block
 from ai4land.features import FeatureSpec
 from ai4land.forward import Precision, bfloat16_pays, ready
 from ai4land.grid import Grid, Window
-from ai4land.inputs import grid_of, legend_of, split_of
+from ai4land.inputs import Inputs
 from ai4land.legend import Legend
 from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
@@ -125,8 +125,8 @@ def calibrate(run: RunConfig, *, tell: Callable[[str], None] = lambda _: None) -
 
 def _own(run: RunConfig) -> _Ground:
     """Take the store of the run and some blocks of its cube, from little land to much, of both sides of the reference map."""
-    store, grid, legend, r = run.folder / "store.zarr", grid_of(run), legend_of(run), run.reconstruct
-    split, source = split_of(run, grid), Source(store)
+    inputs, store, r = Inputs.of(run), run.folder / "store.zarr", run.reconstruct
+    grid, legend, split, source = inputs.grid, inputs.legend, inputs.split, Source(store)
     cells = split.roles == TRAIN
     codes, waves = legend.codes.tolist(), run.train.position
     spec = fit_spec(open_store(store), cells=cells, pairs=split.pairs, codes=codes, factor=grid.factor, position=waves)
@@ -152,7 +152,7 @@ def _practice(run: RunConfig, folder: Path) -> _Ground:
     unit = math.lcm(run.grid.factor, 2**run.model.depth)
     side = min(run.grid.shard, max(unit, _SIDE // unit * unit))
     grid = practice_grid(factor=run.grid.factor, shard=side, shards=(1, 1))
-    legend, store = legend_of(run), folder / "store.zarr"
+    legend, store = Inputs.of(run).legend, folder / "store.zarr"
     zones = sum(layer.categorical for layer in run.static)
     write_practice_store(store, grid=grid, legend=legend, years=_YEARS, numbers=len(run.static) - zones, zones=zones)
     cells = np.ones(grid.coarse.shape, dtype=bool)

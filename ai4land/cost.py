@@ -25,7 +25,7 @@ from ai4land.checkpoint import load_card
 from ai4land.config import RunConfig
 from ai4land.errors import ConfigError
 from ai4land.grid import Window
-from ai4land.inputs import cubes_of, grid_of, legend_of, needed_years
+from ai4land.inputs import Inputs, cubes_of, needed_years
 from ai4land.overviews import level_factors
 from ai4land.practice import CODES
 from ai4land.predict import Source, mapped_part
@@ -179,7 +179,11 @@ def network_of(run: RunConfig) -> UNet:
     settings = run.model.model_dump()
     with torch.device("meta"):
         return UNet(
-            static_channels=static_channels(run), coarse_channels=1, classes=legend_of(run).n, factor=run.grid.factor, **settings
+            static_channels=static_channels(run),
+            coarse_channels=1,
+            classes=Inputs.of(run).legend.n,
+            factor=run.grid.factor,
+            **settings,
         )
 
 
@@ -204,7 +208,7 @@ def count(run: RunConfig, *, land: float = 1.0, cuda: bool = False) -> Work:
     cuda
         Whether the network is on a CUDA device.
     """
-    grid, net = grid_of(run), network_of(run)
+    grid, net = Inputs.of(run).grid, network_of(run)
     store = run.folder / "store.zarr"
     source = Source(store) if (store / "zarr.json").is_file() else None
     passes: list[float] = []
@@ -282,7 +286,7 @@ def worker_memory(run: RunConfig, net: UNet, *, cuda: bool = False) -> Memory:
 def training_memory(run: RunConfig, net: UNet, years: int) -> Memory:
     """Most bytes that the training holds: shards and batches that wait, and activations with their gradients."""
     t, shard, channels = run.train, run.grid.shard, static_channels(run)
-    tiles = min(max(16, t.mix) + t.mix, len(grid_of(run).shards())) * shard**2 * (2 * channels + years + 2)
+    tiles = min(max(16, t.mix) + t.mix, len(Inputs.of(run).grid.shards())) * shard**2 * (2 * channels + years + 2)
     reading, cells = 2 * shard**2 * 16 * len(run.static), t.batch * t.patch**2
     host = PROCESS_BYTES + tiles + reading + 6 * cells * (2 * channels + 2)
     return Memory(host, 4 * cells * (2 * net.inputs + 26 * run.model.base + 4 * net.classes))
@@ -304,7 +308,7 @@ def rates_of(run: RunConfig, device: str) -> Rates:
         step=max(_LAUNCH, 3 * each * t.batch * t.patch**2 / d.trains),
         scored=forward,
         forward=each / d.predicts,
-        host=HOST * legend_of(run).n,
+        host=HOST * Inputs.of(run).legend.n,
         shard=0.0,
         read=READ,
         hands=min(d.cores, hands),

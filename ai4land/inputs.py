@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +23,76 @@ from ai4land.stores import Place, folder_of
 Tell = Callable[[str], None]
 
 
-def grid_of(run: RunConfig) -> Grid:
-    """Make the grid of a run."""
-    g = run.grid
-    return make_grid(g.bbox, coarse_cell=g.coarse_cell, factor=g.factor, shard=g.shard, origin=g.origin, crs=g.crs)
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a run, as values: each is made when it is first asked for, and then kept."""
 
+    run: RunConfig
 
-def legend_of(run: RunConfig) -> Legend:
-    """Load the legend of a run."""
-    name = run.landcover.legend
-    return load_legend(run.file(name) if name.endswith(".yaml") else name)
+    @classmethod
+    def of(cls, run: RunConfig) -> Inputs:
+        """Resolve the inputs that a run file names."""
+        return cls(run)
 
+    @cached_property
+    def grid(self) -> Grid:
+        """Target grid."""
+        g = self.run.grid
+        return make_grid(g.bbox, coarse_cell=g.coarse_cell, factor=g.factor, shard=g.shard, origin=g.origin, crs=g.crs)
 
-def split_of(run: RunConfig, grid: Grid) -> Split:
-    """Make the split of a run, and check that something decides when training stops."""
-    s = run.split
-    scored = [None if e is None else Scored(e.reference, tuple(e.years)) for e in (s.validation, s.test)]
-    rows, cols = grid.coarse.shape
-    split = make_split(
-        (int(rows), int(cols)),
-        train=s.train,
-        max_lead=s.max_lead,
-        backward=s.backward,
-        validation=scored[0],
-        test=scored[1],
-        space=None if s.space is None else s.space.model_dump(),
-        seed=run.seed,
-        wraps=grid.wraps,
-    )
-    if split.validation is None and not (split.roles == VALIDATION).any():
-        raise ConfigError(
-            "split has neither validation years nor validation cells, expected one; set split.validation or split.space"
+    @cached_property
+    def legend(self) -> Legend:
+        """Class scheme of the maps: built in, or a user's own file."""
+        name = self.run.landcover.legend
+        return load_legend(self.run.file(name) if name.endswith(".yaml") else name)
+
+    @cached_property
+    def crosswalk(self) -> Crosswalk:
+        """Weights from the states of the scenario to the classes: built in, or a user's own file."""
+        name = self.run.scenario.crosswalk
+        return load_crosswalk(self.run.file(name) if name.endswith(".csv") else name, self.legend)
+
+    @cached_property
+    def split(self) -> Split:
+        """Cells and years to train, validate and test on.
+
+        Raises
+        ------
+        ConfigError
+            If no year and no cell is left to decide when training stops.
+        """
+        s, (rows, cols) = self.run.split, self.grid.coarse.shape
+        scored = [None if e is None else Scored(e.reference, tuple(e.years)) for e in (s.validation, s.test)]
+        split = make_split(
+            (int(rows), int(cols)),
+            train=s.train,
+            max_lead=s.max_lead,
+            backward=s.backward,
+            validation=scored[0],
+            test=scored[1],
+            space=None if s.space is None else s.space.model_dump(),
+            seed=self.run.seed,
+            wraps=self.grid.wraps,
         )
-    return split
+        if split.validation is None and not (split.roles == VALIDATION).any():
+            raise ConfigError(
+                "split has neither validation years nor validation cells, expected one; set split.validation or split.space"
+            )
+        return split
 
-
-def crosswalk_of(run: RunConfig, legend: Legend) -> Crosswalk:
-    """Load the crosswalk from the states of the scenario to the legend."""
-    name = run.scenario.crosswalk
-    return load_crosswalk(run.file(name) if name.endswith(".csv") else name, legend)
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the store, and all that is made from it, comes from: settings, and what the legend and the crosswalk hold."""
+        legend = self.legend
+        codes = legend.model_dump(mode="json", include={"nodata", "aliases"})
+        return {
+            **{name: self.run.fingerprint(name) for name in ("grid", "landcover", "scenario", "static")},
+            "legend": digest([legend.fill.code, [(c.code, c.name) for c in legend.classes], codes]),
+            "crosswalk": digest([self.crosswalk.states, self.crosswalk.weights]),
+            "reference": self.run.reconstruct.reference,
+            **({"mask_year": mask_year(self.run)} if self.run.reconstruct.reference is None else {}),
+            **({"interpolated": "linearly, in scenario years that the files lack"} if _interpolates(self.run.scenario) else {}),
+        }
 
 
 def cubes_of(run: RunConfig) -> dict[str, tuple[Place, int | None, list[int]]]:
@@ -93,21 +126,6 @@ def map_source(run: RunConfig) -> str | dict[int, Path]:
 def mask_year(run: RunConfig) -> int:
     """Year of the map that says which cells are mapped: the reference map, or without one that of the first training year."""
     return min(run.split.train) if run.reconstruct.reference is None else run.reconstruct.reference
-
-
-def identity_of(run: RunConfig) -> dict[str, Any]:
-    """Say what the store of a run, and all that is made from it, comes from: settings, and what legend and crosswalk hold."""
-    legend = legend_of(run)
-    crosswalk = crosswalk_of(run, legend)
-    codes = legend.model_dump(mode="json", include={"nodata", "aliases"})
-    return {
-        **{name: run.fingerprint(name) for name in ("grid", "landcover", "scenario", "static")},
-        "legend": digest([legend.fill.code, [(c.code, c.name) for c in legend.classes], codes]),
-        "crosswalk": digest([crosswalk.states, crosswalk.weights]),
-        "reference": run.reconstruct.reference,
-        **({"mask_year": mask_year(run)} if run.reconstruct.reference is None else {}),
-        **({"interpolated": "linearly, in scenario years that the files lack"} if _interpolates(run.scenario) else {}),
-    }
 
 
 def _interpolates(s: object) -> bool:

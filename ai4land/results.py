@@ -22,7 +22,7 @@ from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import evaluate_years
 from ai4land.grid import Window, coarse_slices
 from ai4land.hold import hold
-from ai4land.inputs import cubes_of, grid_of, legend_of, split_of
+from ai4land.inputs import Inputs, cubes_of
 from ai4land.legend import Legend
 from ai4land.predict import Source
 from ai4land.reconstruct import plan_blocks
@@ -60,7 +60,7 @@ def evaluate(run: RunConfig, *, tell: Callable[[str], None] = _log.info) -> dict
 
 def _evaluate(run: RunConfig, tell: Callable[[str], None]) -> dict[str, Any]:
     source = Source(align(run, tell=tell))
-    split = split_of(run, source.grid)
+    split = Inputs.of(run).split
     saved, trained = load_split(run.folder / "splits.json").hash, load_card(run.folder).split
     if not split.hash == saved == trained:
         raise MismatchError(
@@ -180,7 +180,7 @@ def figures(run: RunConfig, scores: dict[str, Any], *, tell: Callable[[str], Non
 def _draw_maps(run: RunConfig, folder: Path) -> None:
     """Draw the map of the last year, and the change of the test years if the published cube starts from their reference map."""
     last, change, extent = thin_maps(run)
-    legend = legend_of(run)
+    legend = Inputs.of(run).legend
     title = f"{run.title or run.name}: {last[0]}"
     plot.map_figure(legend.decode(last[1]), legend=legend, extent=extent, title=title, path=folder / "map.png")
     test = run.split.test
@@ -258,7 +258,7 @@ def plan(
 
 def _plan_inputs(run: RunConfig) -> Iterator[tuple[str, str]]:
     """Grid, legend and store."""
-    grid, legend = grid_of(run), legend_of(run)
+    grid, legend = Inputs.of(run).grid, Inputs.of(run).legend
     (rows, cols), (crows, ccols) = grid.shape, grid.coarse.shape
     yield (
         "grid",
@@ -271,8 +271,8 @@ def _plan_inputs(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _plan_results(run: RunConfig) -> Iterator[tuple[str, str]]:
     """Training, cubes and scores, each with what is done of it."""
-    grid, legend, t = grid_of(run), legend_of(run), run.train
-    split, net = split_of(run, grid), network_of(run)
+    grid, legend, t = Inputs.of(run).grid, Inputs.of(run).legend, run.train
+    split, net = Inputs.of(run).split, network_of(run)
     yield "totals", STATEMENTS[run.constrain.method]
     cells = t.members * t.steps * t.batch * t.patch**2
     done = "; done" if (run.folder / "model.json").is_file() else ""

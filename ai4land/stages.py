@@ -25,7 +25,7 @@ from ai4land.digests import digest
 from ai4land.errors import ConfigError, DataError
 from ai4land.forward import Precision, precision_of
 from ai4land.hold import hold
-from ai4land.inputs import Tell, crosswalk_of, cubes_of, identity_of, legend_of
+from ai4land.inputs import Inputs, Tell, cubes_of
 from ai4land.predict import Source
 from ai4land.reconstruct import BlockSettings, land_of, plan_blocks, run_blocks
 from ai4land.runfile import load_run
@@ -63,12 +63,13 @@ def _reconstruct(
     from ai4land.cost import network_of, worker_memory
     from ai4land.slurm import cores_of_worker
 
+    inputs = Inputs.of(run)
     _, card = load_model(run.folder)
-    fits = partial(check_fits, card, legend=legend_of(run), feature_names=[s.name for s in run.static], factor=run.grid.factor)
+    fits = partial(check_fits, card, legend=inputs.legend, feature_names=[s.name for s in run.static], factor=run.grid.factor)
     fits(states=list(card.spec.states))
     store_path = align(run, tell=tell)
     source = Source(store_path)
-    if "fingerprint" in card.training and card.training["fingerprint"] != fingerprint_of(run, card.split):
+    if "fingerprint" in card.training and card.training["fingerprint"] != fingerprint_of(inputs, card.split):
         tell(f"the model in {run.folder} was trained with other settings or inputs than those of the run file and its store")
     fits(states=[str(s) for s in open_store(store_path)["state"].values])
     r = run.reconstruct
@@ -81,7 +82,7 @@ def _reconstruct(
         identity = {
             "model": card.weights,
             "sharpness": card.sharpness,
-            "store": digest(identity_of(run)),
+            "store": digest(inputs.identity),
             "contents": held_of(store_path, reference=reference, years=years),
             "reference": reference,
             "constrain": run.constrain.model_dump(mode="json"),
@@ -136,7 +137,7 @@ def _reconstruct(
             raise DataError(
                 f"cube {path} has only the years {years} whole after all blocks; verify it with: ai4land verify {path}"
             )
-    if card.training.get("fingerprint") == fingerprint_of(run, card.split):
+    if card.training.get("fingerprint") == fingerprint_of(inputs, card.split):
         run.save(run.folder / "config.yaml")
     return cubes_of(run)["cube"][0]
 
@@ -239,7 +240,7 @@ def job_of(
         checksum=checksum,
         reference=reference,
         threads=threads,
-        crosswalk=crosswalk_of(run, source.legend),
+        crosswalk=Inputs.of(run).crosswalk,
         precision=precision,
         method=method_of(run, reference),
         weights=run.scenario.weights,

@@ -37,7 +37,7 @@ from ai4land.features import FeatureSpec
 from ai4land.gang import Member, gang
 from ai4land.grid import Grid
 from ai4land.hold import hold
-from ai4land.inputs import Tell, grid_of, identity_of, split_of
+from ai4land.inputs import Inputs, Tell
 from ai4land.judge import fit_sharpness, gate
 from ai4land.legend import Legend
 from ai4land.losses import class_weights
@@ -57,9 +57,10 @@ _SEEDS_APART = 1000
 
 @dataclass(frozen=True)
 class Lesson:
-    """What all processes of a training share: fingerprint, grid, legend, split, normalisation and class weights."""
+    """What all processes of a training share: fingerprint, identity of the store, grid, legend, split, normalisation and class weights."""
 
     fingerprint: str
+    store: str
     grid: Grid
     legend: Legend
     split: Split
@@ -83,15 +84,16 @@ def train(run: RunConfig, *, tell: Tell = _log.info, progress: Progress | None =
 
 
 def _train(run: RunConfig, tell: Tell, progress: Progress | None) -> None:
+    inputs = Inputs.of(run)
     if TORCHRUN in os.environ:
         with torchrun_group(timeout=run.train.timeout) as group:
             leads = group.rank == 0
-            group.first(partial(_prepare, run, tell))
-            if not _trained(run, fingerprint_of(run, split_of(run, grid_of(run)).hash)):
+            group.first(partial(_prepare, inputs, tell))
+            if not _trained(run, fingerprint_of(inputs, inputs.split.hash)):
                 beside = int(os.environ["LOCAL_WORLD_SIZE"])
-                learn(run, _lesson(run, tell if leads else _log.info), group=group, beside=beside, progress=progress)
-    elif not _prepare(run, tell):
-        lesson = _lesson(run, tell)
+                learn(run, _lesson(inputs, tell if leads else _log.info), group=group, beside=beside, progress=progress)
+    elif not _prepare(inputs, tell):
+        lesson = _lesson(inputs, tell)
         if run.cluster == "local" and run.train.workers == 1:
             learn(run, lesson, progress=progress)
             device.release()  # for a worker of the reconstruction
@@ -100,21 +102,21 @@ def _train(run: RunConfig, tell: Tell, progress: Progress | None) -> None:
         tell(f"trained; sharpness {load_card(run.folder).sharpness:.3f} on validation")
 
 
-def _prepare(run: RunConfig, tell: Tell) -> bool:
+def _prepare(inputs: Inputs, tell: Tell) -> bool:
     """Make what training needs and check that it may begin; whether the model is there."""
+    run, split = inputs.run, inputs.split
     align(run, tell=tell)
-    split = split_of(run, grid_of(run))
-    if _trained(run, fingerprint_of(run, split.hash)):
+    if _trained(run, fingerprint_of(inputs, split.hash)):
         return True
     run.save(run.folder / "config.yaml")
     split.save(run.folder / "splits.json")
     return False
 
 
-def _lesson(run: RunConfig, tell: Tell) -> Lesson:
+def _lesson(inputs: Inputs, tell: Tell) -> Lesson:
     """Look through the training data."""
-    store, grid = open_store(run.folder / "store.zarr"), grid_of(run)
-    split = split_of(run, grid)
+    run, grid, split = inputs.run, inputs.grid, inputs.split
+    store = open_store(run.folder / "store.zarr")
     legend = Legend(**store.attrs["legend"])
     spec = fit_spec(
         store,
@@ -125,7 +127,7 @@ def _lesson(run: RunConfig, tell: Tell) -> Lesson:
         position=run.train.position,
     )
     weights = class_weights(_class_counts(store, split, legend, grid), power=run.train.class_balance)
-    lesson = Lesson(fingerprint_of(run, split.hash), grid, legend, split, spec, weights)
+    lesson = Lesson(fingerprint_of(inputs, split.hash), digest(inputs.identity), grid, legend, split, spec, weights)
     size, t = sum(p.numel() for p in _network(run, lesson).parameters()), run.train
     tell(
         f"training: {t.members} network{'s' * (t.members > 1)} of {size:,} parameters, {len(split.pairs)} pairs of years, {t.steps} steps each"
@@ -265,7 +267,7 @@ def learn(run: RunConfig, lesson: Lesson, *, group: Group = ALONE, beside: int =
             cell=(float(grid.fine.affine.a), float(-grid.fine.affine.e)),
             weights="",
             split=split.hash,
-            store=digest(identity_of(run)),
+            store=lesson.store,
             training={
                 "fingerprint": lesson.fingerprint,
                 "steps": [f.steps for f in fits],
@@ -285,10 +287,11 @@ def _onward(progress: Callable[[int, dict[str, float]], None], done: int, step: 
     progress(done + step, row)
 
 
-def fingerprint_of(run: RunConfig, split: str) -> str:
+def fingerprint_of(inputs: Inputs, split: str) -> str:
     """Hash all that shapes the weights, what the aligned inputs hold included; how many workers trained them, and what these wait for, does not."""
+    run = inputs.run
     fit = run.model_dump(mode="json", include={"model", "train", "seed"}, exclude={"train": HOW_TRAINED})
-    return digest({**identity_of(run), "contents": _seen(run), "split": split, "fit": digest(fit)})
+    return digest({**inputs.identity, "contents": _seen(run), "split": split, "fit": digest(fit)})
 
 
 def _seen(run: RunConfig) -> str:

@@ -242,10 +242,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    from ai4land.inputs import grid_of
+    from ai4land.inputs import Inputs
 
     run = globe_run(folder)
-    grid = grid_of(run)
+    grid = Inputs.of(run).grid
     if not (folder / "shares.nc").exists():
         make_files(folder, grid)
     with watched() as peaks:

@@ -49,8 +49,8 @@ def run_in(folder: Path, **changes: Any) -> RunConfig:
 def prepare(run: RunConfig, store: Path) -> None:
     """Give a run a store, a split and an untrained model, as if they had been made for it."""
     shutil.copytree(store, run.folder / "store.zarr")
-    zarr.open_group(run.folder / "store.zarr", mode="r+").attrs["identity"] = inputs.identity_of(run)
-    split = inputs.split_of(run, inputs.grid_of(run))
+    zarr.open_group(run.folder / "store.zarr", mode="r+").attrs["identity"] = inputs.Inputs.of(run).identity
+    split = inputs.Inputs.of(run).split
     split.save(run.folder / "splits.json")
     source, data = Source(store), open_store(store)
     spec = fit_spec(data, cells=split.roles == 0, pairs=split.pairs, codes=source.legend.codes.tolist(), factor=8)

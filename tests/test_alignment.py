@@ -53,7 +53,7 @@ def test_workers_make_the_store_that_this_process_makes(planet, tmp_path, monkey
 @pytest.mark.parametrize("side", [24, 32, 96])
 def test_windows_of_every_layer_are_those_of_the_whole(planet, tmp_path, side):
     run = load_run(write_run(tmp_path, planet), ["grid.shard=96"])
-    grid = inputs.grid_of(run)
+    grid = inputs.Inputs.of(run).grid
     for layer in run.static:
         whole = read_layer(Window(0, 0, *grid.shape), layer=layer, run=run, grid=grid)
         for w in tiles(grid.shape, side):
@@ -65,7 +65,7 @@ def test_window_that_no_item_meets_is_empty(tmp_path):
     run = run_of(
         static=[{"name": "x", "catalog": "stac/catalog.json", "collection": "terrain", "asset": "height"}], data=str(tmp_path)
     )
-    grid = inputs.grid_of(run)
+    grid = inputs.Inputs.of(run).grid
     west = np.ones((grid.shape[0], grid.shape[1] // 2), np.float32)
     path = write_cog(tmp_path / "west.tif", west, grid.fine.affine, nodata=np.nan)
     save(tmp_path, {"terrain": [make_item("west", {"height": path}, grid.fine.affine, west.shape)]})
@@ -76,7 +76,7 @@ def test_window_that_no_item_meets_is_empty(tmp_path):
 def test_store_of_a_run_is_what_its_inputs_say(planet, tmp_path):
     run = load_run(write_run(tmp_path, planet))
     store = open_store(align(run))
-    grid, legend = inputs.grid_of(run), inputs.legend_of(run)
+    grid, legend = inputs.Inputs.of(run).grid, inputs.Inputs.of(run).legend
     maps = {y: m.read() for y, m in find_maps(inputs.map_source(run), grid=grid, legend=legend).items()}
     inside = maps[2004] != legend.fill.code
     assert np.array_equal(store["mask"].values.astype(bool), inside)
@@ -91,7 +91,7 @@ def test_store_of_a_run_is_what_its_inputs_say(planet, tmp_path):
 
 def test_coordinates_make_maps():
     run = run_of(static=[{"name": "north", "coordinate": "latitude"}, {"name": "east", "coordinate": "longitude"}])
-    grid = inputs.grid_of(run)
+    grid = inputs.Inputs.of(run).grid
     whole = Window(0, 0, *grid.shape)
     north, east = (read_layer(whole, layer=layer, run=run, grid=grid) for layer in run.static)
     part = Window(3, 8, 5, 7)
@@ -104,7 +104,7 @@ def test_coordinates_make_maps():
 
 def test_mask_can_be_what_the_scenario_knows(planet, tmp_path):
     run = load_run(write_run(tmp_path, planet))
-    grid, legend = inputs.grid_of(run), inputs.legend_of(run)
+    grid, legend = inputs.Inputs.of(run).grid, inputs.Inputs.of(run).legend
     reference = find_maps(inputs.map_source(run), grid=grid, legend=legend)[2004]
     known = np.random.default_rng(0).random(grid.coarse.shape) < 0.5
     coarse = np.where(known, 0.5, np.nan)[None, None].repeat(2, 1)
@@ -232,8 +232,8 @@ def test_items_of_a_window_of_a_projected_grid_are_those_around_it(tmp_path):
 def test_a_users_own_crosswalk_is_part_of_what_a_store_is_made_from(tmp_path):
     (tmp_path / "my.csv").write_text("state,11,44\nprimf,1,0\n")
     run = run_of(data=str(tmp_path), scenario={"kind": "luh2", "paths": ["states.nc"], "crosswalk": "my.csv"})
-    before = inputs.identity_of(run)
+    before = inputs.Inputs.of(run).identity
     (tmp_path / "my.csv").write_text("# a comment changes nothing\nstate,11,44\nprimf,1,0\n")
-    assert inputs.identity_of(run) == before
+    assert inputs.Inputs.of(run).identity == before
     (tmp_path / "my.csv").write_text("state,11,44\nprimf,0,1\n")
-    assert {k for k, v in inputs.identity_of(run).items() if before[k] != v} == {"crosswalk"}
+    assert {k for k, v in inputs.Inputs.of(run).identity.items() if before[k] != v} == {"crosswalk"}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ai4land import inputs
 from ai4land.errors import ConfigError
+from ai4land.inputs import Inputs
 from ai4land.legend import load_legend
 from ai4land.splits import TEST, VALIDATION, Scored
 from tests.runs import RUN, SMALL, run_of
@@ -45,9 +46,9 @@ def test_nothing_lies_on_the_way_without_a_reference_map():
     assert (maps, states) == ({2000, 2001, 2002}, {1990, 2000, 2001, 2002, 2020})
     assert inputs.mask_year(run) == 2000 and inputs.mask_year(run_of()) == 2003
     assert inputs.cubes_of(run)["validation"][1] is None
-    assert inputs.identity_of(run)["reference"] is None and inputs.identity_of(run)["mask_year"] == 2000
-    assert "mask_year" not in inputs.identity_of(run_of())
-    assert inputs.split_of(run, inputs.grid_of(run)).validation == Scored(None, (2001,))
+    assert Inputs.of(run).identity["reference"] is None and Inputs.of(run).identity["mask_year"] == 2000
+    assert "mask_year" not in Inputs.of(run_of()).identity
+    assert Inputs.of(run).split.validation == Scored(None, (2001,))
 
 
 def test_scenario_years_are_found_without_reading_it(tmp_path: Path):
@@ -67,7 +68,7 @@ def test_scenario_years_are_found_without_reading_it(tmp_path: Path):
     assert inputs.held_states(run_of(data=str(tmp_path), scenario=fractions)) == {2001, 2003, 2006}
     igbp = {**RUN["landcover"], "legend": "igbp"}
     run = run_of(data=str(tmp_path), landcover=igbp, scenario={**fractions, "interpolate": True})
-    assert inputs.held_states(run) == set(range(2001, 2007)) and "linearly" in inputs.identity_of(run)["interpolated"]
+    assert inputs.held_states(run) == set(range(2001, 2007)) and "linearly" in Inputs.of(run).identity["interpolated"]
 
 
 years = st.integers(1990, 2010)
@@ -98,15 +99,14 @@ def test_every_scored_year_is_in_a_cube_from_its_reference_map(validation, test,
 
 
 def test_crosswalk_of_a_user_lies_beside_the_data(tmp_path: Path):
-    legend = load_legend("hildaplus")
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "mine.csv").write_text("state,11,44\nprimf,0.25,0.75\nurban,1,0\n")
     scenario = {**SMALL["scenario"], "crosswalk": "tables/mine.csv"}
-    crosswalk = inputs.crosswalk_of(run_of(data=str(tmp_path), scenario=scenario), legend)
+    crosswalk = Inputs.of(run_of(data=str(tmp_path), scenario=scenario)).crosswalk
     assert crosswalk.name == "mine" and crosswalk.matrix[0, [0, 3]].tolist() == [0.25, 0.75]
-    assert inputs.crosswalk_of(run_of(data=str(tmp_path)), legend).name == "luh2_to_hildaplus"
+    assert Inputs.of(run_of(data=str(tmp_path))).crosswalk.name == "luh2_to_hildaplus"
     with pytest.raises(ConfigError, match=r"tables.none\.csv does not exist"):
-        inputs.crosswalk_of(run_of(data=str(tmp_path), scenario={**SMALL["scenario"], "crosswalk": "tables/none.csv"}), legend)
+        _ = Inputs.of(run_of(data=str(tmp_path), scenario={**SMALL["scenario"], "crosswalk": "tables/none.csv"})).crosswalk
 
 
 def test_places_given_as_file_urls_are_folders(tmp_path: Path):
@@ -124,35 +124,44 @@ def test_places_given_as_file_urls_are_folders(tmp_path: Path):
         file.write_bytes((Path(str(files("ai4land"))) / "data" / folder / f"{built_in}.{suffix}").read_bytes())
         key = {"csv": "crosswalk", "yaml": "legend"}[suffix]
         run = run_of(**{name: {**RUN[name], key: file.as_uri()}})
-        assert inputs.crosswalk_of(run, inputs.legend_of(run)).states
+        assert Inputs.of(run).crosswalk.states
 
 
 def test_identity_crosswalk_is_no_file():
     shares = {"kind": "shares", "path": "s.nc", "variable": "v"}
-    legend = load_legend("lccs_level1")
-    assert np.array_equal(inputs.crosswalk_of(run_of(scenario=shares), legend).matrix, np.eye(legend.n))
+    made = Inputs.of(run_of(scenario=shares, landcover={**SMALL["landcover"], "legend": "lccs_level1"}))
+    assert np.array_equal(made.crosswalk.matrix, np.eye(made.legend.n)) and made.legend.n == 22
 
 
 def test_legend_of_a_user_lies_beside_the_data(tmp_path: Path):
     text = (Path(str(files("ai4land"))) / "data" / "legends" / "hildaplus.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text)
-    legend = inputs.legend_of(run_of(data=str(tmp_path), landcover={**SMALL["landcover"], "legend": "mine.yaml"}))
-    assert legend.name == "mine" and np.array_equal(legend.codes, inputs.legend_of(run_of()).codes)
+    legend = Inputs.of(run_of(data=str(tmp_path), landcover={**SMALL["landcover"], "legend": "mine.yaml"})).legend
+    assert legend.name == "mine" and np.array_equal(legend.codes, Inputs.of(run_of()).legend.codes)
+
+
+def test_inputs_are_made_once_and_never_changed(monkeypatch):
+    made = Inputs.of(run_of())
+    assert made.grid is made.grid and made.split is made.split and made.crosswalk is made.crosswalk
+    monkeypatch.setattr(inputs, "load_legend", None)
+    assert made.identity["legend"] and made.legend.name == "hildaplus"
+    with pytest.raises(AttributeError):
+        made.run = run_of(seed=1)
 
 
 def test_split_follows_the_run():
     run = run_of()
-    grid = inputs.grid_of(run)
-    split = inputs.split_of(run, grid)
+    grid = Inputs.of(run).grid
+    split = Inputs.of(run).split
     assert split.training_years == [2000, 2001, 2002] and not split.in_space and split.roles.shape == grid.coarse.shape
     assert split.test is not None and split.test.years == (2005, 2006)
-    assert inputs.split_of(run_of(seed=3), grid).hash == split.hash
+    assert Inputs.of(run_of(seed=3)).split.hash == split.hash
 
 
 def test_split_in_space_follows_the_seed():
     space = {"block": 2, "validation": 0.2, "test": 0.2, "buffer": 0}
     runs = [run_of(seed=seed, split={**SMALL["split"], "space": space}) for seed in (0, 0, 1)]
-    first, again, other = (inputs.split_of(run, inputs.grid_of(run)) for run in runs)
+    first, again, other = (Inputs.of(run).split for run in runs)
     assert first.hash == again.hash != other.hash
     assert (first.roles == VALIDATION).any() and (first.roles == TEST).any()
 
@@ -160,7 +169,7 @@ def test_split_in_space_follows_the_seed():
 def test_split_without_anything_to_stop_by_is_refused():
     run = run_of(split={"train": "2000-2002", "space": {"validation": 0.0}})
     with pytest.raises(ConfigError, match="neither validation years nor validation cells"):
-        inputs.split_of(run, inputs.grid_of(run))
+        _ = Inputs.of(run).split
 
 
 def test_map_sources_are_paths_under_data():
@@ -175,29 +184,29 @@ def test_identity_changes_with_what_the_store_is_made_from_alone():
         run_of(train={"patch": 32, "steps": 5}),
         run_of(reconstruct={**SMALL["reconstruct"], "years": [2005]}),
     ]
-    assert all(inputs.identity_of(run) == inputs.identity_of(run_of()) for run in same)
+    assert all(Inputs.of(run).identity == Inputs.of(run_of()).identity for run in same)
     other = run_of(static=[{"name": "slope", "path": "s.tif"}])
-    changed = {k for k, v in inputs.identity_of(other).items() if inputs.identity_of(run_of())[k] != v}
+    changed = {k for k, v in Inputs.of(other).identity.items() if Inputs.of(run_of()).identity[k] != v}
     assert changed == {"static"}
 
 
 @pytest.mark.parametrize("what", ["legend", "crosswalk"])
 def test_identity_changes_with_the_content_of_built_in_tables(monkeypatch, what):
     """A release that edits a built-in table must not continue stores and cubes made with the table before."""
-    before = inputs.identity_of(run_of())
+    before = Inputs.of(run_of()).identity
     legend = load_legend("hildaplus")
-    crosswalk = inputs.crosswalk_of(run_of(), legend)
+    crosswalk = Inputs.of(run_of()).crosswalk
     if what == "legend":
         monkeypatch.setattr(inputs, "load_legend", lambda _: legend.model_copy(update={"aliases": {12: 11}}))
     else:
         moved = crosswalk.model_copy(update={"weights": (crosswalk.weights[1], *crosswalk.weights[1:])})
         monkeypatch.setattr(inputs, "load_crosswalk", lambda *_: moved)
-    after = inputs.identity_of(run_of())
+    after = Inputs.of(run_of()).identity
     assert {k for k in before if before[k] != after[k]} == {what}
 
 
 def test_identity_does_not_change_with_titles_and_colours(monkeypatch):
-    before, legend = inputs.identity_of(run_of()), load_legend("hildaplus")
+    before, legend = Inputs.of(run_of()).identity, load_legend("hildaplus")
     plain = [c.model_copy(update={"colour": "#000000"}) for c in legend.classes]
     monkeypatch.setattr(inputs, "load_legend", lambda _: legend.model_copy(update={"title": "x", "classes": tuple(plain)}))
-    assert inputs.identity_of(run_of()) == before
+    assert Inputs.of(run_of()).identity == before

@@ -162,7 +162,7 @@ def runs_by_shards(tmp_path_factory) -> dict[int, RunConfig]:
             grid={"bbox": [-180, 45, -180 + 45 * shards, 90], "coarse_cell": 45 / 8, "factor": 32, "shard": 256},
             reconstruct={"reference": 2001, "years": [2002, 2003], "workers": 1},
         )
-        grid, legend = inputs.grid_of(run), load_legend("hildaplus")
+        grid, legend = inputs.Inputs.of(run).grid, load_legend("hildaplus")
         index = np.random.default_rng(0).integers(0, legend.n, (len(YEARS), *grid.shape)).astype(np.uint8)
         mask = np.ones(grid.shape, bool)
         mask[:7] = mask[:, :5] = False
@@ -206,7 +206,7 @@ def test_memory_of_the_maps_drawn_does_not_grow_with_the_map(runs_by_shards, mon
 
 def score(run: RunConfig) -> dict[str, Any]:
     source = Source(run.folder / "store.zarr")
-    split = inputs.split_of(run, source.grid)
+    split = inputs.Inputs.of(run).split
     return results._score(run, source, split, "test", split.test, split.cells(2))
 
 
@@ -241,7 +241,7 @@ def test_thinned_maps_are_cells_of_the_maps(runs_by_shards, monkeypatch):
 def all_land(tmp_path_factory) -> RunConfig:
     """A run whose map has a class everywhere and whose scenario is the class shares of the map."""
     run = run_in(tmp_path_factory.mktemp("land"))
-    grid, legend = inputs.grid_of(run), load_legend("hildaplus")
+    grid, legend = inputs.Inputs.of(run).grid, load_legend("hildaplus")
     rng = np.random.default_rng(0)
     index = rng.integers(0, legend.n, (len(YEARS), *grid.shape)).astype(np.uint8)
     shares = np.stack([[block_sum((m == k).astype(float), 8) / 64 for k in range(legend.n)] for m in index])
@@ -259,7 +259,7 @@ def all_land(tmp_path_factory) -> RunConfig:
         maps={year: of_array(codes) for year, codes in zip(YEARS, legend.decode(index), strict=True)},
         coarse=coarse,
         layers=[Layer(name, False, of_array(np.ones(grid.shape, np.float32))) for name in ("height", "zone")],
-        identity=inputs.identity_of(run),
+        identity=inputs.Inputs.of(run).identity,
     )
     return run
 

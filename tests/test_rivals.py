@@ -34,7 +34,7 @@ def land_of(source) -> list[Window]:
 
 def test_rivals_with_a_reference_map_and_their_totals(run):
     source = Source(run.folder / "store.zarr")
-    split = inputs.split_of(run, source.grid)
+    split = inputs.Inputs.of(run).split
     wanted = Wanted(run, source, 2001)
     made = rival_maps(run, source, Scored(2001, (2003,)), wanted, split)
     assert list(made) == [r for r in RIVALS if r != "nearest"]
@@ -57,7 +57,7 @@ def test_rivals_with_a_reference_map_and_their_totals(run):
 def test_without_a_reference_map_the_rivals_are_the_coarse_map_and_the_trees(run):
     source = Source(run.folder / "store.zarr")
     wanted = Wanted(run, source, None)
-    made = rival_maps(run, source, Scored(None, (2003,)), wanted, inputs.split_of(run, source.grid))
+    made = rival_maps(run, source, Scored(None, (2003,)), wanted, inputs.Inputs.of(run).split)
     assert set(made) == {"nearest", "gradient_boosting"}
     w = land_of(source)[0]
     assert np.array_equal(made["nearest"](2003, w)[::8, ::8], wanted.of(w).scenario(2003).argmax(0))

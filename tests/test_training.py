@@ -13,7 +13,7 @@ def test_class_counts_are_of_training_cells_alone(tiny_store):
     run = run_of(
         split={**SMALL["split"], "train": [2000, 2001], "space": {"block": 2, "validation": 0.3, "test": 0.0, "buffer": 0}}
     )
-    split = inputs.split_of(run, tiny_store.grid)
+    split = inputs.Inputs.of(run).split
     counts = training._class_counts(store, split, tiny_store.legend, tiny_store.grid)
     cells = np.repeat(np.repeat(split.roles == 0, 8, 0), 8, 1) & store["mask"].transpose(*FINE_DIMS).values.astype(bool)
     maps = store["land_cover"].sel(observed_year=[2000, 2001]).values[:, cells]
