@@ -285,6 +285,16 @@ def training_memory(run: RunConfig, net: UNet, years: int) -> Memory:
     return Memory(host, 4 * cells * (2 * net.inputs + 26 * run.model.base + 4 * net.classes))
 
 
+def scoring_memory(run: RunConfig) -> float:
+    """Most bytes that scoring holds: of one shard."""
+    return PROCESS_BYTES + 100.0 * run.grid.shard**2
+
+
+def figures_memory(run: RunConfig) -> float:
+    """Most bytes that the figures hold: of one shard, and of the thinned maps."""
+    return PROCESS_BYTES + 10.0 * run.grid.shard**2
+
+
 def rates_of(run: RunConfig, device: str) -> Rates:
     """Rates of a stated device, for one of them with its share of the cores.
 
