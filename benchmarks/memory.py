@@ -43,6 +43,8 @@ YEARS = (2000, 2001, 2002)
 NUMBERS = 8
 """Static maps that are numbers; one more is categorical."""
 CELL = 0.25
+SEA = 0.0
+"""Level of a smooth field up to which a cell is not mapped: 0 leaves half of the cells, -2 all of them."""
 STAGES: dict[str, Callable[[RunConfig], object]] = {
     "training": train,
     "scoring": evaluate,
@@ -98,13 +100,13 @@ def make_store(run: RunConfig, first: RunConfig) -> None:
 
 
 def make_shard(run: RunConfig) -> None:
-    """Write a store of one shard: smooth maps with some noise, no class on about half of the cells."""
+    """Write a store of one shard: smooth maps with some noise, mapped where a field exceeds :data:`SEA`."""
     grid, legend = grid_of(run), legend_of(run)
     row, col = np.ogrid[: grid.shape[0], : grid.shape[1]]
     u, v = row * 2 * np.pi / grid.shard, col * 2 * np.pi / grid.shard
     noise = np.random.default_rng(0).random(grid.shape, dtype=np.float32)
     wave = (np.sin(7 * u) * np.cos(5 * v)).astype(np.float32)
-    land = np.sin(u) * np.cos(v) + 0.3 * np.sin(9 * u) * np.sin(8 * v) > 0
+    land = np.sin(u) * np.cos(v) + 0.3 * np.sin(9 * u) * np.sin(8 * v) > SEA
     maps = {}
     for year in YEARS:
         index = ((wave + 0.1 * noise + 0.01 * (year - YEARS[0]) + 1.1) / 2.4 * legend.n).astype(np.uint8)
