@@ -27,6 +27,7 @@ from ai4land.errors import ConfigError
 from ai4land.grid import Window
 from ai4land.inputs import Inputs, cubes_of, needed_years
 from ai4land.overviews import level_factors
+from ai4land.plot import step_of
 from ai4land.practice import CODES
 from ai4land.predict import Source, mapped_part
 from ai4land.reconstruct import plan_blocks, sides, sides_of, years_between
@@ -290,6 +291,17 @@ def training_memory(run: RunConfig, net: UNet, years: int) -> Memory:
     reading, cells = 2 * shard**2 * 16 * len(run.static), t.batch * t.patch**2
     host = PROCESS_BYTES + tiles + reading + 6 * cells * (2 * channels + 2)
     return Memory(host, 4 * cells * (2 * net.inputs + 26 * run.model.base + 4 * net.classes))
+
+
+def figures_memory(run: RunConfig) -> float:
+    """Bytes that drawing holds: the libraries and the canvas of the thinned map (docs/performance.md, Memory)."""
+    shape = grid_of(run).shape
+    return PROCESS_BYTES + 1e8 + 75.0 * math.prod(size / step_of(shape) for size in shape)
+
+
+def scoring_memory(run: RunConfig) -> float:
+    """Bytes that scoring one shard at a time, half of it mapped, and then drawing hold (docs/performance.md, Memory)."""
+    return max(PROCESS_BYTES + 1e8 + 50.0 * run.grid.shard**2, figures_memory(run))
 
 
 def rates_of(run: RunConfig, device: str) -> Rates:

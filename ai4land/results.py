@@ -17,7 +17,7 @@ from ai4land.alignment import align
 from ai4land.checkpoint import load_card
 from ai4land.config import RunConfig
 from ai4land.contents import held_of
-from ai4land.cost import STATIC_BYTES, Rates, count, estimate, network_of
+from ai4land.cost import STATIC_BYTES, Rates, count, estimate, network_of, scoring_memory
 from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import evaluate_years
 from ai4land.grid import Window, coarse_slices
@@ -311,7 +311,8 @@ def _plan_work(run: RunConfig, rates: Rates | None, workers: int, land: float, c
     per_worker = work.worker.both / 1e9
     yield (
         "memory",
-        f"{per_worker:.2f} GB a worker, {per_worker * workers:.2f} GB for {workers}; {work.training.both / 1e9:.2f} GB to train",
+        f"{per_worker:.2f} GB a worker, {per_worker * workers:.2f} GB for {workers}; {work.training.both / 1e9:.2f} GB to train, "
+        f"{scoring_memory(run) / 1e9:.2f} GB to score and draw",
     )
     if rates is None:
         return

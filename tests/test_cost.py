@@ -158,3 +158,16 @@ def test_global_runs_fit_the_stated_device(tmp_path):
 def test_block_arrays_are_plain_numbers(tmp_path):
     work = count(run_of(tmp_path))
     assert all(a.dtype == np.float64 and a.shape == (work.blocks,) for a in (work.passes, work.walked, work.years, work.read))
+
+
+def test_memory_of_scoring_and_figures_does_not_grow_with_the_globe(tmp_path):
+    def bytes_of(half_width: int) -> tuple[float, float]:
+        run = run_of(tmp_path)
+        box = (-half_width, -half_width / 2, half_width, half_width / 2)
+        grid = run.grid.model_copy(update={"bbox": box, "coarse_cell": 0.25, "factor": 90, "shard": 720, "origin": (0.0, 0.0)})
+        run = run.model_copy(update={"grid": grid})
+        return cost.scoring_memory(run), cost.figures_memory(run)
+
+    (small, drawn), (large, drawn_large) = bytes_of(8), bytes_of(128)
+    assert large == pytest.approx(small, rel=0.25) and drawn_large == pytest.approx(drawn, rel=0.25)
+    assert large >= drawn_large > cost.PROCESS_BYTES
