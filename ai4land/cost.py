@@ -295,7 +295,7 @@ def training_memory(run: RunConfig, net: UNet, years: int) -> Memory:
 
 def figures_memory(run: RunConfig) -> float:
     """Bytes that drawing holds: the libraries and the canvas of the thinned map (docs/performance.md, Memory)."""
-    shape = grid_of(run).shape
+    shape = Inputs.of(run).grid.shape
     return PROCESS_BYTES + 1e8 + 75.0 * math.prod(size / step_of(shape) for size in shape)
 
 

@@ -29,7 +29,7 @@ from ai4land.align import write_store
 from ai4land.config import RunConfig
 from ai4land.cost import PROCESS_BYTES, figures_memory, network_of, scoring_memory, training_memory
 from ai4land.grid import COARSE_DIMS, Grid, Window, block_sum
-from ai4land.inputs import cubes_of, grid_of, identity_of, legend_of, split_of
+from ai4land.inputs import Inputs, cubes_of
 from ai4land.legend import MISSING
 from ai4land.materialise import Layer
 from ai4land.predict import Source
@@ -37,7 +37,7 @@ from ai4land.results import evaluate, figures
 from ai4land.stores import folder_of
 from ai4land.template import FRACTION_EMPTY, FRACTION_SCALE
 from ai4land.training import train
-from ai4land.writer import write_block
+from ai4land.writer import Writer
 
 YEARS = (2000, 2001, 2002)
 NUMBERS = 8
@@ -81,7 +81,7 @@ def run_of(folder: Path, *, factor: int, shard: int, shards: tuple[int, int], st
 
 def make_store(run: RunConfig, first: RunConfig) -> None:
     """Write the store of a run: that of ``first``, which has one shard, repeated over the grid."""
-    grid, path = grid_of(run), run.folder / "store.zarr"
+    grid, path = Inputs.of(run).grid, run.folder / "store.zarr"
     repeat(first.folder / "store.zarr", path, grid, ("mask", "static", "land_cover"))
     group: Any = zarr.open_group(path, mode="r+")
     coarse = np.tile(
@@ -96,12 +96,12 @@ def make_store(run: RunConfig, first: RunConfig) -> None:
             name, shape=values.shape, dtype=values.dtype, chunks=chunks, dimension_names=dims, fill_value=np.nan, overwrite=True
         )
         made[...] = values
-    group.attrs.update({"grid": grid.to_dict(), "identity": identity_of(run)})
+    group.attrs.update({"grid": grid.to_dict(), "identity": Inputs.of(run).identity})
 
 
 def make_shard(run: RunConfig) -> None:
     """Write a store of one shard: smooth maps with some noise, mapped where a field exceeds :data:`SEA`."""
-    grid, legend = grid_of(run), legend_of(run)
+    grid, legend = Inputs.of(run).grid, Inputs.of(run).legend
     row, col = np.ogrid[: grid.shape[0], : grid.shape[1]]
     u, v = row * 2 * np.pi / grid.shard, col * 2 * np.pi / grid.shard
     noise = np.random.default_rng(0).random(grid.shape, dtype=np.float32)
@@ -124,7 +124,7 @@ def make_shard(run: RunConfig) -> None:
         maps={year: _cut(legend.decode(m)) for year, m in maps.items()},
         coarse=xr.DataArray(np.array(shares, dtype=np.float32), dims=tuple(axes), coords=axes),
         layers=[*layers, Layer("zone", True, _cut(np.round(2 * wave) + 3))],
-        identity=identity_of(run),
+        identity=Inputs.of(run).identity,
         progress=lambda _: None,
     )
 
@@ -166,7 +166,9 @@ def make_cube(run: RunConfig) -> None:
     fraction = np.where(index[:, None] == MISSING, np.uint16(FRACTION_EMPTY), held * np.uint16(FRACTION_SCALE))
     sure, codes = np.where(index == MISSING, 255, 250).astype(np.uint8), source.legend.decode(index)
     arrays = {"land_cover": codes, "most_likely": codes, "confidence": sure, "change_probability": sure, "fraction": fraction}
-    write_block(place, cube.Block(first, tuple(years)), arrays)
+    writer = Writer(place, first)
+    for i, year in enumerate(years):
+        writer.add(year, {name: data[i] for name, data in arrays.items()})
     repeat(path, path, grid, arrays)
     files = ledger.entries(place)[0]["files"]
     for w in grid.shards()[1:]:
@@ -198,7 +200,7 @@ def measure(
         for stage in STAGES:
             command = [sys.executable, str(Path(__file__)), "--stage", stage, str(run.folder / "run.json")]
             row[stage] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-        row["training_plan"] = training_memory(run, net, len(split_of(run, grid_of(run)).training_years)).both - PROCESS_BYTES
+        row["training_plan"] = training_memory(run, net, len(Inputs.of(run).split.training_years)).both - PROCESS_BYTES
         row["scoring_plan"], row["figures_plan"] = (f(run) - PROCESS_BYTES for f in (scoring_memory, figures_memory))
         yield row
 
