@@ -13,8 +13,7 @@ from ai4land.catalog import find_items
 from ai4land.errors import ConfigError, DataError
 from ai4land.gaps import check_any
 from ai4land.grid import FINE_DIMS, Window, make_grid
-from tests.catalogs import save, write_cog
-from tests.test_catalog import GRID, VALUES, ZONES, make_item
+from tests.catalogs import GRID, VALUES, ZONES, make_item, save, write_cog
 
 
 def test_two_halves_make_one_exact_lazy_layer(world):
