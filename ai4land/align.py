@@ -29,6 +29,7 @@ from ai4land.gaps import fill_near
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, chunk_side, coarse_slices
 from ai4land.legend import Legend
 from ai4land.materialise import Layer, ShardTask, fill_rest, write_cover, write_static
+from ai4land.read import check_identity
 from ai4land.stores import beside, sweep
 
 _log = logging.getLogger(__name__)
@@ -270,39 +271,3 @@ def _coordinate(group: zarr.Group, name: str, dim: str, values: NDArray[Any]) ->
         values = np.arange(len(values))
     array = group.create_array(name, shape=values.shape, dtype=values.dtype, chunks=values.shape, dimension_names=(dim,))
     array[...] = values
-
-
-def open_store(path: Path | str) -> xr.Dataset:
-    """Open an analysis-ready store lazily, without Dask.
-
-    Raises
-    ------
-    DataError
-        If there is no store.
-    """
-    if not (Path(path) / "zarr.json").is_file():
-        raise DataError(f"no analysis-ready store at {path}; make one with: ai4land align RUN.yaml")
-    ds = xr.open_zarr(path, chunks=None, consolidated=False)
-    names = {name: np.array(ds.attrs[f"{name}_names"]) for name in ("feature", "state")}
-    return ds.assign_coords(names).set_coords("categorical")
-
-
-def check_identity(path: Path, identity: dict[str, Any]) -> bool:
-    """Tell whether the store exists; refuse one that was made from something else.
-
-    Raises
-    ------
-    MismatchError
-        Naming what differs.
-    """
-    if not (path / "zarr.json").is_file():
-        return False
-    attrs: Any = zarr.open_group(path, mode="r").attrs
-    have = attrs.get("identity", {})
-    if have != identity:
-        keys = sorted(k for k in {*have, *identity} if have.get(k) != identity.get(k))
-        raise MismatchError(
-            f"store {path} was made with another configuration (it differs in {', '.join(keys)}); "
-            "restore the run file, choose another name, or delete the store"
-        )
-    return True

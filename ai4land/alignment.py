@@ -22,7 +22,7 @@ from distributed import Client
 from distributed.system import MEMORY_LIMIT
 from numpy.typing import NDArray
 
-from ai4land.align import SCENARIO_YEARS, block_memory, check_identity, write_store
+from ai4land.align import SCENARIO_YEARS, block_memory, write_store
 from ai4land.areachange import open_change
 from ai4land.assets import forget_items, items_in, load_asset
 from ai4land.catalog import years_of_item
@@ -38,8 +38,8 @@ from ai4land.landcover import AnnualMap, CatalogMap, find_catalog_maps, find_map
 from ai4land.legend import Legend
 from ai4land.luh2 import open_states
 from ai4land.materialise import Layer
-from ai4land.predict import Source
 from ai4land.raster import open_raster
+from ai4land.read import Source, check_identity
 from ai4land.scenario import open_shares
 from ai4land.stores import sweep
 

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from ai4land import cube
-from ai4land.align import open_store
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import load_card
 from ai4land.config import RunConfig
@@ -37,8 +36,10 @@ from ai4land.inputs import Inputs
 from ai4land.legend import Legend
 from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
-from ai4land.predict import Source, predict, read_window_data
-from ai4land.reconstruct import BlockSettings, plan_blocks, reconstruct_block, years_between
+from ai4land.predict import predict
+from ai4land.read import Source, open_store, read_window_data
+from ai4land.reconstruct import BlockSettings, reconstruct_block, years_between
+from ai4land.rplan import plan_blocks
 from ai4land.splits import TRAIN
 from ai4land.stages import job_of, method_of
 from ai4land.train import Schedule, fit

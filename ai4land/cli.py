@@ -232,7 +232,7 @@ def publish(
 
     Example: ai4land publish pipelines/bavaria.yaml --cog 2015
     """
-    from ai4land.publish import publish_run as write
+    from ai4land.rpublish import publish_run as write
 
     _out.print(str(write(load_run(run, overrides or []), to=to, base_url=base_url, cog=cog or [], tell=_tell)), soft_wrap=True)
 

@@ -29,8 +29,9 @@ from ai4land.inputs import Inputs, cubes_of, needed_years
 from ai4land.overviews import level_factors
 from ai4land.plot import step_of
 from ai4land.practice import CODES
-from ai4land.predict import Source, mapped_part
-from ai4land.reconstruct import plan_blocks, sides, sides_of, years_between
+from ai4land.read import Source, mapped_part
+from ai4land.reconstruct import sides, years_between
+from ai4land.rplan import plan_blocks, sides_of
 from ai4land.stores import folder_of
 from ai4land.template import VARIABLES, depths
 from ai4land.unet import UNet

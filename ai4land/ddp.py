@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -84,19 +82,3 @@ def use_interface(host: str) -> None:
         if any(a.address == host for a in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-
-
-def job_end() -> float | None:
-    """Ask SLURM when the job of this process ends, in seconds since 1970; None outside a job or without a time limit."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return None
-    command = ["squeue", "-h", "-j", job, "-o", "%e"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603
-        return time.mktime(time.strptime(done.stdout.strip(), "%Y-%m-%dT%H:%M:%S"))
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        _log.warning(
-            "the end of this job is unknown (%s): training cannot stop in time, and will resume from its last saved state", error
-        )
-        return None

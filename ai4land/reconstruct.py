@@ -10,72 +10,30 @@ ledger lacks is written.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, Literal
 
-import dask.array as da
 import numpy as np
 import torch
-from distributed import Client, Future
 from numpy.typing import NDArray
 
 from ai4land import ledger
 from ai4land.crosswalk import Crosswalk
-from ai4land.crowd import TRIES, outcomes
-from ai4land.cube import Block, time_shards
-from ai4land.errors import DataError, MismatchError, StoreError
+from ai4land.cube import Block
+from ai4land.errors import DataError
 from ai4land.forward import Precision, ready
 from ai4land.grid import Window
 from ai4land.legend import Legend
-from ai4land.predict import Source, WindowData, predict, read_window_data
-from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, YEARS_A_SHARD
+from ai4land.numbers import EMPTY, FRACTION_EMPTY, SCALE, quantise
+from ai4land.predict import predict
+from ai4land.read import Source, WindowData, read_window_data
 from ai4land.totals import Method, Totals
 from ai4land.walk import Published, walk
 from ai4land.writer import Writer
 
 _log = logging.getLogger(__name__)
-
-_GOLDEN = 0.6180339887498949
-"""The golden ratio less 1."""
-
-
-def quantise(probabilities: NDArray[np.float32], *, scale: int = FRACTION_SCALE) -> NDArray[np.uint16]:
-    """Round probabilities to multiples of 1/``scale`` that sum to exactly 1 in every cell.
-
-    The running sum over the classes plus an offset of the cell is rounded down and differenced. So the error of a class is
-    below one unit, and a class of probability 0 stays 0. The offsets (multiples of the golden ratio, modulo 1) fill 0..1 evenly
-    over neighbouring cells, so that errors average out even for a class that has a fraction of a unit everywhere.
-
-    Parameters
-    ----------
-    probabilities
-        ``(class, rows, columns)``, summing to 1.
-    scale
-        Units in 1.
-
-    Returns
-    -------
-    numpy.ndarray
-        Whole numbers of units, uint16 ``(class, rows, columns)``.
-
-    >>> quantise(np.full((3, 1, 2), 1 / 3, np.float32), scale=250)[:, 0].tolist()
-    [[83, 83], [83, 84], [84, 83]]
-    """
-    rows, cols = probabilities.shape[1:]
-    offset = (np.arange(rows * cols) * _GOLDEN % 1).reshape(rows, cols).astype(np.float32)
-    units = np.float32(scale) / probabilities.sum(axis=0, dtype=np.float32)
-    out = np.empty(probabilities.shape, dtype=np.uint16)
-    running, before = np.zeros_like(units), np.zeros((rows, cols), dtype=np.uint16)
-    for part, made in zip(probabilities[:-1], out[:-1], strict=True):
-        running += part
-        after = np.minimum(running * units + offset, scale).astype(np.uint16)
-        np.subtract(after, before, out=made)
-        before = after
-    np.subtract(np.uint16(scale), before, out=out[-1])
-    return out
 
 
 @dataclass(frozen=True)
@@ -278,117 +236,3 @@ def notes_on(made: Published, window: Window, factor: int) -> dict[str, Any]:
     place = zip((row + window.row // factor).tolist(), (col + window.col // factor).tolist(), k.tolist(), strict=True)
     unmet = [[*p, int(v)] for p, v in zip(place, made.unmet[k, row, col], strict=True)]
     return {"residual": float(np.max(made.residual, initial=0.0)), "unmet": unmet}
-
-
-def plan_blocks(
-    path: Path | str,
-    *,
-    years: Iterable[int],
-    reference: int | None,
-    done: Iterable[tuple[int, int, int]] = (),
-    years_a_shard: int = YEARS_A_SHARD,
-) -> list[Block]:
-    """List the blocks to compute, the longest first: shards with cells to map, one block a side of the reference year.
-
-    A block holds whole shards of years, without those that are finished. A shard with years of both sides belongs to the side
-    of most of its years.
-
-    Parameters
-    ----------
-    path
-        Path of the analysis-ready store.
-    years
-        All years of the cube.
-    reference
-        Year of the reference map; None without one.
-    done
-        Row and column of the shard, and year, of everything finished.
-    years_a_shard
-        Years in a shard of the cube.
-    """
-    source, finished = Source(path), set(done)
-    blocks = []
-    for groups in sides_of(years, reference=reference, years_a_shard=years_a_shard):
-        for w in land_of(source):
-            missing = tuple(y for g in groups if any((w.row, w.col, y) not in finished for y in g) for y in g)
-            if missing:
-                blocks.append(Block(w, missing))
-    return sorted(blocks, key=lambda b: -len(b.years))
-
-
-def sides_of(years: Iterable[int], *, reference: int | None, years_a_shard: int) -> list[list[tuple[int, ...]]]:
-    """Group the shards of years by the side of the reference year that holds most of their years: one block of each shard.
-
-    >>> sides_of(range(2000, 2006), reference=2003, years_a_shard=2)
-    [[(2004, 2005)], [(2000, 2001), (2002, 2003)]]
-    """
-    groups = time_shards(years, years_a_shard=years_a_shard)
-    ahead = [g for g in groups if reference is None or sum(1 if y >= reference else -1 for y in g) > 0]
-    return [side for side in (ahead, [g for g in groups if g not in ahead]) if side]
-
-
-def land_of(source: Source) -> list[Window]:
-    """List the shards that have cells to map."""
-    return [w for w in source.grid.shards() if np.asarray(source.mask[w.slices]).any()]
-
-
-def _task(part: NDArray[np.object_], settings: BlockSettings) -> NDArray[np.object_]:
-    """Compute the one block in a chunk of the plan and return its receipt."""
-    receipt = np.empty(1, dtype=object)
-    try:
-        receipt[0] = reconstruct_block(part[0], settings)
-    except (StoreError, MismatchError) as error:  # returned, not raised: a retry by Dask could not help
-        receipt[0] = error
-    return receipt
-
-
-def run_blocks(
-    blocks: list[Block], settings: BlockSettings, *, client: Client, progress: Callable[[dict[str, Any]], None] | None = None
-) -> list[dict[str, Any]]:
-    """Compute blocks on a Dask cluster by ``map_blocks`` over the plan, and gather their receipts as they arrive.
-
-    A task receives its block and the settings, some hundred bytes, and reads the rest itself. A block that fails is tried three
-    times, whether it raises or its worker dies.
-
-    Raises
-    ------
-    DataError
-        If blocks failed. The others are finished first, and running again does only what is missing.
-    StoreError, MismatchError
-        If the cube cannot be written or belongs to another run by now; the remaining blocks are cancelled.
-    WorkerError
-        If workers keep dying and no block is finished.
-    """
-    if not blocks:
-        return []
-    # One block a chunk, so that a task carries its own block and not the whole plan.
-    plan = np.empty(len(blocks), dtype=object)
-    plan[:] = blocks
-    receipts = da.map_blocks(
-        _task, da.from_array(plan, chunks=1), dtype=object, meta=np.empty(0, dtype=object), settings=settings
-    )
-    futures = client.compute(list(receipts.to_delayed()), retries=TRIES - 1)
-
-    def retry(block: Block) -> Future[Any]:
-        part = np.empty(1, dtype=object)
-        part[0] = block
-        return client.submit(_task, part, settings, retries=TRIES - 1, priority=1, pure=False)
-
-    done: list[dict[str, Any]] = []
-    failed: list[str] = []
-    for block, outcome in outcomes(dict(zip(futures, blocks, strict=True)), retry, client=client):
-        if isinstance(outcome, BaseException):
-            failed.append(f"{block}: {outcome!r}")
-            continue
-        if isinstance(outcome[0], Exception):
-            client.cancel(futures)
-            raise outcome[0]
-        done.append(outcome[0])
-        if progress is not None:
-            progress(outcome[0])
-    if failed:
-        raise DataError(
-            f"{len(failed)} of {len(plan)} blocks failed, the rest is done; fix the cause and run again:\n  "
-            + "\n  ".join(failed[:10])
-        )
-    return done

@@ -17,7 +17,7 @@ from ai4land.config import RunConfig
 from ai4land.grid import COARSE_DIMS, Window, block_sum, coarse_slices
 from ai4land.inputs import cubes_of
 from ai4land.legend import MISSING
-from ai4land.predict import Source, read_window_data
+from ai4land.read import Source, read_window_data
 from ai4land.reconstruct import totals_of
 from ai4land.splits import TRAIN, Scored, Split
 from ai4land.stages import job_of

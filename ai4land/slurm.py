@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import getpass
 import importlib
+import logging
 import os
 import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -28,6 +30,8 @@ from distributed import Client, Security, Status
 
 from ai4land.errors import ConfigError
 from ai4land.keeper import Keeper, ask, queue
+
+_log = logging.getLogger(__name__)
 
 PATIENT = {"distributed.deploy.lost-worker-timeout": "5 minutes"}
 """Of Dask, as long as a cluster is there: a worker that died has minutes to start anew. Dask's 15 s would end one for good that is just starting,
@@ -304,3 +308,19 @@ def _refused(script: str, folder: Path) -> str | None:
     path.write_text(script, encoding="utf-8")
     done = ask(["sbatch", "--test-only", str(path)])
     return None if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())
+
+
+def job_end() -> float | None:
+    """Ask SLURM when the job of this process ends, in seconds since 1970; None outside a job or without a time limit."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    command = ["squeue", "-h", "-j", job, "-o", "%e"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603
+        return time.mktime(time.strptime(done.stdout.strip(), "%Y-%m-%dT%H:%M:%S"))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        _log.warning(
+            "the end of this job is unknown (%s): training cannot stop in time, and will resume from its last saved state", error
+        )
+        return None

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ai4land import cube, ledger, sources
-from ai4land.align import open_store
 from ai4land.alignment import align
+from ai4land.blocks import run_blocks
 from ai4land.checkpoint import check_fits, load_model
 from ai4land.claim import claim
 from ai4land.config import RunConfig
@@ -26,8 +26,9 @@ from ai4land.errors import ConfigError, DataError
 from ai4land.forward import Precision, precision_of
 from ai4land.hold import hold
 from ai4land.inputs import Inputs, Tell, cubes_of
-from ai4land.predict import Source
-from ai4land.reconstruct import BlockSettings, land_of, plan_blocks, run_blocks
+from ai4land.read import Source, open_store
+from ai4land.reconstruct import BlockSettings
+from ai4land.rplan import land_of, plan_blocks
 from ai4land.runfile import load_run
 from ai4land.stores import Place, folder_of
 from ai4land.totals import STATEMENTS, Method

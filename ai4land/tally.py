@@ -19,7 +19,8 @@ from ai4land.change import Flicker, coarse_net, merit_parts, square_sides
 from ai4land.errors import DataError
 from ai4land.grid import Grid, Window
 from ai4land.legend import MISSING
-from ai4land.scores import coarse_errors, mapped_shares, observed_change, ratio, score_sums
+from ai4land.scores import coarse_errors, observed_change, ratio, score_sums
+from ai4land.totals import mapped_shares
 
 TRUTH = "observed"
 """Name of the truth among the maps."""

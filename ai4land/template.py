@@ -21,16 +21,9 @@ from zarr.storage import MemoryStore
 import ai4land
 from ai4land.grid import DEEP, FINE_DIMS, Grid, Window, centres, chunk_side, spatial_ref
 from ai4land.legend import Legend
+from ai4land.numbers import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE
 from ai4land.overviews import level_factors, multiscales
 
-SCALE = 250
-"""Confidences and probabilities of change are stored as whole numbers of 1/250."""
-EMPTY = 255
-"""Stored confidence and probability of change of a cell that has none."""
-FRACTION_SCALE = 65000
-"""Fractions are stored as whole numbers of 1/65000: where 25 or more fine cells lie along a coarse one, the totals stay within about a millionth."""
-FRACTION_EMPTY = 65535
-"""Stored fraction of a cell that is not mapped."""
 VARIABLES = ("land_cover", "most_likely", "fraction", "confidence", "change_probability")
 """What a cube holds for every year."""
 YEARS_A_SHARD = 10

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ai4land.crosswalk import Crosswalk
+from ai4land.errors import DataError
 from ai4land.grid import block_sum
+from ai4land.legend import MISSING
 from ai4land.quotas import add_change, level_quotas
-from ai4land.scores import mapped_shares
 
 Method = Literal["change", "level", "none"]
 Shares = NDArray[np.float64]
@@ -135,3 +136,62 @@ class Totals:
     def bias(self) -> Shares:
         """Class shares of the reference map less those of the scenario in its year."""
         return self.reference_shares[False] - self.start
+
+
+def mapped_shares(
+    index: NDArray[np.uint8],
+    mask: NDArray[np.bool_],
+    *,
+    n: int,
+    factor: int,
+    weights: Literal["area", "cells"] = "area",
+    areas: NDArray[np.float64] | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Measure the class shares that a map has in each coarse cell.
+
+    Parameters
+    ----------
+    index
+        Class indices of whole coarse cells, ``(rows, columns)``.
+    mask
+        Cells that count, same shape; of these, the ones with a class are *mapped*.
+    n, factor
+        Number of classes, and fine cells along one side of a coarse cell.
+    weights
+        Shares of the area, or of the number of cells.
+    areas
+        Area of a cell of each row, ``(rows,)``; needed for ``weights="area"``.
+
+    Returns
+    -------
+    shares
+        Of each class among the mapped cells, ``(n, coarse rows, coarse columns)``; NaN where nothing is mapped.
+    coverage
+        Share of the coarse cell that is mapped, ``(coarse rows, coarse columns)``.
+    """
+    rows, cols = index.shape
+    if rows % factor or cols % factor or mask.shape != index.shape:
+        raise DataError(
+            f"map is {index.shape} with a mask of {mask.shape}, expected the same and whole coarse cells of {factor}; "
+            "use windows that are multiples of the factor"
+        )
+    if weights == "area" and (areas is None or areas.shape != (rows,)):
+        raise DataError(
+            f"areas are {None if areas is None else areas.shape}, expected ({rows},); give one area a row, or weights='cells'"
+        )
+    per_row = np.ones(rows) if areas is None or weights == "cells" else areas
+    crows, ccols = rows // factor, cols // factor
+    cell = np.arange(rows)[:, None] // factor * ccols + np.arange(cols)[None, :] // factor
+    mapped = mask & (index != MISSING)
+    flat = index[mapped].astype(np.intp) * (crows * ccols) + cell[mapped]
+    area = np.broadcast_to(per_row[:, None], index.shape)
+    sums = np.bincount(flat, weights=area[mapped], minlength=n * crows * ccols).astype(np.float64)
+    if sums.size > n * crows * ccols:
+        raise DataError(
+            f"class index is {int(index[mapped].max())}, expected 0..{n - 1} or {MISSING}; encode the codes with the legend"
+        )
+    held = sums.reshape(n, crows, ccols)
+    have = held.sum(axis=0)
+    whole = np.repeat(per_row.reshape(crows, factor).sum(axis=1)[:, None] * factor, ccols, axis=1)
+    shares = np.divide(held, have, out=np.full_like(held, np.nan), where=have > 0)
+    return shares, have / whole

@@ -23,13 +23,12 @@ from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from ai4land import device
-from ai4land.align import open_store
 from ai4land.alignment import align
 from ai4land.batch import PatchLoader
 from ai4land.checkpoint import Card, load_card, load_state, save_model
 from ai4land.config import HOW_TRAINED, RunConfig
 from ai4land.contents import contents_of
-from ai4land.ddp import TORCHRUN, job_end, torchrun_group
+from ai4land.ddp import TORCHRUN, torchrun_group
 from ai4land.digests import digest
 from ai4land.ensemble import Ensemble
 from ai4land.errors import ConfigError, MismatchError
@@ -43,6 +42,8 @@ from ai4land.legend import Legend
 from ai4land.losses import class_weights
 from ai4land.norm import ALONE, Group
 from ai4land.normalise import fit_spec, trained, training_tiles
+from ai4land.read import open_store
+from ai4land.slurm import job_end
 from ai4land.splits import TRAIN, VALIDATION, Split
 from ai4land.train import Schedule, Trained, fit
 from ai4land.unet import UNet

@@ -32,10 +32,10 @@ from ai4land.grid import COARSE_DIMS, Grid, Window, block_sum
 from ai4land.inputs import Inputs, cubes_of
 from ai4land.legend import MISSING
 from ai4land.materialise import Layer
-from ai4land.predict import Source
+from ai4land.numbers import FRACTION_EMPTY, FRACTION_SCALE
+from ai4land.read import Source
 from ai4land.results import evaluate, figures
 from ai4land.stores import folder_of
-from ai4land.template import FRACTION_EMPTY, FRACTION_SCALE
 from ai4land.training import train
 from ai4land.writer import Writer
 

@@ -37,9 +37,9 @@ from rich.table import Column, Table
 from xbatcher import BatchGenerator
 
 from ai4land import cube
-from ai4land.align import open_store
 from ai4land.allocate import allocate
 from ai4land.batch import PatchLoader
+from ai4land.blocks import run_blocks
 from ai4land.checkpoint import load_model
 from ai4land.cluster import SETTINGS, local
 from ai4land.config import ModelConfig, ReconstructConfig
@@ -54,11 +54,13 @@ from ai4land.grid import FINE_DIMS, Grid, Window, block_sum, coarse_window
 from ai4land.legend import MISSING, Legend, load_legend
 from ai4land.norm import Group
 from ai4land.normalise import fit_spec
+from ai4land.numbers import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, quantise
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
-from ai4land.predict import Source, predict
+from ai4land.predict import predict
 from ai4land.quotas import add_change, level_quotas
-from ai4land.reconstruct import BlockSettings, quantise, reconstruct_block, run_blocks
-from ai4land.template import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, YEARS_A_SHARD
+from ai4land.read import Source, open_store
+from ai4land.reconstruct import BlockSettings, reconstruct_block
+from ai4land.template import YEARS_A_SHARD
 from ai4land.train import Schedule, fit
 from ai4land.unet import UNet, interpolate
 
@@ -658,8 +660,8 @@ def first_patch_row(s: Setting) -> Row:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np\n"
         "from functools import partial; from pathlib import Path\n"
-        "from ai4land.align import open_store; from ai4land.batch import PatchLoader\n"
-        "from ai4land.checkpoint import load_card; from ai4land.predict import Source\n"
+        "from ai4land.read import open_store; from ai4land.batch import PatchLoader\n"
+        "from ai4land.checkpoint import load_card; from ai4land.read import Source\n"
         "path = Path(sys.argv[2]); card = load_card(path.parent); grid = Source(path).grid\n"
         "cells = np.ones(grid.coarse.shape, dtype=bool)\n"
         "loader = PatchLoader(partial(open_store, path), grid=grid, legend=card.legend, spec=card.spec, cells=cells,\n"

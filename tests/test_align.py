@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from ai4land.align import check_identity, open_store, write_store
+from ai4land.align import write_store
 from ai4land.cluster import local
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import COARSE_DIMS, Grid, Window, make_grid
 from ai4land.legend import load_legend
 from ai4land.materialise import Layer, of_array
 from ai4land.raster import open_raster
+from ai4land.read import check_identity, open_store
 from ai4land.template import chunk_side
 from tests.stores import write_tiny_store
 

@@ -11,7 +11,7 @@ import zarr
 from affine import Affine
 
 from ai4land import alignment, inputs, luh2
-from ai4land.align import SCENARIO_YEARS, open_store, write_store
+from ai4land.align import SCENARIO_YEARS, write_store
 from ai4land.alignment import align, check_years, read_layer
 from ai4land.assets import forget_items, items_in
 from ai4land.coarse import as_scenario
@@ -23,6 +23,7 @@ from ai4land.landcover import find_maps
 from ai4land.legend import load_legend
 from ai4land.luh2 import open_states
 from ai4land.materialise import Layer
+from ai4land.read import open_store
 from ai4land.runfile import load_run
 from ai4land.synthetic import make_planet
 from tests.catalogs import make_item, save, write_cog

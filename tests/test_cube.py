@@ -13,8 +13,9 @@ from ai4land.cube import Block
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import Window, make_grid
 from ai4land.legend import MISSING
+from ai4land.numbers import EMPTY, SCALE
 from ai4land.overviews import reduce_classes
-from ai4land.template import EMPTY, SCALE, VARIABLES, make_template
+from ai4land.template import VARIABLES, make_template
 from ai4land.writer import Writer
 from tests.cubes import ABOUT, GRID, LEGEND, PAIRS, YEARS, cells, fill, write_block
 

@@ -16,7 +16,7 @@ import rasterio
 import yaml
 
 from ai4land import cube
-from ai4land.align import open_store
+from ai4land.read import open_store
 from ai4land.runfile import load_run
 from ai4land.splits import TEST, TRAIN, load_split
 from ai4land.synthetic import make_planet

@@ -39,7 +39,8 @@ from ai4land.credits import credits_of
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.export import equal_area
 from ai4land.legend import Legend
-from ai4land.publish import publish, publish_run
+from ai4land.publish import publish
+from ai4land.rpublish import publish_run
 from tests import ROOT
 from tests.models import card, network
 from tests.published import GRID, HILDA, YEARS, codes_of, make_cube, make_run, run_in, write_years
@@ -342,7 +343,7 @@ def test_published_again_gives_the_same_bytes(published):
     run, path = published
     before = contents(path.parent)
     code = (
-        "import sys; from pathlib import Path; from ai4land.publish import publish_run; from ai4land.config import RunConfig;"
+        "import sys; from pathlib import Path; from ai4land.rpublish import publish_run; from ai4land.config import RunConfig;"
         "publish_run(RunConfig.model_validate_json(sys.argv[1]), cog=[2004, 2100])"
     )
     subprocess.run([sys.executable, "-c", code, run.model_dump_json()], check=True, timeout=60, cwd=ROOT)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ai4land import cube, ledger
-from ai4land.align import open_store
+from ai4land.blocks import run_blocks
 from ai4land.checkpoint import Card, save_model
 from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import Block
@@ -22,20 +22,13 @@ from ai4land.forward import Forward
 from ai4land.grid import Window, tiles
 from ai4land.legend import MISSING
 from ai4land.normalise import fit_spec
-from ai4land.predict import Source, mapped_part, predict
-from ai4land.reconstruct import (
-    BlockSettings,
-    _placed,
-    land_of,
-    plan_blocks,
-    quantise,
-    reconstruct_block,
-    run_blocks,
-    years_between,
-)
+from ai4land.numbers import FRACTION_SCALE, quantise
+from ai4land.predict import predict
+from ai4land.read import Source, mapped_part, open_store
+from ai4land.reconstruct import BlockSettings, _placed, reconstruct_block, years_between
+from ai4land.rplan import land_of, plan_blocks
 from ai4land.runfile import load_run
 from ai4land.stages import credit_attrs
-from ai4land.template import FRACTION_SCALE
 from ai4land.unet import UNet
 from tests.stores import write_tiny_store
 

@@ -22,7 +22,7 @@ from PIL import Image
 from ai4land.atlas import open_atlas
 from ai4land.cube import open_cube
 from ai4land.errors import ConfigError, DataError
-from ai4land.publish import publish_run
+from ai4land.rpublish import publish_run
 from ai4land.tiles import point, series, tile
 from ai4land.web import make_app
 from tests.maps import HILDA, some_codes, write_maps
