@@ -360,7 +360,7 @@ def demo(
 
     Example: ai4land demo train.steps=200
     """
-    from ai4land.synthetic import make_planet
+    from ai4land.synthetic.planet import make_planet
 
     config = load_run("demo.yaml", [f"runs={runs}", *(overrides or [])])
     planet = config.folder / "planet"

@@ -29,7 +29,7 @@ from ai4land import stores
 from ai4land.checkpoint import save_model
 from ai4land.cluster import SETTINGS
 from ai4land.slurm import slurm
-from ai4land.synthetic import make_planet
+from ai4land.synthetic.planet import make_planet
 from tests import ROOT
 from tests.catalogs import GRID, VALUES, ZONES, make_item, save, write_cog
 from tests.gangs import client, lessons, unbroken  # noqa: F401 fixtures

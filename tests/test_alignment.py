@@ -25,7 +25,7 @@ from ai4land.luh2 import open_states
 from ai4land.materialise import Layer
 from ai4land.read import open_store
 from ai4land.runfile import load_run
-from ai4land.synthetic import make_planet
+from ai4land.synthetic.planet import make_planet
 from tests.catalogs import make_item, save, write_cog
 from tests.runs import run_of, write_run
 

@@ -19,7 +19,7 @@ from ai4land import cube
 from ai4land.read import open_store
 from ai4land.runfile import load_run
 from ai4land.splits import TEST, TRAIN, load_split
-from ai4land.synthetic import make_planet
+from ai4land.synthetic.planet import make_planet
 
 STAC = {"catalog": "catalog/catalog.json"}
 RUN: dict[str, Any] = {

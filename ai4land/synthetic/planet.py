@@ -1,7 +1,7 @@
 """A tiny planet, made from a seed, to try and test everything without any download.
 
-Terrain and climate come from :mod:`ai4land.synthetic_fields`; :func:`land_use` lets sixty years of land use spread where terrain and neighbours favour it, and :func:`make_planet` writes all of it in the formats of the real data
-(:mod:`ai4land.synthetic_files`). Nothing here is an observation; numbers of a score on this planet say nothing about
+Terrain and climate come from :mod:`ai4land.synthetic.fields`; :func:`land_use` lets sixty years of land use spread where terrain and neighbours favour it, and :func:`make_planet` writes all of it in the formats of the real data
+(:mod:`ai4land.synthetic.files`). Nothing here is an observation; numbers of a score on this planet say nothing about
 the Earth.
 """
 
@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from ai4land.errors import ConfigError
 from ai4land.grid import Grid, centres, make_grid
-from ai4land.synthetic_fields import (
+from ai4land.synthetic.fields import (
     CROP,
     FOREST,
     GRASS,
@@ -34,16 +34,8 @@ from ai4land.synthetic_fields import (
     sphere_points,
     top_cells,
 )
-from ai4land.synthetic_files import (
-    PlanetPaths,
-    is_complete,
-    prepare,
-    write_lai,
-    write_map,
-    write_marker,
-    write_static,
-)
-from ai4land.synthetic_luh2 import StatesFile, write_luh2_static
+from ai4land.synthetic.files import PlanetPaths, is_complete, prepare, write_lai, write_map, write_marker, write_static
+from ai4land.synthetic.luh2 import StatesFile, write_luh2_static
 
 __all__ = ["Fields", "PlanetPaths", "land_use", "make_fields", "make_planet"]
 _log = logging.getLogger(__name__)

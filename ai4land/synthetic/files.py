@@ -1,7 +1,7 @@
 """Write the synthetic planet in the formats of the real data.
 
 Annual maps as HILDA+ GeoTIFFs, terrain, climate and soil as cloud-optimised GeoTIFFs behind a static STAC catalogue, leaf
-area index as CF NetCDF; the LUH2 files are made by :mod:`ai4land.synthetic_luh2`.
+area index as CF NetCDF; the LUH2 files are made by :mod:`ai4land.synthetic.luh2`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def prepare(paths: PlanetPaths) -> None:
         part.parent.mkdir(parents=True, exist_ok=True)
     paths.readme.write_text(
         f"{TITLE}\n\n"
-        "Everything here is SYNTHETIC: made from a seed by ai4land.synthetic to try and test the software.\n"
+        "Everything here is SYNTHETIC: made from a seed by ai4land.synthetic.planet to try and test the software.\n"
         "It is no observation of the Earth; scores on it say nothing about real data.\n\n"
         "luh2/states.nc                   land-use states, as LUH2 v2h\n"
         "luh2/staticData_quarterdeg.nc    static data, as LUH2 v2h\n"
@@ -244,7 +244,7 @@ def write_lai(
     swing = 18 * np.sin(np.deg2rad(lat))[:, None]
     dry = np.isin(codes, (0, 77))
     with netCDF4.Dataset(str(paths.lai).format(year=year), "w", format="NETCDF4") as file:
-        file.setncatts({"title": f"{TITLE}: leaf area index", "Conventions": "CF-1.8", "source": "ai4land.synthetic"})
+        file.setncatts({"title": f"{TITLE}: leaf area index", "Conventions": "CF-1.8", "source": "ai4land.synthetic.planet"})
         months = [(dt.date(year, m, 15) - dt.date(1970, 1, 1)).days for m in range(1, 13)]
         axes: dict[str, tuple[Any, dict[str, str]]] = {
             "time": (months, {"standard_name": "time", "units": "days since 1970-01-01", "calendar": "standard", "axis": "T"}),

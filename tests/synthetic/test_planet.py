@@ -18,8 +18,8 @@ from scipy import ndimage
 from ai4land.errors import ConfigError
 from ai4land.grid import block_sum, cell_areas, centres, make_grid
 from ai4land.legend import load_legend
-from ai4land.synthetic import PlanetPaths, _best, _blocks, land_use, make_fields, make_planet
-from ai4land.synthetic_luh2 import STATES
+from ai4land.synthetic.luh2 import STATES
+from ai4land.synthetic.planet import PlanetPaths, _best, _blocks, land_use, make_fields, make_planet
 
 YEARS = range(1960, 1966)
 SMALL = {"years": YEARS, "coarse_cell": 15.0, "factor": 8}

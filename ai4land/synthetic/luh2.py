@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ai4land.grid import Grid, block_sum, cell_areas, centres
-from ai4land.synthetic_files import TITLE, PlanetPaths
+from ai4land.synthetic.files import TITLE, PlanetPaths
 
 MISSING_VALUE = np.float32(1e20)
 """What LUH2 writes where there is no land."""
@@ -97,7 +97,12 @@ class StatesFile:
         self._total = np.broadcast_to(cell_areas(grid.coarse)[:, None], self._shape)
         self._file: Any = netCDF4.Dataset(paths.states, "w", format="NETCDF4")
         self._file.setncatts(
-            {"title": f"{TITLE}: land-use states", "Conventions": "CF-1.6", "source": "ai4land.synthetic", "frequency": "yr"}
+            {
+                "title": f"{TITLE}: land-use states",
+                "Conventions": "CF-1.6",
+                "source": "ai4land.synthetic.planet",
+                "frequency": "yr",
+            }
         )
         self._file.createDimension("time", None)
         time = self._file.createVariable("time", "f8", ("time",), fill_value=False)
@@ -170,7 +175,7 @@ def write_luh2_static(paths: PlanetPaths, natural: NDArray[np.uint8], *, grid: G
         "ccode": (np.where(water < 1, country, 0), "country codes", "1"),
     }
     with netCDF4.Dataset(paths.static_data, "w", format="NETCDF4") as file:
-        file.setncatts({"title": f"{TITLE}: static data", "Conventions": "CF-1.6", "source": "ai4land.synthetic"})
+        file.setncatts({"title": f"{TITLE}: static data", "Conventions": "CF-1.6", "source": "ai4land.synthetic.planet"})
         _coarse_axes(file, grid)
         for name, (values, text, units) in fields.items():
             attrs = {"long_name": text, "units": units}
