@@ -25,13 +25,13 @@ from odc.geo.geobox import GeoBox
 from pyproj.exceptions import CRSError
 from rasterio.errors import RasterioError
 
-from ai4land.catalog import find_items, meets, split_bbox
 from ai4land.errors import ConfigError, DataError
-from ai4land.filecheck import Header, check_file, open_raster_file
 from ai4land.grid import FINE_DIMS, Bounds, Grid, Window, edges
-from ai4land.hrefs import local_path
 from ai4land.lattice import check_cells, check_lattice, check_longitudes, crs_of, same_crs, transform_bounds
 from ai4land.raster import Resampling
+from ai4land.sources.check import Header, check_file, open_raster_file
+from ai4land.sources.hrefs import local_path
+from ai4land.sources.search import find_items, meets, split_bbox
 
 
 def load_asset(
@@ -173,7 +173,7 @@ def items_in(catalog: str, *, collection: str, grid: Grid, window: Window) -> li
     Raises
     ------
     DataError
-        As :func:`ai4land.catalog.find_items`, for the whole grid.
+        As :func:`ai4land.sources.search.find_items`, for the whole grid.
     """
     with _searching:
         every = _found(catalog, collection, _degrees(grid, Window(0, 0, *grid.shape)))

@@ -323,8 +323,8 @@ def fetch(
 
     Example: ai4land fetch hildaplus-uk koppen-geiger-0p1 --to inputs
     """
-    from ai4land.fetch import fetch_all
-    from ai4land.wanted import signer
+    from ai4land.sources.fetch import fetch_all
+    from ai4land.sources.plan import signer
 
     options: dict[str, Any] = {"years": years, "bbox": bbox, "catalog": catalog, "assets": asset or [], "modifier": signer(sign)}
     with _bar("fetch") as bar:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ai4land import sources
-from ai4land.catalog import find_collection
 from ai4land.errors import AI4LandError
+from ai4land.sources import known
+from ai4land.sources.search import find_collection
 
 _log = logging.getLogger(__name__)
 LICENCE = re.compile(r"^[\w\-.+]+$")
@@ -53,7 +53,7 @@ def credits_of(
     Parameters
     ----------
     names
-        Ids of sources (:mod:`ai4land.sources`).
+        Ids of sources (:mod:`ai4land.sources.known`).
     collections
         Catalogue and id of STAC collections; those that are among ``names`` are left out.
     tell
@@ -74,7 +74,7 @@ def credits_of(
             providers=tuple({"name": name, "roles": ["producer"]} for name in source.providers),
             url=source.page or (f"https://doi.org/{source.doi}" if source.doi else ""),
         )
-        for source in sources.credits_of(names)
+        for source in known.credits_of(names)
     ]
     for catalog, collection in sorted(set(collections)):
         if collection in names:

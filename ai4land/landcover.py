@@ -21,13 +21,13 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ai4land.assets import items_in, load_asset
-from ai4land.catalog import years_of_item
 from ai4land.errors import ConfigError, DataError
-from ai4land.filecheck import open_raster_file
 from ai4land.grid import Grid, Window
 from ai4land.legend import Legend
 from ai4land.raster import open_raster
 from ai4land.rasterfile import is_xarray, open_dataset, pick_variable
+from ai4land.sources.check import open_raster_file
+from ai4land.sources.search import years_of_item
 from ai4land.years import years_in
 
 MapResampling = Literal["exact", "nearest", "mode"]

@@ -2,7 +2,7 @@
 
 :func:`open_layer` gives a :class:`RasterLayer` of a GeoTIFF band (rasterio) or of a NetCDF or Zarr variable (xarray): north
 up, with its transform and reference system, read by rows and columns. Nothing is read before it is asked for, and never an
-overview. What a small file can do harm with is refused before, by :mod:`ai4land.filecheck`.
+overview. What a small file can do harm with is refused before, by :mod:`ai4land.sources.check`.
 :mod:`ai4land.raster` brings a layer onto a grid.
 """
 
@@ -28,7 +28,7 @@ from pyproj.exceptions import CRSError
 from xarray.backends.netCDF4_ import NETCDF4_PYTHON_LOCK
 
 from ai4land.errors import DataError
-from ai4land.filecheck import check_block, open_raster_file
+from ai4land.sources.check import check_block, open_raster_file
 
 _XARRAY_SUFFIXES = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".zarr")
 _LATITUDE = (("latitude", "lat", "nav_lat", "y"), ("latitude", "projection_y_coordinate"))

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ai4land import cube, ledger, sources
+from ai4land import cube, ledger
 from ai4land.alignment import align
 from ai4land.blocks import run_blocks
 from ai4land.checkpoint import check_fits, load_model
@@ -30,6 +30,7 @@ from ai4land.read import Source, open_store
 from ai4land.reconstruct import BlockSettings
 from ai4land.rplan import land_of, plan_blocks
 from ai4land.runfile import load_run
+from ai4land.sources import known
 from ai4land.stores import Place, folder_of
 from ai4land.totals import STATEMENTS, Method
 from ai4land.training import fingerprint_of
@@ -152,11 +153,11 @@ def _remove_partial(place: Place) -> None:
 
 def credit_attrs(run: RunConfig) -> dict[str, str]:
     """Say in attributes of a cube what it is made from: its licence, and whom it is owed to."""
-    found = sources.credits_of(run.sources)
+    found = known.credits_of(run.sources)
     if not found:
         return {}
     owed = [f"{s.title}: {s.citation or ', '.join(s.providers)} ({s.licence})" for s in found]
-    return {"license": sources.licence_of(run.sources), "attribution": "; ".join(owed)}
+    return {"license": known.licence_of(run.sources), "attribution": "; ".join(owed)}
 
 
 def run_of(place: Place, file: Path | None = None) -> RunConfig:

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from ai4land import sources
 from ai4land.credits import credits_of
 from ai4land.errors import ConfigError
+from ai4land.sources import known
 
 
 @pytest.mark.parametrize(
@@ -19,12 +19,12 @@ from ai4land.errors import ConfigError
     ],
 )
 def test_licence_covers_all_inputs(ids, others, want):
-    assert sources.mix({*(c.licence for c in credits_of(ids)), *others}) == want
+    assert known.mix({*(c.licence for c in credits_of(ids)), *others}) == want
 
 
 def test_sources_and_collections_are_credited_once(terrain):
     found = credits_of(["luh2-v2h", "luh2-v2h"], [(str(terrain), "relief"), (str(terrain), "relief"), ("none.json", "luh2-v2h")])
-    assert [c.title for c in found] == [sources.load_source("luh2-v2h").title, "Relief"]
+    assert [c.title for c in found] == [known.load_source("luh2-v2h").title, "Relief"]
     source, relief = found
     assert source.citation and source.doi and source.licence_url and source.url.startswith("https://")
     assert (relief.licence, relief.licence_url) == ("CC-BY-4.0", "https://example.org/terms")

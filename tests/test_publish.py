@@ -30,9 +30,8 @@ from starlette.applications import Starlette
 from starlette.staticfiles import StaticFiles
 from zarr.storage import ObjectStore
 
-from ai4land import cube, sources
+from ai4land import cube
 from ai4land.assets import load_asset
-from ai4land.catalog import find_items
 from ai4land.checkpoint import save_model
 from ai4land.config import RunConfig
 from ai4land.credits import credits_of
@@ -41,6 +40,8 @@ from ai4land.export import equal_area
 from ai4land.legend import Legend
 from ai4land.publish import publish
 from ai4land.rpublish import publish_run
+from ai4land.sources import known
+from ai4land.sources.search import find_items
 from tests import ROOT
 from tests.models import card, network
 from tests.published import GRID, HILDA, YEARS, codes_of, make_cube, make_run, run_in, write_years
@@ -303,7 +304,7 @@ def test_with_a_base_url_objects_say_where_they_are(published, tmp_path):
 def test_licences_and_citations_of_the_inputs_travel(published):
     found = objects(published[1].parent)
     for about in (found["tiny-map/collection.json"], found["tiny-map-model/collection.json"]):
-        inputs = sources.credits_of(["hildaplus-v2", "luh2-v2h"])
+        inputs = known.credits_of(["hildaplus-v2", "luh2-v2h"])
         assert about["license"] == "CC-BY-SA-4.0" and {s.licence for s in inputs} == {"CC-BY-4.0", "CC-BY-SA-4.0"}
         names = {p["name"] for p in about["providers"]}
         assert {n for s in inputs for n in s.providers} | {"Hill Survey"} <= names
@@ -331,7 +332,7 @@ def test_catalogue_that_is_gone_is_told_and_its_licence_counts_as_unknown(tmp_pa
 def test_licence_is_that_of_the_sources(tmp_path):
     run = make_run(tmp_path, model=False, sources=["hildaplus-v2"])
     about = objects(publish_run(run).parent)["tiny-map/collection.json"]
-    assert about["license"] == sources.load_source("hildaplus-v2").licence
+    assert about["license"] == known.load_source("hildaplus-v2").licence
     with pytest.raises(ConfigError, match="source is 'nobody'"):
         publish_run(make_run(tmp_path / "b", model=False, sources=["nobody"]))
 

@@ -13,10 +13,10 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 from urllib3 import Retry
 
-from ai4land import hrefs
-from ai4land.catalog import find_collection, find_items
 from ai4land.errors import DataError
-from ai4land.hrefs import CatalogIO, Reach, local_path
+from ai4land.sources import hrefs
+from ai4land.sources.hrefs import CatalogIO, Reach, local_path
+from ai4land.sources.search import find_collection, find_items
 
 ITEM = {
     "type": "Feature", "stac_version": "1.1.0", "id": "a", "geometry": None, "properties": {"datetime": "2000-01-01T00:00:00Z"},

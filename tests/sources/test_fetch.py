@@ -25,16 +25,16 @@ from affine import Affine
 from pystac.validation import validate_dict
 
 from ai4land import cli
-from ai4land import fetch as fetching
 from ai4land.assets import load_asset
-from ai4land.catalog import find_items
-from ai4land.download import verify
 from ai4land.errors import ConfigError, DataError
-from ai4land.fetch import fetch, fetch_all
 from ai4land.grid import make_grid
-from ai4land.mirror import FILE, locked
 from ai4land.raster import open_raster
-from ai4land.sources import SourceFile, load_source
+from ai4land.sources import fetch as fetching
+from ai4land.sources.download import verify
+from ai4land.sources.fetch import fetch, fetch_all
+from ai4land.sources.known import SourceFile, load_source
+from ai4land.sources.mirror import FILE, locked
+from ai4land.sources.search import find_items
 
 GRID = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=2, shard=18)
 VALUES = np.random.default_rng(0).integers(1, 200, GRID.shape).astype("uint8")

@@ -1,6 +1,6 @@
 """Bring a source to a mirror: its files, and a catalogue by which they are read where there is no network.
 
-:func:`fetch` takes a source that the package knows (:mod:`ai4land.sources`), or a collection of any STAC catalogue or API.
+:func:`fetch` takes a source that the package knows (:mod:`ai4land.sources.known`), or a collection of any STAC catalogue or API.
 What is there and whole is kept, what is lacking or damaged is downloaded, and what fails is named while the rest is kept.
 """
 
@@ -21,12 +21,12 @@ from typing import Any
 
 import requests
 
-from ai4land.catalog import Modifier
-from ai4land.download import Stored, copy, download, verify
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import Bounds
-from ai4land.hrefs import Beyond, local_path, origin
-from ai4land.mirror import (
+from ai4land.sources.download import Stored, copy, download, verify
+from ai4land.sources.hrefs import Beyond, local_path, origin
+from ai4land.sources.known import credits_of, load_source
+from ai4land.sources.mirror import (
     check_ours,
     inside,
     locked,
@@ -38,8 +38,8 @@ from ai4land.mirror import (
     write_item,
     write_json,
 )
-from ai4land.sources import credits_of, load_source
-from ai4land.wanted import Plan, Wanted, plan_known, plan_stac
+from ai4land.sources.plan import Plan, Wanted, plan_known, plan_stac
+from ai4land.sources.search import Modifier
 from ai4land.years import expand_years
 
 _log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def fetch(
     catalog
         Path or URL of a STAC catalogue or API; None for the sources that the package knows.
     years, bbox
-        Which items or files; see :func:`ai4land.catalog.find_items`. Files without years, and boxes for whole files, do not count.
+        Which items or files; see :func:`ai4land.sources.search.find_items`. Files without years, and boxes for whole files, do not count.
     assets
         Keys of the assets; those with the role ``data`` (or all, if none has it) if not given.
     modifier
@@ -115,11 +115,11 @@ def fetch(
     token_hosts
         Further hosts that it is for, by https; or origins, as ``http://127.0.0.1:8000``.
     beyond
-        How far the catalogue may reach; see :func:`ai4land.catalog.find_items`.
+        How far the catalogue may reach; see :func:`ai4land.sources.search.find_items`.
     threads
         Files at once.
     timeout, pause
-        As in :func:`ai4land.download.download`.
+        As in :func:`ai4land.sources.download.download`.
     progress
         Called with the number of files that are done, of all, and the name of the last.
 

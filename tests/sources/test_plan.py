@@ -7,8 +7,8 @@ import pytest
 import requests
 
 from ai4land.errors import ConfigError, DataError
-from ai4land.sources import catalog_path, load_source
-from ai4land.wanted import _signed, plan_known, signer
+from ai4land.sources.known import catalog_path, load_source
+from ai4land.sources.plan import _signed, plan_known, signer
 
 NONE = {"years": None, "bbox": None, "headers": {}, "modifier": None, "timeout": 5}
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ai4land.errors import DataError
-from ai4land.mirror import inside, locked, plain_href, read_manifest, safe_name, write_catalog, write_json
+from ai4land.sources.mirror import inside, locked, plain_href, read_manifest, safe_name, write_catalog, write_json
 
 
 @given(st.text(max_size=300))

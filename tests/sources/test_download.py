@@ -16,8 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from ai4land.download import LONGEST_PAUSE, TRIES, copy, download, split_multihash, verify
 from ai4land.errors import ConfigError, DataError
+from ai4land.sources.download import LONGEST_PAUSE, TRIES, copy, download, split_multihash, verify
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 OTHER = np.random.default_rng(1).bytes(300_000)
@@ -164,7 +164,7 @@ def test_a_download_that_was_given_up_is_gone_on_with(server, tmp_path):
 def test_a_process_that_was_killed_is_gone_on_with(server, tmp_path):
     path = tmp_path / "a.bin"
     server.cuts, server.holds = [200_000], True
-    program = "import sys; from pathlib import Path; from ai4land.download import download; url = sys.argv[1]; "
+    program = "import sys; from pathlib import Path; from ai4land.sources.download import download; url = sys.argv[1]; "
     program += "download(lambda: url, Path(sys.argv[2]), name=url)"
     process = subprocess.Popen([sys.executable, "-c", program, server.url, str(path)])
     try:

@@ -1,7 +1,7 @@
 """Finding in STAC: the items of a collection, in a static catalogue or an API.
 
 :func:`find_items` is the same for a static catalogue (a JSON file, by path or URL, that is walked) and for an API (that is
-searched). What a catalogue may point to is decided by :mod:`ai4land.hrefs`; :mod:`ai4land.assets` brings the items onto a grid.
+searched). What a catalogue may point to is decided by :mod:`ai4land.sources.hrefs`; :mod:`ai4land.assets` brings the items onto a grid.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pystac_client.warnings import FallbackToPystac
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import Bounds
-from ai4land.hrefs import Beyond, CatalogIO, Reach, local_path
+from ai4land.sources.hrefs import Beyond, CatalogIO, Reach, local_path
 
 _log = logging.getLogger(__name__)
 

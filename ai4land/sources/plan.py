@@ -1,7 +1,7 @@
 """The files that make up a source, and the items that they make once they are there.
 
 :func:`plan_known` for a source that the package knows, :func:`plan_stac` for a collection of any catalogue or API. Nothing is
-downloaded here; :mod:`ai4land.fetch` does it.
+downloaded here; :mod:`ai4land.sources.fetch` does it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from urllib.parse import unquote, urlparse
 import pystac
 import requests
 
-from ai4land.catalog import Modifier, find_collection, find_items
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import Bounds
-from ai4land.hrefs import Beyond, origin
-from ai4land.mirror import file_item, safe_name
-from ai4land.sources import InputSource, SourceFile, catalog_path
+from ai4land.sources.hrefs import Beyond, origin
+from ai4land.sources.known import InputSource, SourceFile, catalog_path
+from ai4land.sources.mirror import file_item, safe_name
+from ai4land.sources.search import Modifier, find_collection, find_items
 
 _TYPES = {".tif": "image/tiff; application=geotiff", ".tiff": "image/tiff; application=geotiff", ".nc": "application/netcdf"}
 
@@ -93,7 +93,7 @@ def plan_known(
     years, bbox
         Which items; files with years are chosen by them, other files are taken whole.
     headers, modifier, timeout
-        For a STAC API; as in :func:`ai4land.catalog.find_items`.
+        For a STAC API; as in :func:`ai4land.sources.search.find_items`.
 
     Raises
     ------
@@ -181,7 +181,7 @@ def plan_stac(
     source
         Id of the collection in the mirror.
     catalog, collection, years, bbox, headers, timeout, beyond
-        As in :func:`ai4land.catalog.find_items`.
+        As in :func:`ai4land.sources.search.find_items`.
     assets
         Keys of the assets; those with the role ``data``, or all if none has it, if empty.
     modifier
@@ -256,7 +256,7 @@ def _suffix(href: str) -> str:
 
 
 def signer(name: str) -> Modifier | None:
-    """Find the function that signs items of a host; ``name`` as in :attr:`ai4land.sources.Access.signing`.
+    """Find the function that signs items of a host; ``name`` as in :attr:`ai4land.sources.known.Access.signing`.
 
     Raises
     ------
