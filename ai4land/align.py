@@ -25,10 +25,10 @@ from zarr.codecs import ZstdCodec
 from ai4land.crowd import each
 from ai4land.digests import combine_digests, digest_of
 from ai4land.errors import DataError, MismatchError
-from ai4land.gaps import fill_near
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, chunk_side, coarse_slices
 from ai4land.legend import Legend
 from ai4land.materialise import Layer, ShardTask, fill_rest, write_cover, write_static
+from ai4land.rasters.gaps import fill_near
 from ai4land.read import check_identity
 from ai4land.stores import beside, sweep
 
@@ -70,7 +70,7 @@ def write_store(
         Scenario, ``(year, state, coarse_latitude, coarse_longitude)`` on ``grid.coarse``; may be lazy, and is read some years at a time.
     layers
         Static maps. Gaps inside the mask are filled from the nearest cell that has a value within a coarse cell's breadth,
-        beyond it from the nearest coarse cell that has one (:mod:`ai4land.gaps`).
+        beyond it from the nearest coarse cell that has one (:mod:`ai4land.rasters.gaps`).
     identity
         What the store is made from: plain values.
     known

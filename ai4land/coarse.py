@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ai4land.errors import DataError
 from ai4land.grid import COARSE_DIMS, Grid
-from ai4land.rasterfile import open_dataset
+from ai4land.rasters.file import open_dataset
 from ai4land.regrid import Footprint
 from ai4land.years import years_in
 

@@ -16,8 +16,8 @@ import zarr
 from numpy.typing import NDArray
 
 from ai4land.digests import digest_of
-from ai4land.gaps import fill_far, fill_near, stand_ins
 from ai4land.grid import Grid, Window, read_window
+from ai4land.rasters.gaps import fill_far, fill_near, stand_ins
 from ai4land.stores import writing
 
 _CACHE = 256

@@ -1,7 +1,7 @@
 """Finding in STAC: the items of a collection, in a static catalogue or an API.
 
 :func:`find_items` is the same for a static catalogue (a JSON file, by path or URL, that is walked) and for an API (that is
-searched). What a catalogue may point to is decided by :mod:`ai4land.sources.hrefs`; :mod:`ai4land.assets` brings the items onto a grid.
+searched). What a catalogue may point to is decided by :mod:`ai4land.sources.hrefs`; :mod:`ai4land.rasters.items` brings the items onto a grid.
 """
 
 from __future__ import annotations

@@ -16,14 +16,14 @@ import xarray as xr
 import zarr
 from affine import Affine
 
-from ai4land import lattice
-from ai4land.assets import load_asset
 from ai4land.checkpoint import load_state
 from ai4land.errors import DataError
 from ai4land.grid import make_grid
-from ai4land.lattice import check_cells
-from ai4land.raster import open_raster
-from ai4land.rasterfile import open_dataset, open_layer
+from ai4land.rasters import lattice
+from ai4land.rasters.file import open_dataset, open_layer
+from ai4land.rasters.items import load_asset
+from ai4land.rasters.lattice import check_cells
+from ai4land.rasters.read import open_raster
 from ai4land.sources.check import MOST_BYTES, check_file, open_raster_file
 
 GRID = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=2, shard=18)

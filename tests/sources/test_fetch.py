@@ -25,10 +25,10 @@ from affine import Affine
 from pystac.validation import validate_dict
 
 from ai4land import cli
-from ai4land.assets import load_asset
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import make_grid
-from ai4land.raster import open_raster
+from ai4land.rasters.items import load_asset
+from ai4land.rasters.read import open_raster
 from ai4land.sources import fetch as fetching
 from ai4land.sources.download import verify
 from ai4land.sources.fetch import fetch, fetch_all

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ai4land.assets import load_asset
 from ai4land.errors import DataError
+from ai4land.rasters.items import load_asset
 from ai4land.sources.search import find_items, split_bbox, years_of_item
 from tests.catalogs import GRID, VALUES, ZONES, make_item
 

@@ -13,7 +13,7 @@ from odc.geo.crs import CRS
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import Bounds, Grid
-from ai4land.rasterfile import RasterLayer
+from ai4land.rasters.file import RasterLayer
 
 SIZE_TOLERANCE = 1e-5
 """Relative difference of cell sizes that counts as none."""

@@ -13,11 +13,11 @@ from affine import Affine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ai4land import raster
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import FINE_DIMS, Grid, Window, make_grid
-from ai4land.raster import open_raster
-from ai4land.rasterfile import open_layer
+from ai4land.rasters import read
+from ai4land.rasters.file import open_layer
+from ai4land.rasters.read import open_raster
 
 GRID = make_grid((-6, -4, 10, 8), coarse_cell=2.0, factor=4, shard=8, origin=(-6.0, 8.0))
 GLOBE = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=4, shard=36)
@@ -122,7 +122,7 @@ def test_small_strips_give_the_same_result(tmp_path, monkeypatch):
     values = np.random.default_rng(2).random((90, 130)).astype("float32")
     path = write_tif(tmp_path / "a.tif", values, Affine(0.13, 0, -6.3, 0, -0.14, 8.2))
     whole = {r: open_raster(path, grid=GRID, resampling=r).values for r in ("bilinear", "average", "mode")}
-    monkeypatch.setattr("ai4land.raster._STRIP_CELLS", 200)
+    monkeypatch.setattr("ai4land.rasters.read._STRIP_CELLS", 200)
     for resampling, want in whole.items():
         np.testing.assert_allclose(open_raster(path, grid=GRID, resampling=resampling).values, want, rtol=1e-6)
 
@@ -270,7 +270,7 @@ def most_read(monkeypatch):
         with open_layer(*args, **options) as layer:
             yield recording(layer)
 
-    monkeypatch.setattr(raster, "open_layer", opened)
+    monkeypatch.setattr(read, "open_layer", opened)
     return sizes
 
 
@@ -305,7 +305,7 @@ def test_a_projected_source_across_the_dateline_reaches_both_sides_and_is_read_b
     assert (lon > 177).any() and (lon < -171).any()
     path = write_tif(tmp_path / "a.tif", lat.astype("float32"), t, crs="EPSG:32660")
     grid = make_grid((-180, -90, 180, 90), coarse_cell=1, factor=4, shard=360)
-    monkeypatch.setattr(raster, "_STRIP_CELLS", 2**13)
+    monkeypatch.setattr(read, "_STRIP_CELLS", 2**13)
     got = open_raster(path, grid=grid, resampling=resampling).values
     there = np.isfinite(got)
     assert there[:, :30].any() and there[:, -12:].any() and not there[:, 40:-20].any()
@@ -324,7 +324,7 @@ def test_a_source_whose_corners_are_off_the_globe_is_read_by_parts(tmp_path, mos
     lon, lat = pyproj.Transformer.from_crs(crs, 4326, always_xy=True).transform(*np.meshgrid(steps, -steps))
     path = write_tif(tmp_path / "a.tif", np.where(np.isfinite(lat), lat, np.nan).astype("float32"), t, crs=crs, nodata=np.nan)
     grid = make_grid((-180, -90, 180, 90), coarse_cell=5, factor=5, shard=180)
-    monkeypatch.setattr(raster, "_STRIP_CELLS", 2**12)
+    monkeypatch.setattr(read, "_STRIP_CELLS", 2**12)
     got = open_raster(path, grid=grid, resampling="bilinear").values
     lon, lat = centres(grid)
     away = np.abs((lon - 170 + 180) % 360 - 180)

@@ -27,8 +27,8 @@ from rasterio.errors import RasterioError
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import FINE_DIMS, Bounds, Grid, Window, edges
-from ai4land.lattice import check_cells, check_lattice, check_longitudes, crs_of, same_crs, transform_bounds
-from ai4land.raster import Resampling
+from ai4land.rasters.lattice import check_cells, check_lattice, check_longitudes, crs_of, same_crs, transform_bounds
+from ai4land.rasters.read import Resampling
 from ai4land.sources.check import Header, check_file, open_raster_file
 from ai4land.sources.hrefs import local_path
 from ai4land.sources.search import find_items, meets, split_bbox
@@ -59,7 +59,7 @@ def load_asset(
     grid
         The target.
     resampling
-        As in :func:`ai4land.raster.open_raster`.
+        As in :func:`ai4land.rasters.read.open_raster`.
     dtype
         Of the result.
     nodata
@@ -73,7 +73,7 @@ def load_asset(
     -------
     xarray.DataArray
         ``(latitude, longitude)`` with the coordinates of the grid, lazy, one chunk a shard; NaN or ``nodata`` (also in
-        ``attrs``) where there is no value. :func:`ai4land.raster.check_any` tells an empty one once it is computed.
+        ``attrs``) where there is no value. :func:`ai4land.rasters.read.check_any` tells an empty one once it is computed.
 
     Raises
     ------

@@ -12,8 +12,8 @@ from affine import Affine
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import make_grid
-from ai4land.landcover import find_catalog_maps, find_maps
 from ai4land.legend import load_legend
+from ai4land.rasters.landcover import find_catalog_maps, find_maps
 from tests.catalogs import make_item, save, write_cog
 
 GRID = make_grid((-6, -4, 10, 8), coarse_cell=2.0, factor=4, shard=8, origin=(-6.0, 8.0))

@@ -7,11 +7,11 @@ import rasterio
 import xarray as xr
 from affine import Affine
 
-from ai4land import lattice
-from ai4land.assets import items_in, load_asset
 from ai4land.errors import ConfigError, DataError
-from ai4land.gaps import check_any
 from ai4land.grid import FINE_DIMS, Window, make_grid
+from ai4land.rasters import lattice
+from ai4land.rasters.gaps import check_any
+from ai4land.rasters.items import items_in, load_asset
 from ai4land.sources.search import find_items
 from tests.catalogs import GRID, VALUES, ZONES, make_item, save, write_cog
 

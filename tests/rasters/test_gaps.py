@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ai4land.errors import DataError
-from ai4land.gaps import check_any, fill_far, fill_near, stand_ins
 from ai4land.grid import FINE_DIMS
+from ai4land.rasters.gaps import check_any, fill_far, fill_near, stand_ins
 
 
 @settings(max_examples=60, deadline=None)

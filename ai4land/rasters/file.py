@@ -3,7 +3,7 @@
 :func:`open_layer` gives a :class:`RasterLayer` of a GeoTIFF band (rasterio) or of a NetCDF or Zarr variable (xarray): north
 up, with its transform and reference system, read by rows and columns. Nothing is read before it is asked for, and never an
 overview. What a small file can do harm with is refused before, by :mod:`ai4land.sources.check`.
-:mod:`ai4land.raster` brings a layer onto a grid.
+:mod:`ai4land.rasters.read` brings a layer onto a grid.
 """
 
 from __future__ import annotations

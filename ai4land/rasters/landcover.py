@@ -20,12 +20,12 @@ import pystac
 import xarray as xr
 from numpy.typing import NDArray
 
-from ai4land.assets import items_in, load_asset
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import Grid, Window
 from ai4land.legend import Legend
-from ai4land.raster import open_raster
-from ai4land.rasterfile import is_xarray, open_dataset, pick_variable
+from ai4land.rasters.file import is_xarray, open_dataset, pick_variable
+from ai4land.rasters.items import items_in, load_asset
+from ai4land.rasters.read import open_raster
 from ai4land.sources.check import open_raster_file
 from ai4land.sources.search import years_of_item
 from ai4land.years import years_in
@@ -55,7 +55,7 @@ class AnnualMap:
         ------
         DataError
             If the map holds a code that the legend does not know, has no class on the grid (a window may have none), or
-            can not be read; see :func:`ai4land.raster.open_raster`.
+            can not be read; see :func:`ai4land.rasters.read.open_raster`.
         """
         field = open_raster(
             self.path,

@@ -22,12 +22,12 @@ import xarray as xr
 from affine import Affine
 from numpy.typing import DTypeLike, NDArray
 
-from ai4land import lattice
 from ai4land.errors import ConfigError, DataError
-from ai4land.gaps import check_any
 from ai4land.grid import FINE_DIMS, Grid, Window, edges, read_window
-from ai4land.lattice import check_crs, check_lattice, check_place, crs_of, same_crs, spread, too_many, transform_bounds
-from ai4land.rasterfile import RasterLayer, open_layer, reading
+from ai4land.rasters import lattice
+from ai4land.rasters.file import RasterLayer, open_layer, reading
+from ai4land.rasters.gaps import check_any
+from ai4land.rasters.lattice import check_crs, check_lattice, check_place, crs_of, same_crs, spread, too_many, transform_bounds
 
 _log = logging.getLogger(__name__)
 Resampling = Literal["exact", "nearest", "bilinear", "average", "mode", "min", "max"]
