@@ -23,22 +23,22 @@ from distributed.system import MEMORY_LIMIT
 from numpy.typing import NDArray
 
 from ai4land.align import SCENARIO_YEARS, block_memory, write_store
-from ai4land.areachange import open_change
 from ai4land.config import Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
 from ai4land.contents import changed_files, note_files
 from ai4land.errors import ConfigError, MismatchError
-from ai4land.fractions import open_fractions
 from ai4land.grid import FINE_DIMS, Grid, Window
 from ai4land.hold import hold
 from ai4land.inputs import Inputs, Tell, fraction_files, held_states, map_source, mask_year, needed_years
 from ai4land.legend import Legend
-from ai4land.luh2 import open_states
 from ai4land.materialise import Layer
 from ai4land.rasters.items import forget_items, items_in, load_asset
 from ai4land.rasters.landcover import AnnualMap, CatalogMap, find_catalog_maps, find_maps
 from ai4land.rasters.read import open_raster
 from ai4land.read import Source, check_identity
-from ai4land.scenario import open_shares
+from ai4land.scenario.areachange import open_change
+from ai4land.scenario.fractions import open_fractions
+from ai4land.scenario.luh2 import open_states
+from ai4land.scenario.shares import open_shares
 from ai4land.sources.hrefs import local_path
 from ai4land.sources.search import years_of_item
 from ai4land.stores import sweep

@@ -93,7 +93,7 @@ class LandCoverConfig(_Model):
 
 
 class Luh2Config(_Model):
-    """LUH2 or LUH3 states; see :func:`ai4land.luh2.open_states`."""
+    """LUH2 or LUH3 states; see :func:`ai4land.scenario.luh2.open_states`."""
 
     kind: Literal["luh2"]
     paths: list[str] = Field(min_length=1)
@@ -106,7 +106,7 @@ class Luh2Config(_Model):
 
 
 class SharesConfig(_Model):
-    """Coarse class shares of a map product; see :func:`ai4land.scenario.open_shares`."""
+    """Coarse class shares of a map product; see :func:`ai4land.scenario.shares.open_shares`."""
 
     kind: Literal["shares"]
     path: str
@@ -131,7 +131,7 @@ class FractionsFile(_Model):
 
 
 class FractionsConfig(_Model):
-    """Fractions of some land uses, one variable each; see :func:`ai4land.fractions.open_fractions`."""
+    """Fractions of some land uses, one variable each; see :func:`ai4land.scenario.fractions.open_fractions`."""
 
     kind: Literal["fractions"]
     files: list[FractionsFile] = Field(min_length=1)
@@ -144,7 +144,7 @@ class FractionsConfig(_Model):
 
 
 class ChangeConfig(_Model):
-    """Coarse yearly change of class areas on top of the map of ``base_year``; see :func:`ai4land.areachange.open_change`."""
+    """Coarse yearly change of class areas on top of the map of ``base_year``; see :func:`ai4land.scenario.areachange.open_change`."""
 
     kind: Literal["change"]
     paths: dict[int, str]

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from ai4land.crosswalk import REMAINDER, Crosswalk, load_crosswalk
 from ai4land.errors import ConfigError
 from ai4land.legend import Legend, load_legend
-from ai4land.luh2 import STATES
+from ai4land.scenario.luh2 import STATES
 
 CROSSWALKS = sorted(p.stem for p in (Path(str(files("ai4land"))) / "data" / "crosswalks").glob("*.csv"))
 HILDA = load_legend("hildaplus")

@@ -10,8 +10,8 @@ from ai4land.crosswalk import load_crosswalk
 from ai4land.errors import DataError
 from ai4land.grid import make_grid
 from ai4land.legend import load_legend
-from ai4land.luh2 import open_states
-from ai4land.scenario import open_shares
+from ai4land.scenario.luh2 import open_states
+from ai4land.scenario.shares import open_shares
 
 GRID = make_grid((0, 40, 20, 50), coarse_cell=5, factor=2, shard=4)
 BAVARIA = make_grid((9.0, 47.3, 13.8, 50.5), coarse_cell=100 / 360, factor=100, shard=400)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from ai4land.crosswalk import load_crosswalk
 from ai4land.errors import ConfigError, DataError
-from ai4land.fractions import FractionFile, fraction_years, open_fractions
 from ai4land.grid import make_grid
 from ai4land.legend import load_legend
+from ai4land.scenario.fractions import FractionFile, fraction_years, open_fractions
 
 GRID = make_grid((0, 40, 20, 50), coarse_cell=5, factor=2, shard=4)
 LAT, LON = np.arange(87.5, -90, -5.0), np.arange(-177.5, 180, 5.0)

@@ -19,11 +19,11 @@ from affine import Affine
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from ai4land.coarse import EARTH_RADIUS_KM, as_scenario
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import FINE_DIMS, Grid, Window
 from ai4land.legend import MISSING, Legend
-from ai4land.regrid import cell_edges, sphere_areas
+from ai4land.scenario.coarse import EARTH_RADIUS_KM, as_scenario
+from ai4land.scenario.regrid import cell_edges, sphere_areas
 from ai4land.years import whole_year
 
 _log = logging.getLogger(__name__)

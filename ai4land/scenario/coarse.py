@@ -1,7 +1,7 @@
 """Coarse sources: opening them, their years and units, and the checks that every scenario passes.
 
 A scenario is one float32 DataArray ``coarse`` (year, state, coarse_latitude, coarse_longitude) of shares of the cell, NaN
-where the source has no data. :mod:`ai4land.luh2` and :mod:`ai4land.scenario` make it from files with these functions.
+where the source has no data. :mod:`ai4land.scenario.luh2` and :mod:`ai4land.scenario.shares` make it from files with these functions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ai4land.errors import DataError
 from ai4land.grid import COARSE_DIMS, Grid
 from ai4land.rasters.file import open_dataset
-from ai4land.regrid import Footprint
+from ai4land.scenario.regrid import Footprint
 from ai4land.years import years_in
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import centres, edges, make_grid
-from ai4land.regrid import _average, _spread, _weights, cell_edges, find_centres, footprint, nested_index, sphere_areas
+from ai4land.scenario.regrid import _average, _spread, _weights, cell_edges, find_centres, footprint, nested_index, sphere_areas
 
 BOX = make_grid((-180, -90, 180, 90), coarse_cell=10, factor=1, shard=18).coarse
 

@@ -11,10 +11,10 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ai4land.coarse import blocks, to_shares
 from ai4land.errors import DataError
 from ai4land.grid import centres, make_grid
-from ai4land.luh2 import LUH3_STATES, STATES, open_states
+from ai4land.scenario.coarse import blocks, to_shares
+from ai4land.scenario.luh2 import LUH3_STATES, STATES, open_states
 
 GRID = make_grid((-10, 40, 20, 60), coarse_cell=5, factor=2, shard=4)
 LAT, LON = np.arange(87.5, -90, -5.0), np.arange(-177.5, 180, 5.0)

@@ -16,11 +16,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ai4land.coarse import HIGH, as_scenario, blocks, check_shares, check_sums, open_source, to_shares
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import Grid
 from ai4land.rasters.file import reading
-from ai4land.regrid import find_centres, footprint
+from ai4land.scenario.coarse import HIGH, as_scenario, blocks, check_shares, check_sums, open_source, to_shares
+from ai4land.scenario.regrid import find_centres, footprint
 from ai4land.years import pick_years, years_in
 
 _log = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ai4land.coarse import as_scenario, blocks, check_shares, check_sums, open_source, to_shares
 from ai4land.errors import DataError
 from ai4land.grid import Grid
 from ai4land.rasters.file import reading
-from ai4land.regrid import find_centres, footprint
+from ai4land.scenario.coarse import as_scenario, blocks, check_shares, check_sums, open_source, to_shares
+from ai4land.scenario.regrid import find_centres, footprint
 from ai4land.years import pick_years, years_in
 
 _BLOCK_BYTES = 128e6

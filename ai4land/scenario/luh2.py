@@ -22,11 +22,11 @@ import xarray as xr
 from dask.delayed import delayed
 from numpy.typing import NDArray
 
-from ai4land.coarse import HIGH, HUGE, as_scenario, blocks, check_shares, check_sums, open_source, to_shares
 from ai4land.errors import DataError
 from ai4land.grid import Grid
 from ai4land.rasters.file import reading
-from ai4land.regrid import Footprint, find_centres, footprint
+from ai4land.scenario.coarse import HIGH, HUGE, as_scenario, blocks, check_shares, check_sums, open_source, to_shares
+from ai4land.scenario.regrid import Footprint, find_centres, footprint
 from ai4land.years import pick_years, years_in
 
 _log = logging.getLogger(__name__)
