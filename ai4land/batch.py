@@ -24,9 +24,9 @@ from xbatcher import BatchGenerator
 from xbatcher.generators import BatchSchema
 
 from ai4land.errors import DataError
-from ai4land.features import FeatureSpec, features
 from ai4land.grid import FINE_DIMS, Grid, Window, coarse_slices, coarse_window, read_coarse
 from ai4land.legend import MISSING, Legend
+from ai4land.model.features import FeatureSpec, features
 from ai4land.normalise import trained
 
 _READERS = 2

@@ -24,16 +24,16 @@ from scipy.optimize import nnls
 
 from ai4land import cube
 from ai4land.batch import PatchLoader
-from ai4land.checkpoint import load_card
 from ai4land.config import RunConfig
 from ai4land.cost import Rates
 from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import Block
-from ai4land.features import FeatureSpec
-from ai4land.forward import Precision, bfloat16_pays, ready
 from ai4land.grid import Grid, Window
 from ai4land.inputs import Inputs
 from ai4land.legend import Legend
+from ai4land.model.checkpoint import load_card
+from ai4land.model.features import FeatureSpec
+from ai4land.model.forward import Precision, bfloat16_pays, ready
 from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import predict

@@ -1,6 +1,6 @@
 """Processes that train one network together, each on a part of every batch, with the result of one process that has it all.
 
-Batch normalisation takes its statistics over the whole batch (:class:`ai4land.norm.Norm`), the loss is divided by the weight of the whole
+Batch normalisation takes its statistics over the whole batch (:class:`ai4land.model.norm.Norm`), the loss is divided by the weight of the whole
 batch, and the gradients of all processes are added up in one buffer whose layout never changes. So the number of processes
 changes the weights by rounding only, and a training that resumes with as many processes as before gives the same bits.
 """
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from ai4land.errors import ConfigError
-from ai4land.norm import Group
+from ai4land.model.norm import Group
 
 _log = logging.getLogger(__name__)
 

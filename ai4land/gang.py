@@ -24,7 +24,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from ai4land.ddp import ARRIVAL, joined, use_interface
 from ai4land.errors import AI4LandError, Unfinished, WorkerError
-from ai4land.norm import Group
+from ai4land.model.norm import Group
 
 _STORES: dict[str, Any] = {}
 """Key-value stores that this process serves, by the name of the generation."""

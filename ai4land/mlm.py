@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ai4land import stac
-from ai4land.checkpoint import CARD, WEIGHTS, Card
 from ai4land.credits import Credit
 from ai4land.describe import Flag, Map
 from ai4land.errors import DataError, MismatchError
-from ai4land.features import Feature
+from ai4land.model.checkpoint import CARD, WEIGHTS, Card
+from ai4land.model.features import Feature
 
 MLM = "https://stac-extensions.github.io/mlm/v1.5.0/schema.json"
 TASKS = ["semantic-segmentation", "downscaling"]
@@ -193,7 +193,7 @@ def _scaling(feature: Feature) -> list[dict[str, Any]]:
 
 
 def _inputs(card: Card) -> list[dict[str, Any]]:
-    prepared = {"format": "python", "expression": "ai4land.features:features"}
+    prepared = {"format": "python", "expression": "ai4land.model.features:features"}
     spec, grid = card.spec, ["height", "width"]
     return [
         {

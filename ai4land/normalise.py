@@ -11,8 +11,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ai4land.errors import DataError
-from ai4land.features import Feature, FeatureSpec
 from ai4land.grid import Window, coarse_slices, tiles
+from ai4land.model.features import Feature, FeatureSpec
 
 
 @dataclass

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land.features import FeatureSpec, features
-from ai4land.forward import Forward
 from ai4land.grid import Window, coarse_window, read_window
+from ai4land.model.features import FeatureSpec, features
+from ai4land.model.forward import Forward
 from ai4land.read import Source
 
 

@@ -23,9 +23,9 @@ from ai4land import ledger
 from ai4land.crosswalk import Crosswalk
 from ai4land.cube import Block
 from ai4land.errors import DataError
-from ai4land.forward import Precision, ready
 from ai4land.grid import Window
 from ai4land.legend import Legend
+from ai4land.model.forward import Precision, ready
 from ai4land.numbers import EMPTY, FRACTION_EMPTY, SCALE, quantise
 from ai4land.predict import predict
 from ai4land.read import Source, WindowData, read_window_data

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ai4land import cube, ledger, plot
 from ai4land.alignment import align
-from ai4land.checkpoint import load_card
 from ai4land.config import RunConfig
 from ai4land.contents import held_of
 from ai4land.errors import DataError, MismatchError
@@ -23,6 +22,7 @@ from ai4land.grid import Window, coarse_slices
 from ai4land.hold import hold
 from ai4land.inputs import Inputs, cubes_of
 from ai4land.legend import Legend
+from ai4land.model.checkpoint import load_card
 from ai4land.read import Source
 from ai4land.rivals import RIVALS, Wanted, mean_bias, rival_maps
 from ai4land.splits import TEST, VALIDATION, Scored, Split, load_split

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from ai4land.allocate import allocate
 from ai4land.baselines import nearest_coarse, persistence, proportional_allocation
-from ai4land.checkpoint import load_card
 from ai4land.config import RunConfig
 from ai4land.grid import COARSE_DIMS, Window, block_sum, coarse_slices
 from ai4land.inputs import cubes_of
 from ai4land.legend import MISSING
+from ai4land.model.checkpoint import load_card
 from ai4land.read import Source, read_window_data
 from ai4land.reconstruct import totals_of
 from ai4land.splits import TRAIN, Scored, Split

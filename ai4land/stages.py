@@ -17,15 +17,15 @@ from typing import Any
 from ai4land import cube, ledger
 from ai4land.alignment import align
 from ai4land.blocks import run_blocks
-from ai4land.checkpoint import check_fits, load_model
 from ai4land.claim import claim
 from ai4land.config import RunConfig
 from ai4land.contents import held_of
 from ai4land.digests import digest
 from ai4land.errors import ConfigError, DataError
-from ai4land.forward import Precision, precision_of
 from ai4land.hold import hold
 from ai4land.inputs import Inputs, Tell, cubes_of
+from ai4land.model.checkpoint import check_fits, load_model
+from ai4land.model.forward import Precision, precision_of
 from ai4land.read import Source, open_store
 from ai4land.reconstruct import BlockSettings
 from ai4land.rplan import land_of, plan_blocks

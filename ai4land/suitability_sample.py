@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ai4land.errors import DataError
-from ai4land.features import FeatureSpec
 from ai4land.grid import Window, centres
 from ai4land.legend import MISSING
+from ai4land.model.features import FeatureSpec
 from ai4land.read import Source
 
 REACHES = (1, 3)

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from ai4land.batch import Batch, prefetched
-from ai4land.checkpoint import load_state, save_state
-from ai4land.device import device as device_of_process
 from ai4land.errors import DataError, MismatchError, Unfinished
-from ai4land.forward import bfloat16_pays
 from ai4land.legend import MISSING
 from ai4land.losses import cell_weights, change_loss, impose_totals
-from ai4land.norm import ALONE, Group, shared_norms
+from ai4land.model.checkpoint import load_state, save_state
+from ai4land.model.device import device as device_of_process
+from ai4land.model.forward import bfloat16_pays
+from ai4land.model.norm import ALONE, Group, shared_norms
+from ai4land.model.unet import UNet
 from ai4land.stores import write_atomically
-from ai4land.unet import UNet
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def fit(
     until
         Time, in seconds since 1970, at which training saves its state and stops, at the end of a step.
     device
-        Default: that of :func:`ai4land.device.device`.
+        Default: that of :func:`ai4land.model.device.device`.
     progress
         Called by the first process after each step, with the step and its row of metrics.
 

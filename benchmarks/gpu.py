@@ -1,6 +1,6 @@
 """Measure training and prediction on one device, against its matrix peak: ``python benchmarks/gpu.py`` on a CUDA machine.
 
-Needs only PyTorch (2.6 or later) and the module ``ai4land.unet`` of the checkout: no Dask, no Zarr, no installation. Prints a
+Needs only PyTorch (2.6 or later) and the module ``ai4land.model.unet`` of the checkout: no Dask, no Zarr, no installation. Prints a
 table and writes ``gpu.json`` with the name of the hardware. Training is a step of AdamW in bfloat16 (autocast, channels last).
 Prediction is the network with folded normalisation in bfloat16 on one window: eager, compiled and as a CUDA graph.
 The peak is that of a bfloat16 matrix product, measured first on the same device.

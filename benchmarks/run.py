@@ -40,19 +40,20 @@ from ai4land import cube
 from ai4land.allocate import allocate
 from ai4land.batch import PatchLoader
 from ai4land.blocks import run_blocks
-from ai4land.checkpoint import load_model
 from ai4land.cluster import SETTINGS, local
 from ai4land.config import ModelConfig, ReconstructConfig
 from ai4land.constrain import project
 from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import Block
-from ai4land.ensemble import Ensemble
-from ai4land.features import FeatureSpec, features
-from ai4land.forward import Forward, Precision
 from ai4land.gang import Member, gang
 from ai4land.grid import FINE_DIMS, Grid, Window, block_sum, coarse_window
 from ai4land.legend import MISSING, Legend, load_legend
-from ai4land.norm import Group
+from ai4land.model.checkpoint import load_model
+from ai4land.model.ensemble import Ensemble
+from ai4land.model.features import FeatureSpec, features
+from ai4land.model.forward import Forward, Precision
+from ai4land.model.norm import Group
+from ai4land.model.unet import UNet, interpolate
 from ai4land.normalise import fit_spec
 from ai4land.numbers import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, quantise
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
@@ -62,7 +63,6 @@ from ai4land.read import Source, open_store
 from ai4land.reconstruct import BlockSettings, reconstruct_block
 from ai4land.template import YEARS_A_SHARD
 from ai4land.train import Schedule, fit
-from ai4land.unet import UNet, interpolate
 
 Arm = Callable[[], Callable[[], object]]
 
@@ -661,7 +661,7 @@ def first_patch_row(s: Setting) -> Row:
         "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np\n"
         "from functools import partial; from pathlib import Path\n"
         "from ai4land.read import open_store; from ai4land.batch import PatchLoader\n"
-        "from ai4land.checkpoint import load_card; from ai4land.read import Source\n"
+        "from ai4land.model.checkpoint import load_card; from ai4land.read import Source\n"
         "path = Path(sys.argv[2]); card = load_card(path.parent); grid = Source(path).grid\n"
         "cells = np.ones(grid.coarse.shape, dtype=bool)\n"
         "loader = PatchLoader(partial(open_store, path), grid=grid, legend=card.legend, spec=card.spec, cells=cells,\n"

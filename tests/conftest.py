@@ -26,8 +26,8 @@ from pystac.stac_io import DefaultStacIO
 from pystac.validation.stac_validator import JsonSchemaSTACValidator
 
 from ai4land import stores
-from ai4land.checkpoint import save_model
 from ai4land.cluster import SETTINGS
+from ai4land.model.checkpoint import save_model
 from ai4land.slurm import slurm
 from ai4land.synthetic.planet import make_planet
 from tests import ROOT

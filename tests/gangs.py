@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 
 from ai4land import training
-from ai4land.checkpoint import WEIGHTS
 from ai4land.cluster import local
 from ai4land.gang import gang
+from ai4land.model.checkpoint import WEIGHTS
 from ai4land.runfile import load_run
 from tests.runs import write_run
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ai4land.checkpoint import Card
-from ai4land.features import Feature, FeatureSpec
 from ai4land.legend import load_legend
-from ai4land.unet import UNet
+from ai4land.model.checkpoint import Card
+from ai4land.model.features import Feature, FeatureSpec
+from ai4land.model.unet import UNet
 
 LEGEND = load_legend("hildaplus")
 SPEC = FeatureSpec(

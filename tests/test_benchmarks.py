@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ai4land.unet import interpolate
+from ai4land.model.unet import interpolate
 from tests import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "run.py"

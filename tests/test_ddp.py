@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ai4land.checkpoint import WEIGHTS
 from ai4land.ddp import torchrun_group
 from ai4land.errors import ConfigError
+from ai4land.model.checkpoint import WEIGHTS
 from ai4land.runfile import load_run
 from ai4land.slurm import job_end
 from tests.runs import command, write_run

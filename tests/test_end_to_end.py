@@ -22,10 +22,10 @@ from affine import Affine
 from ai4land import cli, cube, ledger, results, stages, training
 from ai4land.alignment import align
 from ai4land.blocks import run_blocks
-from ai4land.checkpoint import load_card, load_model, save_model
 from ai4land.claim import claim
 from ai4land.errors import MismatchError
-from ai4land.forward import precision_of
+from ai4land.model.checkpoint import load_card, load_model, save_model
+from ai4land.model.forward import precision_of
 from ai4land.read import open_store
 from ai4land.rplan import plan_blocks
 from ai4land.runfile import load_run

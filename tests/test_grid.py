@@ -25,7 +25,7 @@ from ai4land.grid import (
     spatial_ref,
     tiles,
 )
-from ai4land.unet import interpolate
+from ai4land.model.unet import interpolate
 
 GLOBE = (-180.0, -90.0, 180.0, 90.0)
 ELLIPSOID = 510065621724088.0

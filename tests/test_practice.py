@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ai4land.forward import ready
 from ai4land.legend import load_legend
+from ai4land.model.forward import ready
 from ai4land.normalise import fit_spec
 from ai4land.practice import CODES, practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.read import open_store

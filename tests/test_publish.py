@@ -31,12 +31,12 @@ from starlette.staticfiles import StaticFiles
 from zarr.storage import ObjectStore
 
 from ai4land import cube
-from ai4land.checkpoint import save_model
 from ai4land.config import RunConfig
 from ai4land.credits import credits_of
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.export import equal_area
 from ai4land.legend import Legend
+from ai4land.model.checkpoint import save_model
 from ai4land.publish import publish
 from ai4land.rasters.items import load_asset
 from ai4land.rpublish import publish_run

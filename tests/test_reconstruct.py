@@ -13,14 +13,15 @@ from hypothesis.extra import numpy as hnp
 
 from ai4land import cube, ledger
 from ai4land.blocks import run_blocks
-from ai4land.checkpoint import Card, save_model
 from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import Block
-from ai4land.ensemble import Ensemble
 from ai4land.errors import ConfigError, DataError, MismatchError
-from ai4land.forward import Forward
 from ai4land.grid import Window, tiles
 from ai4land.legend import MISSING
+from ai4land.model.checkpoint import Card, save_model
+from ai4land.model.ensemble import Ensemble
+from ai4land.model.forward import Forward
+from ai4land.model.unet import UNet
 from ai4land.normalise import fit_spec
 from ai4land.numbers import FRACTION_SCALE, quantise
 from ai4land.predict import predict
@@ -29,7 +30,6 @@ from ai4land.reconstruct import BlockSettings, _placed, reconstruct_block, years
 from ai4land.rplan import land_of, plan_blocks
 from ai4land.runfile import load_run
 from ai4land.stages import credit_attrs
-from ai4land.unet import UNet
 from tests.stores import write_tiny_store
 
 PAIRS = ((2000, 2001), (2001, 2003), (2003, 2000))

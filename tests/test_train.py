@@ -11,11 +11,11 @@ import torch
 
 from ai4land.batch import PatchLoader
 from ai4land.errors import DataError, MismatchError
-from ai4land.forward import bfloat16_pays
+from ai4land.model.forward import bfloat16_pays
+from ai4land.model.unet import UNet
 from ai4land.normalise import fit_spec
 from ai4land.read import open_store
 from ai4land.train import Schedule, fit
-from ai4land.unet import UNet
 
 PAIRS = ((2000, 2001), (2001, 2002), (2000, 2002))
 

@@ -16,9 +16,9 @@ import xarray as xr
 import zarr
 from affine import Affine
 
-from ai4land.checkpoint import load_state
 from ai4land.errors import DataError
 from ai4land.grid import make_grid
+from ai4land.model.checkpoint import load_state
 from ai4land.rasters import lattice
 from ai4land.rasters.file import open_dataset, open_layer
 from ai4land.rasters.items import load_asset

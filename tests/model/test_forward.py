@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from ai4land.batch import Batch
-from ai4land.checkpoint import load_card
-from ai4land.ensemble import Ensemble
 from ai4land.errors import MismatchError
-from ai4land.features import FeatureSpec
-from ai4land.forward import ACCURACY, AGREEMENT, Forward, bfloat16_pays, folded, precision_of, ready
 from ai4land.grid import Window, coarse_window
 from ai4land.judge import gate
+from ai4land.model.checkpoint import load_card
+from ai4land.model.ensemble import Ensemble
+from ai4land.model.features import FeatureSpec
+from ai4land.model.forward import ACCURACY, AGREEMENT, Forward, bfloat16_pays, folded, precision_of, ready
 from tests.models import CLASSES, FACTOR, randomised
 
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def test_bfloat16_is_used_where_card_and_device_allow_it(saved, monkeypatch):
     card = load_card(saved)
     good, bad = {"agreement": AGREEMENT, "accuracy_lost": ACCURACY}, {"agreement": 0.999, "accuracy_lost": 2 * ACCURACY}
     for pays in (True, False):
-        monkeypatch.setattr("ai4land.forward.bfloat16_pays", lambda _, pays=pays: pays)
+        monkeypatch.setattr("ai4land.model.forward.bfloat16_pays", lambda _, pays=pays: pays)
         chosen = [precision_of(card.model_copy(update={"bfloat16": b}), device=CPU) for b in ({}, good, bad)]
         assert chosen == ["float32", "bfloat16" if pays else "float32", "float32"]
     assert isinstance(bfloat16_pays(CPU), bool)

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from ai4land.checkpoint import Card, load_model
-from ai4land.device import device as own_device
-from ai4land.ensemble import Ensemble
 from ai4land.errors import MismatchError
-from ai4land.unet import UNet, interpolate
+from ai4land.model.checkpoint import Card, load_model
+from ai4land.model.device import device as own_device
+from ai4land.model.ensemble import Ensemble
+from ai4land.model.unet import UNet, interpolate
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -68,7 +68,7 @@ class Forward:
     dtype
         Of the convolutions: float32 or bfloat16.
     device
-        Where it runs; default: that of the process (:func:`ai4land.device.device`).
+        Where it runs; default: that of the process (:func:`ai4land.model.device.device`).
     """
 
     def __init__(self, model: Ensemble, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
@@ -157,7 +157,7 @@ def bfloat16_pays(device: torch.device) -> bool:
 def precision_of(card: Card, *, device: torch.device | None = None) -> Precision:
     """Tell in which precision a model runs best here: bfloat16 where the device gains by it and the model bears it.
 
-    The process that asks may be one that merely hands out work: it takes no device (:func:`ai4land.device.device`).
+    The process that asks may be one that merely hands out work: it takes no device (:func:`ai4land.model.device.device`).
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = card.bfloat16

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ai4land.unet import UNet
+from ai4land.model.unet import UNet
 
 
 class Ensemble(nn.Module):
@@ -35,7 +35,7 @@ class Ensemble(nn.Module):
         self.stride, self.receptive_radius, self.halo = first.stride, first.receptive_radius, first.halo
 
     def forward(self, static: Tensor, reference: Tensor, coarse: Tensor, offset: Tensor) -> Tensor:
-        """Predict class logits, ``(batch, class, rows, columns)``; parameters as in :meth:`ai4land.unet.UNet.forward`."""
+        """Predict class logits, ``(batch, class, rows, columns)``; parameters as in :meth:`ai4land.model.unet.UNet.forward`."""
         logits: Tensor = torch.log_softmax(self.members[0](static, reference, coarse, offset).float(), dim=1)
         for member in self.members[1:]:
             logits = logits + torch.log_softmax(member(static, reference, coarse, offset).float(), dim=1)

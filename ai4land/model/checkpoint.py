@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import ai4land
-from ai4land.ensemble import Ensemble
 from ai4land.errors import DataError, MismatchError
-from ai4land.features import FeatureSpec
 from ai4land.legend import Legend
-from ai4land.unet import UNet
+from ai4land.model.ensemble import Ensemble
+from ai4land.model.features import FeatureSpec
+from ai4land.model.unet import UNet
 
 WEIGHTS = "model.safetensors"
 CARD = "model.json"
@@ -34,9 +34,9 @@ class Card(BaseModel):
     Attributes
     ----------
     network
-        Arguments of :class:`ai4land.unet.UNet`, for every member.
+        Arguments of :class:`ai4land.model.unet.UNet`, for every member.
     members, sharpness
-        Of the :class:`ai4land.ensemble.Ensemble`.
+        Of the :class:`ai4land.model.ensemble.Ensemble`.
     bfloat16
         What :func:`ai4land.judge.gate` measured: whether the network may run in bfloat16.
     cell

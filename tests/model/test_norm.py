@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ai4land.ddp import joined, torchrun_group
-from ai4land.norm import ALONE, Group, Norm, shared_norms
+from ai4land.model.norm import ALONE, Group, Norm, shared_norms
 from tests import ROOT
 
 SHAPE = (6, 3, 5, 4)
@@ -74,7 +74,7 @@ from torch.distributed import FileStore
 from importlib import import_module
 from ai4land.ddp import joined
 from ai4land.errors import WorkerError
-from ai4land.norm import shared_norms
+from ai4land.model.norm import shared_norms
 
 torch.set_num_threads(1)
 mine = import_module(sys.argv[4])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ai4land.grid import Window, coarse_window, read_coarse
-from ai4land.unet import UNet, interpolate
+from ai4land.model.unet import UNet, interpolate
 from tests.models import CLASSES, FACTOR, randomised
 
 

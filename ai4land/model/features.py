@@ -100,7 +100,7 @@ class FeatureSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Model input of one window, as :meth:`ai4land.unet.UNet.forward` takes it, without the batch dimension.
+    """Model input of one window, as :meth:`ai4land.model.unet.UNet.forward` takes it, without the batch dimension.
 
     ``static`` is float16 ``(channel, rows, columns)``, ``reference`` uint8 class indices ``(rows, columns)`` with
     ``MISSING`` where unknown, ``coarse`` float32 ``(channel, coarse rows, coarse columns)``.

@@ -12,14 +12,14 @@ import threading
 import pytest
 import torch
 
-from ai4land import device as module
-from ai4land.device import release, slot_folder, take_slot
 from ai4land.errors import ConfigError, StoreError
+from ai4land.model import device as module
+from ai4land.model.device import release, slot_folder, take_slot
 
 HOLDER = """
 import sys
 from pathlib import Path
-from ai4land.device import take_slot
+from ai4land.model.device import take_slot
 slot = take_slot(int(sys.argv[1]), Path(sys.argv[2]))
 print(slot.number, slot.index, flush=True)
 sys.stdin.read()

@@ -8,20 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ai4land.checkpoint import (
-    CARD,
-    WEIGHTS,
-    check_fits,
-    load_card,
-    load_model,
-    load_state,
-    save_model,
-    save_state,
-)
 from ai4land.errors import DataError, MismatchError
 from ai4land.legend import load_legend
+from ai4land.model.checkpoint import CARD, WEIGHTS, check_fits, load_card, load_model, load_state, save_model, save_state
+from ai4land.model.unet import UNet
 from ai4land.stores import write_atomically
-from ai4land.unet import UNet
 from tests.models import LEGEND, SPEC, card, network
 
 

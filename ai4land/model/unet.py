@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ai4land.norm import Norm
+from ai4land.model.norm import Norm
 
 
 def interpolate(coarse: Tensor, offset: Tensor, size: tuple[int, int], factor: int) -> Tensor:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ai4land.errors import DataError
-from ai4land.features import LEAD_SCALE, Feature, FeatureSpec, features
 from ai4land.grid import Window, make_grid
 from ai4land.legend import MISSING
+from ai4land.model.features import LEAD_SCALE, Feature, FeatureSpec, features
 from ai4land.normalise import fit_spec
 
 SPEC = FeatureSpec(
