@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ai4land.constrain.quotas import class_quotas
 from ai4land.errors import DataError
 from ai4land.legend import MISSING
-from ai4land.quotas import class_quotas
 
 
 def persistence(reference: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -60,7 +60,7 @@ def proportional_allocation(
 ) -> NDArray[np.uint8]:
     """Change the reference map by the scenario's change of class shares, at random places within the coarse cells.
 
-    In each coarse cell the losing classes give up as many cells as :func:`~ai4land.quotas.class_quotas` says, drawn at random,
+    In each coarse cell the losing classes give up as many cells as :func:`~ai4land.constrain.quotas.class_quotas` says, drawn at random,
     and these go at random to the gaining classes.
 
     Parameters

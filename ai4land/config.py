@@ -289,7 +289,7 @@ HOW_TRAINED = {"workers", "timeout", "wait", "leave"}
 
 
 class ConstrainConfig(_Model):
-    """How the published map meets the scenario's totals; see :mod:`ai4land.totals` and :mod:`ai4land.walk`."""
+    """How the published map meets the scenario's totals; see :mod:`ai4land.constrain.totals` and :mod:`ai4land.constrain.walk`."""
 
     method: Literal["change", "level", "none"] = Field(
         default="change",

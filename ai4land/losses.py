@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ai4land.constrain import FLOOR, solve
+from ai4land.constrain.project import FLOOR, solve
 from ai4land.legend import MISSING
 
 _LIMIT = 15.0
@@ -130,7 +130,7 @@ def impose_totals(logits: Tensor, target: Tensor, *, offset: Tensor, factor: int
 def total_prices(logits: Tensor, target: Tensor, part: Tensor, *, steps: int = 10, tolerance: float = 2e-4) -> Tensor:
     """Find what to add to the logits of each class and part so that the expected totals are those of the target.
 
-    By the Newton steps of :func:`ai4land.constrain.solve`, parts of like size side by side; a few steps suffice, as the gradient
+    By the Newton steps of :func:`ai4land.constrain.project.solve`, parts of like size side by side; a few steps suffice, as the gradient
     of the loss tolerates an error.
 
     Parameters

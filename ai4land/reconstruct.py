@@ -2,7 +2,7 @@
 
 A block is a shard over the years on one side of the reference year. Its task reads the static maps and the reference map
 once, with a halo that covers the network's receptive radius (wrapped at the dateline; no data beyond the poles and the
-region), walks the years outward (:mod:`ai4land.walk`), writes each shard of years, records it in the ledger and returns a
+region), walks the years outward (:mod:`ai4land.constrain.walk`), writes each shard of years, records it in the ledger and returns a
 receipt. Blocks do not depend on each other: after a crash, run again; unfinished blocks are walked again and only what the
 ledger lacks is written.
 """
@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from ai4land import ledger
+from ai4land.constrain.totals import Method, Totals
+from ai4land.constrain.walk import Published, walk
 from ai4land.crosswalk import Crosswalk
 from ai4land.cube import Block
 from ai4land.errors import DataError
@@ -29,8 +31,6 @@ from ai4land.model.forward import Precision, ready
 from ai4land.numbers import EMPTY, FRACTION_EMPTY, SCALE, quantise
 from ai4land.predict import predict
 from ai4land.read import Source, WindowData, read_window_data
-from ai4land.totals import Method, Totals
-from ai4land.walk import Published, walk
 from ai4land.writer import Writer
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class BlockSettings:
     precision
         Of the network.
     method, keep, settle
-        How the totals are imposed; see :mod:`ai4land.totals` and :mod:`ai4land.walk`.
+        How the totals are imposed; see :mod:`ai4land.constrain.totals` and :mod:`ai4land.constrain.walk`.
     weights
         Whether the scenario's shares are of the area or of the number of cells.
     lock, protected

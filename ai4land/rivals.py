@@ -10,9 +10,10 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ai4land.allocate import allocate
 from ai4land.baselines import nearest_coarse, persistence, proportional_allocation
 from ai4land.config import RunConfig
+from ai4land.constrain.allocate import allocate
+from ai4land.constrain.totals import Totals
 from ai4land.grid import COARSE_DIMS, Window, block_sum, coarse_slices
 from ai4land.inputs import cubes_of
 from ai4land.legend import MISSING
@@ -23,7 +24,6 @@ from ai4land.splits import TRAIN, Scored, Split
 from ai4land.stages import job_of
 from ai4land.suitability import Suitability, fit_suitability
 from ai4land.tally import Classes
-from ai4land.totals import Totals
 
 RIVALS = ("persistence", "proportional", "gradient_boosting", "nearest")
 """Names of the rivals in ``evaluation.json``."""

@@ -19,6 +19,7 @@ from ai4land.alignment import align
 from ai4land.blocks import run_blocks
 from ai4land.claim import claim
 from ai4land.config import RunConfig
+from ai4land.constrain.totals import STATEMENTS, Method
 from ai4land.contents import held_of
 from ai4land.digests import digest
 from ai4land.errors import ConfigError, DataError
@@ -32,7 +33,6 @@ from ai4land.rplan import land_of, plan_blocks
 from ai4land.runfile import load_run
 from ai4land.sources import known
 from ai4land.stores import Place, folder_of
-from ai4land.totals import STATEMENTS, Method
 from ai4land.training import fingerprint_of
 from ai4land.verify import Damage, strike, verify
 

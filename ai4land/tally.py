@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from ai4land.bootstrap import BlockSums, blocks_of
 from ai4land.calibration import Reliability
 from ai4land.change import Flicker, coarse_net, merit_parts, square_sides
+from ai4land.constrain.totals import mapped_shares
 from ai4land.errors import DataError
 from ai4land.grid import Grid, Window
 from ai4land.legend import MISSING
 from ai4land.scores import coarse_errors, observed_change, ratio, score_sums
-from ai4land.totals import mapped_shares
 
 TRUTH = "observed"
 """Name of the truth among the maps."""

@@ -37,12 +37,13 @@ from rich.table import Column, Table
 from xbatcher import BatchGenerator
 
 from ai4land import cube
-from ai4land.allocate import allocate
 from ai4land.batch import PatchLoader
 from ai4land.blocks import run_blocks
 from ai4land.cluster import SETTINGS, local
 from ai4land.config import ModelConfig, ReconstructConfig
-from ai4land.constrain import project
+from ai4land.constrain.allocate import allocate
+from ai4land.constrain.project import project
+from ai4land.constrain.quotas import add_change, level_quotas
 from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import Block
 from ai4land.gang import Member, gang
@@ -58,7 +59,6 @@ from ai4land.normalise import fit_spec
 from ai4land.numbers import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, quantise
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import predict
-from ai4land.quotas import add_change, level_quotas
 from ai4land.read import Source, open_store
 from ai4land.reconstruct import BlockSettings, reconstruct_block
 from ai4land.template import YEARS_A_SHARD

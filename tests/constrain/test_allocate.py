@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from ai4land.allocate import allocate
+from ai4land.constrain.allocate import allocate
+from ai4land.constrain.quotas import class_quotas, level_quotas
 from ai4land.errors import DataError
 from ai4land.grid import block_sum
 from ai4land.legend import MISSING
-from ai4land.quotas import class_quotas, level_quotas
 
 KEEPS = st.sampled_from([None, np.inf, 0.0, 0.5, 5.0])
 

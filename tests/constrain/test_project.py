@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from ai4land.constrain import project
+from ai4land.constrain.project import project
 from ai4land.errors import DataError
 from ai4land.grid import block_sum
 

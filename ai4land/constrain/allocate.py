@@ -2,8 +2,8 @@
 
 Meeting the quotas of a coarse cell with the greatest sum of scores is a transportation problem. Its dual has one price a
 class: a cell takes the class with the greatest score less price. :func:`allocate` finds the prices by the Newton steps of
-:mod:`ai4land.constrain` at falling temperature, for many coarse cells at once. The few excess cells that remain are moved along
-the cheapest chains of classes (:mod:`ai4land.chains`) until every quota is met.
+:mod:`ai4land.constrain.project` at falling temperature, for many coarse cells at once. The few excess cells that remain are moved along
+the cheapest chains of classes (:mod:`ai4land.constrain.chains`) until every quota is met.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ai4land.chains import pass_on
-from ai4land.constrain import segments, solve
+from ai4land.constrain.chains import pass_on
+from ai4land.constrain.project import segments, solve
+from ai4land.constrain.quotas import fit_quotas
 from ai4land.errors import DataError
 from ai4land.legend import MISSING
-from ai4land.quotas import fit_quotas
 
 # Scores and classes.
 _BAND = 1 << 17

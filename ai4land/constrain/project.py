@@ -4,7 +4,7 @@ In every coarse cell :func:`project` finds the fractions q of least relative ent
 the scenario's: q_k ∝ p_k exp(λ_k), with one multiplier λ_k a class and coarse cell (Csiszár 1975, Annals of
 Probability 3:146-158). The multipliers minimise a convex function of a dozen variables. Many coarse cells are solved at once by
 damped Newton steps, and the multipliers of one year are a good start for the next. Whole cells are assigned by
-:mod:`ai4land.allocate`.
+:mod:`ai4land.constrain.allocate`.
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ai4land.constrain.quotas import add_change, level_quotas
 from ai4land.crosswalk import Crosswalk
 from ai4land.errors import DataError
 from ai4land.grid import block_sum
 from ai4land.legend import MISSING
-from ai4land.quotas import add_change, level_quotas
 
 Method = Literal["change", "level", "none"]
 Shares = NDArray[np.float64]

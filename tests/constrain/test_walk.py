@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ai4land.constrain.totals import Totals
+from ai4land.constrain.walk import walk
 from ai4land.crosswalk import Crosswalk
 from ai4land.grid import block_sum
-from ai4land.totals import Totals
-from ai4land.walk import walk
 
 N, F, SHAPE = 4, 8, (16, 24)
 IDENTITY = Crosswalk(name="one", states=tuple("abcd"), weights=tuple(tuple(float(i == j) for j in range(N)) for i in range(N)))

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ai4land.constrain.quotas import add_change
+from ai4land.constrain.totals import Totals
 from ai4land.crosswalk import Crosswalk
-from ai4land.quotas import add_change
-from ai4land.totals import Totals
 
 ONE = Crosswalk(name="one", states=("a", "b", "c"), weights=((1, 0, 0), (0, 1, 0), (0, 0, 1)))
 SEA = Crosswalk(name="sea", states=("a", "b", "icwtr"), weights=((1, 0, 0), (0, 1, 0), (0, 0, 1)))

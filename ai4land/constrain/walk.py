@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land.allocate import allocate
-from ai4land.constrain import project
+from ai4land.constrain.allocate import allocate
+from ai4land.constrain.project import project
+from ai4land.constrain.totals import Totals
 from ai4land.legend import MISSING
-from ai4land.totals import Totals
 
 _RETURN_COST = 30.0
 """Cost of returning to a class left a few years before, as a logarithm of probability."""
