@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ai4land.cube import open_cube
+    from ai4land.cube.cube import open_cube
     from ai4land.grid import make_grid
     from ai4land.legend import load_legend
     from ai4land.read import open_store

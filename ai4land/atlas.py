@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pyproj import CRS, Transformer
 from pyproj.exceptions import CRSError
 
-from ai4land.describe import Flag
+from ai4land.cube.describe import Flag
 from ai4land.errors import DataError
 from ai4land.grid import FINE_DIMS
 from ai4land.stores import folder_of, open_place

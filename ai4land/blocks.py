@@ -11,7 +11,7 @@ from distributed import Client, Future
 from numpy.typing import NDArray
 
 from ai4land.crowd import TRIES, outcomes
-from ai4land.cube import Block
+from ai4land.cube.cube import Block
 from ai4land.errors import DataError, MismatchError, StoreError
 from ai4land.reconstruct import BlockSettings, reconstruct_block
 

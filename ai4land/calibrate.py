@@ -22,12 +22,12 @@ from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from ai4land import cube
 from ai4land.batch import PatchLoader
 from ai4land.config import RunConfig
 from ai4land.cost import Rates
 from ai4land.crosswalk import load_crosswalk
-from ai4land.cube import Block
+from ai4land.cube import cube
+from ai4land.cube.cube import Block
 from ai4land.grid import Grid, Window
 from ai4land.inputs import Inputs
 from ai4land.legend import Legend

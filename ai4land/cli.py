@@ -271,7 +271,7 @@ def verify(
     Example: ai4land verify runs/bavaria/cube.zarr
     """
     from ai4land import stages
-    from ai4land.verify import verify
+    from ai4land.cube.verify import verify
 
     with _bar("verify") as bar:
         found = verify(cube, progress=lambda done, total: bar(done, total, "objects"))
@@ -297,7 +297,7 @@ def commit(
 
     Example: ai4land commit runs/bavaria/cube.zarr
     """
-    from ai4land import versions
+    from ai4land.cube import versions
 
     with _bar("commits") as bar:
         versions.commit(cube, to=to, progress=bar)

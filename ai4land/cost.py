@@ -22,19 +22,19 @@ from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from ai4land.config import RunConfig
+from ai4land.cube.overviews import level_factors
+from ai4land.cube.template import VARIABLES, depths
 from ai4land.errors import ConfigError
 from ai4land.grid import Window
 from ai4land.inputs import Inputs, cubes_of, needed_years
 from ai4land.model.checkpoint import load_card
 from ai4land.model.unet import UNet
-from ai4land.overviews import level_factors
 from ai4land.plot import step_of
 from ai4land.practice import CODES
 from ai4land.read import Source, mapped_part
 from ai4land.reconstruct import sides, years_between
 from ai4land.rplan import plan_blocks, sides_of
 from ai4land.stores import folder_of
-from ai4land.template import VARIABLES, depths
 
 CELL_BYTES = {True: 10.1, False: 18.0}
 """Bytes of a mapped cell and year in a finished cube, all variables, with a reference map (Bavaria 9.9, United Kingdom 10.3) and without."""

@@ -22,7 +22,7 @@ from odc.geo.geobox import GeoBox
 from rasterio.enums import Resampling
 from rasterio.windows import Window
 
-from ai4land.describe import Flag
+from ai4land.cube.describe import Flag
 
 SIDE = 1024
 """Longest side of a picture in pixels."""

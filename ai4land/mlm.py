@@ -13,7 +13,7 @@ from typing import Any
 
 from ai4land import stac
 from ai4land.credits import Credit
-from ai4land.describe import Flag, Map
+from ai4land.cube.describe import Flag, Map
 from ai4land.errors import DataError, MismatchError
 from ai4land.model.checkpoint import CARD, WEIGHTS, Card
 from ai4land.model.features import Feature

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ai4land import ledger
 from ai4land.config import RunConfig
 from ai4land.constrain.totals import STATEMENTS
 from ai4land.cost import STATIC_BYTES, Rates, count, estimate, network_of, scoring_memory
+from ai4land.cube import ledger
 from ai4land.inputs import Inputs, cubes_of
 from ai4land.rplan import plan_blocks
 

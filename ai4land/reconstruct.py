@@ -19,19 +19,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ai4land import ledger
 from ai4land.constrain.totals import Method, Totals
 from ai4land.constrain.walk import Published, walk
 from ai4land.crosswalk import Crosswalk
-from ai4land.cube import Block
+from ai4land.cube import ledger
+from ai4land.cube.cube import Block
+from ai4land.cube.numbers import EMPTY, FRACTION_EMPTY, SCALE, quantise
+from ai4land.cube.writer import Writer
 from ai4land.errors import DataError
 from ai4land.grid import Window
 from ai4land.legend import Legend
 from ai4land.model.forward import Precision, ready
-from ai4land.numbers import EMPTY, FRACTION_EMPTY, SCALE, quantise
 from ai4land.predict import predict
 from ai4land.read import Source, WindowData, read_window_data
-from ai4land.writer import Writer
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class BlockSettings:
     lock, protected
         Class codes whose cells keep the class of the reference map, and the static map that protects cells where it exceeds 0.5.
     token
-        Of the claim on the cube (:mod:`ai4land.claim`).
+        Of the claim on the cube (:mod:`ai4land.cube.claim`).
     """
 
     store: str

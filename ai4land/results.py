@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land import cube, ledger, plot
+from ai4land import plot
 from ai4land.alignment import align
 from ai4land.config import RunConfig
 from ai4land.contents import held_of
+from ai4land.cube import cube, ledger
 from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import evaluate_years
 from ai4land.grid import Window, coarse_slices

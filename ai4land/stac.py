@@ -1,6 +1,6 @@
 """STAC 1.1 objects of a published cube, as plain dicts: the catalogue, a collection a cube, an item a year.
 
-They say in the words of STAC and its extensions what :mod:`ai4land.describe` reads from a cube. Nothing here knows the time of day: the same cube gives the same objects. What a cube or a run file
+They say in the words of STAC and its extensions what :mod:`ai4land.cube.describe` reads from a cube. Nothing here knows the time of day: the same cube gives the same objects. What a cube or a run file
 says is data: titles become plain text in descriptions, which readers render as Markdown.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from odc.geo.geobox import GeoBox
 
 from ai4land.credits import LICENCE, Credit
-from ai4land.describe import Flag, Map
+from ai4land.cube.describe import Flag, Map
 
 STAC_VERSION = "1.1.0"
 _AT = "https://stac-extensions.github.io/{}/schema.json"

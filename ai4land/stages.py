@@ -14,13 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ai4land import cube, ledger
 from ai4land.alignment import align
 from ai4land.blocks import run_blocks
-from ai4land.claim import claim
 from ai4land.config import RunConfig
 from ai4land.constrain.totals import STATEMENTS, Method
 from ai4land.contents import held_of
+from ai4land.cube import cube, ledger
+from ai4land.cube.claim import claim
+from ai4land.cube.verify import Damage, strike, verify
 from ai4land.digests import digest
 from ai4land.errors import ConfigError, DataError
 from ai4land.hold import hold
@@ -34,7 +35,6 @@ from ai4land.runfile import load_run
 from ai4land.sources import known
 from ai4land.stores import Place, folder_of
 from ai4land.training import fingerprint_of
-from ai4land.verify import Damage, strike, verify
 
 _log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def mend(
     tell: Tell = _log.info,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Make anew what :func:`ai4land.verify.verify` found missing or damaged, and look again.
+    """Make anew what :func:`ai4land.cube.verify.verify` found missing or damaged, and look again.
 
     Raises
     ------

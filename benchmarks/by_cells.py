@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from tables import row, text
 
-from ai4land.cube import open_cube
+from ai4land.cube.cube import open_cube
 from ai4land.grid import Window
 from ai4land.legend import MISSING
 from ai4land.read import Source

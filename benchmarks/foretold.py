@@ -16,10 +16,10 @@ import psutil
 from ai4land.alignment import align
 from ai4land.calibrate import calibrate
 from ai4land.cost import count, estimate
+from ai4land.cube.template import VARIABLES
 from ai4land.inputs import cubes_of
 from ai4land.runfile import load_run
 from ai4land.stages import reconstruct
-from ai4land.template import VARIABLES
 from ai4land.training import train
 
 

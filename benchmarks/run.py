@@ -36,7 +36,6 @@ from rich.console import Console
 from rich.table import Column, Table
 from xbatcher import BatchGenerator
 
-from ai4land import cube
 from ai4land.batch import PatchLoader
 from ai4land.blocks import run_blocks
 from ai4land.cluster import SETTINGS, local
@@ -45,7 +44,10 @@ from ai4land.constrain.allocate import allocate
 from ai4land.constrain.project import project
 from ai4land.constrain.quotas import add_change, level_quotas
 from ai4land.crosswalk import load_crosswalk
-from ai4land.cube import Block
+from ai4land.cube import cube
+from ai4land.cube.cube import Block
+from ai4land.cube.numbers import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, quantise
+from ai4land.cube.template import YEARS_A_SHARD
 from ai4land.gang import Member, gang
 from ai4land.grid import FINE_DIMS, Grid, Window, block_sum, coarse_window
 from ai4land.legend import MISSING, Legend, load_legend
@@ -56,12 +58,10 @@ from ai4land.model.forward import Forward, Precision
 from ai4land.model.norm import Group
 from ai4land.model.unet import UNet, interpolate
 from ai4land.normalise import fit_spec
-from ai4land.numbers import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, quantise
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import predict
 from ai4land.read import Source, open_store
 from ai4land.reconstruct import BlockSettings, reconstruct_block
-from ai4land.template import YEARS_A_SHARD
 from ai4land.train import Schedule, fit
 
 Arm = Callable[[], Callable[[], object]]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import zarr
 
-from ai4land.cube import Block
+from ai4land.cube.cube import Block
+from ai4land.cube.numbers import FRACTION_SCALE, SCALE
+from ai4land.cube.writer import Writer
 from ai4land.grid import Window, make_grid, spatial_ref
 from ai4land.legend import load_legend
-from ai4land.numbers import FRACTION_SCALE, SCALE
-from ai4land.writer import Writer
 
 GRID = make_grid((-180, -90, 180, 90), coarse_cell=45.0, factor=8, shard=16)
 LEGEND = load_legend("hildaplus")

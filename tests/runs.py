@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ai4land.config import RunConfig
-from ai4land.cube import Block
+from ai4land.cube.cube import Block
 from ai4land.rplan import plan_blocks
 from ai4land.runfile import load_run
 

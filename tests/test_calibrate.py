@@ -7,7 +7,7 @@ import pytest
 
 from ai4land.calibrate import _line, _outward, calibrate
 from ai4land.cost import count, estimate
-from ai4land.cube import Block
+from ai4land.cube.cube import Block
 from ai4land.grid import Window
 from ai4land.runfile import load_run
 

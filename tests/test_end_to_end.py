@@ -19,10 +19,12 @@ import pytest
 import rasterio
 from affine import Affine
 
-from ai4land import cli, cube, ledger, results, stages, training
+from ai4land import cli, results, stages, training
 from ai4land.alignment import align
 from ai4land.blocks import run_blocks
-from ai4land.claim import claim
+from ai4land.cube import cube, ledger
+from ai4land.cube.claim import claim
+from ai4land.cube.verify import strike, verify
 from ai4land.errors import MismatchError
 from ai4land.model.checkpoint import load_card, load_model, save_model
 from ai4land.model.forward import precision_of
@@ -30,7 +32,6 @@ from ai4land.read import open_store
 from ai4land.rplan import plan_blocks
 from ai4land.runfile import load_run
 from ai4land.splits import load_split
-from ai4land.verify import strike, verify
 from tests import ROOT
 from tests.runs import CHECKPOINT, STEPS, ai4land, another_process, command, contents, write_run
 

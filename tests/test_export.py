@@ -8,7 +8,7 @@ from affine import Affine
 from matplotlib.image import imread
 from odc.geo.geobox import GeoBox
 
-from ai4land.describe import Flag
+from ai4land.cube.describe import Flag
 from ai4land.export import SIDE, equal_area, thumbnail, write_cog
 
 FLAGS = (Flag(0, "sea", "#ffffff"), Flag(3, "land", "#00aa00"), Flag(9, "ice", "#0000ff"))

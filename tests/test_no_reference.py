@@ -15,7 +15,7 @@ import pytest
 import rasterio
 import yaml
 
-from ai4land import cube
+from ai4land.cube import cube
 from ai4land.read import open_store
 from ai4land.runfile import load_run
 from ai4land.splits import TEST, TRAIN, load_split

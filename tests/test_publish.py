@@ -30,9 +30,9 @@ from starlette.applications import Starlette
 from starlette.staticfiles import StaticFiles
 from zarr.storage import ObjectStore
 
-from ai4land import cube
 from ai4land.config import RunConfig
 from ai4land.credits import credits_of
+from ai4land.cube import cube
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.export import equal_area
 from ai4land.legend import Legend

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ai4land import cube, ledger
 from ai4land.blocks import run_blocks
 from ai4land.crosswalk import load_crosswalk
-from ai4land.cube import Block
+from ai4land.cube import cube, ledger
+from ai4land.cube.cube import Block
+from ai4land.cube.numbers import FRACTION_SCALE, quantise
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.grid import Window, tiles
 from ai4land.legend import MISSING
@@ -23,7 +24,6 @@ from ai4land.model.ensemble import Ensemble
 from ai4land.model.forward import Forward
 from ai4land.model.unet import UNet
 from ai4land.normalise import fit_spec
-from ai4land.numbers import FRACTION_SCALE, quantise
 from ai4land.predict import predict
 from ai4land.read import Source, mapped_part, open_store
 from ai4land.reconstruct import BlockSettings, _placed, reconstruct_block, years_between

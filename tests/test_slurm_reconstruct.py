@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ai4land import ledger
-from ai4land.cube import Block
+from ai4land.cube import ledger
+from ai4land.cube.cube import Block
 from ai4land.grid import Window
 from ai4land.runfile import load_run
 from tests.runs import TINY, blocks_of, command, contents, folder_of, write_run

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from ai4land import claim as claims
-from ai4land import cube, ledger, stores
-from ai4land.claim import check_claim, claim
+from ai4land import stores
+from ai4land.cube import claim as claims
+from ai4land.cube import cube, ledger
+from ai4land.cube.claim import check_claim, claim
+from ai4land.cube.verify import strike, verify
+from ai4land.cube.writer import Writer
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.grid import Window, make_grid
 from ai4land.stores import delete, inside, lock, names, read, write
-from ai4land.verify import strike, verify
-from ai4land.writer import Writer
 from tests.cubes import ABOUT, PAIRS, YEARS, cells, fill
 from tests.waiting import until
 

@@ -20,7 +20,7 @@ import zarr
 from PIL import Image
 
 from ai4land.atlas import open_atlas
-from ai4land.cube import open_cube
+from ai4land.cube.cube import open_cube
 from ai4land.errors import ConfigError, DataError
 from ai4land.rpublish import publish_run
 from ai4land.tiles import point, series, tile

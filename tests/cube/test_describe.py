@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import zarr
 
-from ai4land.describe import read_map
+from ai4land.cube.describe import read_map
 from ai4land.digests import digest
 from ai4land.errors import DataError
 from tests.cubes import LAND, bare_cube

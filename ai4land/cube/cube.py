@@ -1,7 +1,7 @@
 """The output store: its template, its one writer, which years of it are to be seen, and its opener.
 
 The template comes first and holds metadata alone. Whole shards are then written, by one checked writer, and recorded in the ledger
-(:mod:`ai4land.ledger`) after they are there. A cube tells of the years from its first one on that are whole, everywhere and in every
+(:mod:`ai4land.cube.ledger`) after they are there. A cube tells of the years from its first one on that are whole, everywhere and in every
 variable: its time axis grows by writing small metadata anew, the consolidated ones of the group last.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 import xarray as xr
 import zarr
 
-from ai4land import ledger
+from ai4land.cube import ledger
+from ai4land.cube.template import YEARS_A_SHARD, history, make_template
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import Grid, Window
 from ai4land.legend import Legend
 from ai4land.stores import Place, inside, names, open_place, read, write
-from ai4land.template import YEARS_A_SHARD, history, make_template
 
 
 @dataclass(frozen=True)

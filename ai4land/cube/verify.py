@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ai4land import ledger
-from ai4land.cube import encode, public_documents, template_of, whole_years
+from ai4land.cube import ledger
+from ai4land.cube.cube import encode, public_documents, template_of, whole_years
+from ai4land.cube.template import VARIABLES
 from ai4land.stores import Place, delete, names, read
-from ai4land.template import VARIABLES
 
 _READERS = 8
 

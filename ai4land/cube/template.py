@@ -1,7 +1,7 @@
 """The template of a cube: every array, coordinate and attribute of it, made before any cell is written.
 
 It is made whole in memory, with all years, and kept in the ledger; what the cube's own metadata tell is the same with the years that are
-whole (:func:`ai4land.cube.show`). Codes lie some years deep in a chunk, as they change little from year to year; a shard holds years too, so that
+whole (:func:`ai4land.cube.cube.show`). Codes lie some years deep in a chunk, as they change little from year to year; a shard holds years too, so that
 there are few objects.
 """
 
@@ -19,10 +19,10 @@ from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
 import ai4land
+from ai4land.cube.numbers import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE
+from ai4land.cube.overviews import level_factors, multiscales
 from ai4land.grid import DEEP, FINE_DIMS, Grid, Window, centres, chunk_side, spatial_ref
 from ai4land.legend import Legend
-from ai4land.numbers import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE
-from ai4land.overviews import level_factors, multiscales
 
 VARIABLES = ("land_cover", "most_likely", "fraction", "confidence", "change_probability")
 """What a cube holds for every year."""

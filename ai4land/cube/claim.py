@@ -22,8 +22,8 @@ import psutil
 from zarr.core.buffer import cpu
 from zarr.core.sync import sync
 
+from ai4land.cube.ledger import CLAIM, ledger_path
 from ai4land.errors import MismatchError, StoreError
-from ai4land.ledger import CLAIM, ledger_path
 from ai4land.stores import Place, Unlockable, delete, folder_of, lock, open_place, read, write, writing
 
 _BEAT = 5.0

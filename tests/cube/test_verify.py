@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from ai4land import cube, ledger
+from ai4land.cube import cube, ledger
+from ai4land.cube.verify import strike, verify
 from ai4land.errors import DataError
 from ai4land.grid import Window
-from ai4land.verify import strike, verify
 from tests.cubes import ABOUT, PAIRS, YEARS, fill
 
 GONE = Window(32, 0, 16, 16)

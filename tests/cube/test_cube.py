@@ -8,15 +8,15 @@ import pytest
 import xarray as xr
 import zarr
 
-from ai4land import cube, ledger
-from ai4land.cube import Block
+from ai4land.cube import cube, ledger
+from ai4land.cube.cube import Block
+from ai4land.cube.numbers import EMPTY, SCALE
+from ai4land.cube.overviews import reduce_classes
+from ai4land.cube.template import VARIABLES, make_template
+from ai4land.cube.writer import Writer
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import Window, make_grid
 from ai4land.legend import MISSING
-from ai4land.numbers import EMPTY, SCALE
-from ai4land.overviews import reduce_classes
-from ai4land.template import VARIABLES, make_template
-from ai4land.writer import Writer
 from tests.cubes import ABOUT, GRID, LEGEND, PAIRS, YEARS, cells, fill, write_block
 
 

@@ -12,14 +12,14 @@ from zarr.core.array import AsyncArray
 from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import MemoryStore, StorePath
 
-from ai4land import ledger
-from ai4land.claim import check_claim
-from ai4land.cube import template_of
+from ai4land.cube import ledger
+from ai4land.cube.claim import check_claim
+from ai4land.cube.cube import template_of
+from ai4land.cube.overviews import reduce_classes
+from ai4land.cube.template import VARIABLES
 from ai4land.grid import Window
 from ai4land.legend import MISSING, Legend
-from ai4land.overviews import reduce_classes
 from ai4land.stores import Place, delete, write
-from ai4land.template import VARIABLES
 
 
 class Writer:
@@ -34,7 +34,7 @@ class Writer:
     window
         A whole shard.
     token
-        Of the claim under which it writes (:mod:`ai4land.claim`); None: unclaimed.
+        Of the claim under which it writes (:mod:`ai4land.cube.claim`); None: unclaimed.
 
     Raises
     ------

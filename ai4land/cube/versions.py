@@ -22,8 +22,8 @@ import xarray as xr
 from zarr.core.buffer import cpu
 from zarr.core.sync import sync
 
-from ai4land import ledger
-from ai4land.cube import encode, public_documents, template_of, whole_years
+from ai4land.cube import ledger
+from ai4land.cube.cube import encode, public_documents, template_of, whole_years
 from ai4land.digests import digest
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.stores import Place, folder_of, names, open_place

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import xarray as xr
 
-from ai4land import cube
+from ai4land.cube import cube
 from ai4land.grid import Window, make_grid
 from ai4land.legend import load_legend
 from tests.cubes import ABOUT, LEGEND, fill
