@@ -22,7 +22,6 @@ from distributed import Client
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
-from ai4land.crowd import each
 from ai4land.digests import combine_digests, digest_of
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, chunk_side, coarse_slices
@@ -31,6 +30,7 @@ from ai4land.materialise import Layer, ShardTask, fill_rest, write_cover, write_
 from ai4land.rasters.gaps import fill_near
 from ai4land.read import check_identity
 from ai4land.stores import beside, sweep
+from ai4land.workers.tasks import each
 
 _log = logging.getLogger(__name__)
 SCENARIO_YEARS = 16

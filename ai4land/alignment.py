@@ -125,8 +125,8 @@ def _workers(run: RunConfig, grid: Grid, maps: int, tell: Callable[[str], None])
     if grid.shape[0] * grid.shape[1] * (maps + len(run.static)) <= _SMALL or len(grid.shards()) == 1:
         yield None
         return
-    from ai4land.cluster import connect
-    from ai4land.slurm import cores_of_worker
+    from ai4land.workers.cluster import connect
+    from ai4land.workers.slurm import cores_of_worker
 
     each = block_memory(grid, len(run.static))
     workers, threads = max(1, min(CPU_COUNT, int(0.8 * MEMORY_LIMIT / each), len(grid.shards()))), 1

@@ -10,10 +10,10 @@ import numpy as np
 from distributed import Client, Future
 from numpy.typing import NDArray
 
-from ai4land.crowd import TRIES, outcomes
 from ai4land.cube.cube import Block
 from ai4land.errors import DataError, MismatchError, StoreError
 from ai4land.reconstruct import BlockSettings, reconstruct_block
+from ai4land.workers.tasks import TRIES, outcomes
 
 
 def _task(part: NDArray[np.object_], settings: BlockSettings) -> NDArray[np.object_]:

@@ -92,8 +92,8 @@ def _workers(run: RunConfig) -> Iterator[None]:
     if run.cluster != "allocation":
         yield
         return
-    from ai4land.allocation import allocation
-    from ai4land.cluster import SETTINGS
+    from ai4land.workers.cluster import SETTINGS
+    from ai4land.workers.srun import allocation
 
     with allocation(folder=run.folder, threads=run.reconstruct.hands, settings=SETTINGS, tell=_tell):
         yield

@@ -61,9 +61,9 @@ def _reconstruct(
     run: RunConfig, claims: ExitStack, tokens: dict[Place, str], tell: Tell, progress: Callable[[int, int], None] | None
 ) -> Place:
     """Make the cubes; ``tokens`` are those of the claims that the caller holds on some of them."""
-    from ai4land.cluster import connect
     from ai4land.cost import network_of, worker_memory
-    from ai4land.slurm import cores_of_worker
+    from ai4land.workers.cluster import connect
+    from ai4land.workers.slurm import cores_of_worker
 
     inputs = Inputs.of(run)
     _, card = load_model(run.folder)

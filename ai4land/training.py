@@ -44,9 +44,9 @@ from ai4land.model.norm import ALONE, Group
 from ai4land.model.unet import UNet
 from ai4land.normalise import fit_spec, trained, training_tiles
 from ai4land.read import open_store
-from ai4land.slurm import job_end
 from ai4land.splits import TRAIN, VALIDATION, Split
 from ai4land.train import Schedule, Trained, fit
+from ai4land.workers.slurm import job_end
 
 _log = logging.getLogger(__name__)
 
@@ -144,9 +144,9 @@ def _network(run: RunConfig, lesson: Lesson) -> UNet:
 
 def _on_workers(run: RunConfig, lesson: Lesson, *, tell: Tell, progress: Progress | None) -> None:
     """Train on the workers of a cluster."""
-    from ai4land.cluster import connect
     from ai4land.cost import network_of, training_memory
-    from ai4land.slurm import cores_of_worker
+    from ai4land.workers.cluster import connect
+    from ai4land.workers.slurm import cores_of_worker
 
     t = run.train
     memory = training_memory(run, network_of(run), len(lesson.split.training_years)).both

@@ -38,7 +38,6 @@ from xbatcher import BatchGenerator
 
 from ai4land.batch import PatchLoader
 from ai4land.blocks import run_blocks
-from ai4land.cluster import SETTINGS, local
 from ai4land.config import ModelConfig, ReconstructConfig
 from ai4land.constrain.allocate import allocate
 from ai4land.constrain.project import project
@@ -63,6 +62,7 @@ from ai4land.predict import predict
 from ai4land.read import Source, open_store
 from ai4land.reconstruct import BlockSettings, reconstruct_block
 from ai4land.train import Schedule, fit
+from ai4land.workers.cluster import SETTINGS, local
 
 Arm = Callable[[], Callable[[], object]]
 

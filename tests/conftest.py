@@ -26,10 +26,10 @@ from pystac.stac_io import DefaultStacIO
 from pystac.validation.stac_validator import JsonSchemaSTACValidator
 
 from ai4land import stores
-from ai4land.cluster import SETTINGS
 from ai4land.model.checkpoint import save_model
-from ai4land.slurm import slurm
 from ai4land.synthetic.planet import make_planet
+from ai4land.workers.cluster import SETTINGS
+from ai4land.workers.slurm import slurm
 from tests import ROOT
 from tests.catalogs import GRID, VALUES, ZONES, make_item, save, write_cog
 from tests.gangs import client, lessons, unbroken  # noqa: F401 fixtures

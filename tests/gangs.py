@@ -9,10 +9,10 @@ from functools import partial
 import pytest
 
 from ai4land import training
-from ai4land.cluster import local
 from ai4land.gang import gang
 from ai4land.model.checkpoint import WEIGHTS
 from ai4land.runfile import load_run
+from ai4land.workers.cluster import local
 from tests.runs import write_run
 
 STEPS, CHECKPOINT = 30, 10

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from ai4land.align import write_store
-from ai4land.cluster import local
 from ai4land.cube.template import chunk_side
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import COARSE_DIMS, Grid, Window, make_grid
@@ -26,6 +25,7 @@ from ai4land.legend import load_legend
 from ai4land.materialise import Layer, of_array
 from ai4land.rasters.read import open_raster
 from ai4land.read import check_identity, open_store
+from ai4land.workers.cluster import local
 from tests.stores import write_tiny_store
 
 YEARS = [2001, 2003]

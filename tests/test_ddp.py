@@ -15,7 +15,7 @@ from ai4land.ddp import torchrun_group
 from ai4land.errors import ConfigError
 from ai4land.model.checkpoint import WEIGHTS
 from ai4land.runfile import load_run
-from ai4land.slurm import job_end
+from ai4land.workers.slurm import job_end
 from tests.runs import command, write_run
 
 

@@ -16,9 +16,9 @@ import distributed
 import pytest
 import yaml
 
-from ai4land.cluster import SETTINGS
 from ai4land.errors import ConfigError
-from ai4land.slurm import slurm
+from ai4land.workers.cluster import SETTINGS
+from ai4land.workers.slurm import slurm
 from tests import ROOT
 from tests.slurm import squeue, start_slurm
 from tests.waiting import until

@@ -12,9 +12,9 @@ import dask
 import pytest
 
 from ai4land import training
-from ai4land.cluster import local
 from ai4land.errors import DataError, WorkerError
 from ai4land.gang import Member, gang
+from ai4land.workers.cluster import local
 from tests.gangs import CHECKPOINT, STEPS, losses, pids, steps, train, weights
 
 

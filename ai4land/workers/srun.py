@@ -25,8 +25,8 @@ from distributed import Client, Security
 from distributed.core import rpc
 
 from ai4land.errors import ConfigError
-from ai4land.slurm import dashboard, private
 from ai4land.stores import write_atomically
+from ai4land.workers.slurm import dashboard, private
 
 if TYPE_CHECKING:
     from distributed import Scheduler
@@ -40,7 +40,7 @@ _KEYS = ("ca_file", "client_cert", "client_key", "worker_cert", "worker_key", "s
 def allocation(*, folder: Path, threads: int, settings: Mapping[str, object], tell: Callable[[str], None]) -> Iterator[None]:
     """Take this task's part in the step; in the second task the block is done, the process of all others ends here.
 
-    In the block, ``ai4land.cluster.connect("allocation", ...)`` gives a client of the scheduler.
+    In the block, ``ai4land.workers.cluster.connect("allocation", ...)`` gives a client of the scheduler.
 
     Parameters
     ----------

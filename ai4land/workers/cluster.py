@@ -1,7 +1,7 @@
 """Where blocks are computed: from one word of the run file to a Dask client with its workers.
 
-``local`` starts workers on this machine, ``slurm`` submits them as jobs (:mod:`ai4land.slurm`), ``allocation`` finds them among the tasks of
-the same srun (:mod:`ai4land.allocation`), and an address (``tcp://…``, ``tls://…``) joins a cluster that is there already.
+``local`` starts workers on this machine, ``slurm`` submits them as jobs (:mod:`ai4land.workers.slurm`), ``allocation`` finds them among the tasks of
+the same srun (:mod:`ai4land.workers.srun`), and an address (``tcp://…``, ``tls://…``) joins a cluster that is there already.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import dask
 from distributed import Client, LocalCluster
 
 from ai4land.errors import ConfigError
-from ai4land.slurm import PATIENT, slurm
+from ai4land.workers.slurm import PATIENT, slurm
 
 _SPAWN = "distributed.nanny.pre-spawn-environ"
 SETTINGS = {

@@ -1,7 +1,7 @@
 """Dask workers as SLURM jobs: refused before they wait for nothing, replaced when they end, none left behind.
 
 dask-jobqueue submits them; the shape of a job (queue, account, walltime, GPUs) is in Dask's own configuration under ``jobqueue.slurm``.
-:mod:`ai4land.keeper` keeps their number. All connections are encrypted with certificates of this run, and the dashboard listens on the
+:mod:`ai4land.workers.jobs` keeps their number. All connections are encrypted with certificates of this run, and the dashboard listens on the
 loopback alone. Each job's comment says of which folder and scheduler it is, so that the jobs of a client that was killed are
 found and cancelled by the next one.
 """
@@ -29,7 +29,7 @@ import dask
 from distributed import Client, Security, Status
 
 from ai4land.errors import ConfigError
-from ai4land.keeper import Keeper, ask, queue
+from ai4land.workers.jobs import Keeper, ask, queue
 
 _log = logging.getLogger(__name__)
 

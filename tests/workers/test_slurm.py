@@ -10,11 +10,11 @@ import time
 import dask
 import pytest
 
-from ai4land import keeper
-from ai4land.cluster import connect
 from ai4land.errors import ConfigError
-from ai4land.keeper import queue
-from ai4land.slurm import check, cores_of_worker, private
+from ai4land.workers import jobs
+from ai4land.workers.cluster import connect
+from ai4land.workers.jobs import queue
+from ai4land.workers.slurm import check, cores_of_worker, private
 from tests.slurm import workers_of
 from tests.strangers import assert_strangers_are_refused
 from tests.waiting import until
@@ -183,7 +183,7 @@ def test_a_command_that_does_not_answer_is_an_error_not_a_wait(monkeypatch, tmp_
     slow.write_text("#!/bin/sh\nexec sleep 60\n")
     slow.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(keeper, "_PATIENCE", 0.2)
+    monkeypatch.setattr(jobs, "_PATIENCE", 0.2)
     with pytest.raises(ConfigError, match="did not answer"):
         check("#!/bin/sh\n", tmp_path)
 

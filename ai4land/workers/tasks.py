@@ -33,7 +33,7 @@ def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]]
 
     A task whose worker died is submitted again. All that a worker has in hand dies with it, begun or not, so a death says little of any one
     task: one that has seen two is set aside until all others are done. It is then tried alone and fails when two more workers die on it.
-    The scheduler is to report each death (``distributed.scheduler.allowed-failures`` 0, as in :data:`ai4land.cluster.SETTINGS`).
+    The scheduler is to report each death (``distributed.scheduler.allowed-failures`` 0, as in :data:`ai4land.workers.cluster.SETTINGS`).
 
     Parameters
     ----------

@@ -7,9 +7,9 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 
-from ai4land.allocation import allocation
-from ai4land.cluster import connect, local
 from ai4land.errors import ConfigError
+from ai4land.workers.cluster import connect, local
+from ai4land.workers.srun import allocation
 from tests.strangers import assert_strangers_are_refused
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from distributed import Future
 
-from ai4land import crowd
-from ai4land.cluster import local
-from ai4land.crowd import TRIES, each, outcomes
 from ai4land.errors import DataError, WorkerError
+from ai4land.workers import tasks
+from ai4land.workers.cluster import local
+from ai4land.workers.tasks import TRIES, each, outcomes
 
 
 def begun(task: int, *, folder: Path, kills: range, raises: range = range(0)) -> int:
@@ -81,7 +81,7 @@ def test_what_others_took_along_before_it_began_is_tried_alone_more_than_once(tm
 
 
 def test_where_every_worker_dies_it_ends_before_all_is_tried(tmp_path, monkeypatch):
-    monkeypatch.setattr(crowd, "_HOPELESS", 3)
+    monkeypatch.setattr(tasks, "_HOPELESS", 3)
     with local(2, dashboard=False) as client, pytest.raises(WorkerError, match=r"no task succeeded.*have ai4land"):
         all_outcomes(client, range(40), folder=tmp_path, kills=range(40))
     assert len(times_begun(tmp_path)) < 20

@@ -9,10 +9,10 @@ from pathlib import Path
 import dask
 import pytest
 
-from ai4land.cluster import SETTINGS
 from ai4land.errors import ConfigError
-from ai4land.keeper import queue
-from ai4land.slurm import slurm
+from ai4land.workers.cluster import SETTINGS
+from ai4land.workers.jobs import queue
+from ai4land.workers.slurm import slurm
 from tests.slurm import DAEMONS, JOBS, start_slurm, workers_of
 from tests.waiting import until
 
