@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ai4land.cube.cube import open_cube
     from ai4land.grid import make_grid
     from ai4land.legend import load_legend
-    from ai4land.read import open_store
+    from ai4land.store.read import open_store
 
 __version__ = "0.1.0"
 __all__ = ["load_legend", "make_grid", "open_cube", "open_store"]

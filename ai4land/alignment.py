@@ -2,7 +2,7 @@
 
 Whatever can be refused is refused before anything is read at length: years that the maps or the scenario lack, a crosswalk
 without a row for a state, a split that leaks, a store of another configuration. What is large is then made shard by shard by
-the workers of the run's cluster (:mod:`ai4land.align`); a small region is done by this process before workers would be up.
+the workers of the run's cluster (:mod:`ai4land.store.write`); a small region is done by this process before workers would be up.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from distributed import Client
 from distributed.system import MEMORY_LIMIT
 from numpy.typing import NDArray
 
-from ai4land.align import SCENARIO_YEARS, block_memory, write_store
 from ai4land.config import Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
-from ai4land.contents import changed_files, note_files
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.grid import FINE_DIMS, Grid, Window
 from ai4land.hold import hold
 from ai4land.inputs import Inputs, Tell, fraction_files, held_states, map_source, mask_year, needed_years
 from ai4land.legend import Legend
-from ai4land.materialise import Layer
 from ai4land.rasters.items import forget_items, items_in, load_asset
 from ai4land.rasters.landcover import AnnualMap, CatalogMap, find_catalog_maps, find_maps
 from ai4land.rasters.read import open_raster
-from ai4land.read import Source, check_identity
 from ai4land.scenario.areachange import open_change
 from ai4land.scenario.fractions import open_fractions
 from ai4land.scenario.luh2 import open_states
 from ai4land.scenario.shares import open_shares
 from ai4land.sources.hrefs import local_path
 from ai4land.sources.search import years_of_item
+from ai4land.store.contents import changed_files, note_files
+from ai4land.store.read import Source, check_identity
+from ai4land.store.shard import Layer
+from ai4land.store.write import SCENARIO_YEARS, block_memory, write_store
 from ai4land.stores import sweep
 
 _log = logging.getLogger(__name__)

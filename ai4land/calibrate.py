@@ -37,11 +37,11 @@ from ai4land.model.forward import Precision, bfloat16_pays, ready
 from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import predict
-from ai4land.read import Source, open_store, read_window_data
 from ai4land.reconstruct import BlockSettings, reconstruct_block, years_between
 from ai4land.rplan import plan_blocks
 from ai4land.splits import TRAIN
 from ai4land.stages import job_of, method_of
+from ai4land.store.read import Source, open_store, read_window_data
 from ai4land.train import Schedule, fit
 
 _SIDE = 720

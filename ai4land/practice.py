@@ -15,13 +15,13 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ai4land.align import write_store
 from ai4land.grid import COARSE_DIMS, Grid, Window, block_sum, make_grid
 from ai4land.legend import MISSING, Legend
-from ai4land.materialise import Layer, of_array
 from ai4land.model.checkpoint import Card, save_model
 from ai4land.model.features import FeatureSpec
 from ai4land.model.unet import UNet
+from ai4land.store.shard import Layer, of_array
+from ai4land.store.write import write_store
 
 CODES = 5
 """Codes of a categorical map."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ai4land.grid import Window, coarse_window, read_window
 from ai4land.model.features import FeatureSpec, features
 from ai4land.model.forward import Forward
-from ai4land.read import Source
+from ai4land.store.read import Source
 
 
 def predict(

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from ai4land import plot
 from ai4land.alignment import align
 from ai4land.config import RunConfig
-from ai4land.contents import held_of
 from ai4land.cube import cube, ledger
 from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import evaluate_years
@@ -24,10 +23,11 @@ from ai4land.hold import hold
 from ai4land.inputs import Inputs, cubes_of
 from ai4land.legend import Legend
 from ai4land.model.checkpoint import load_card
-from ai4land.read import Source
 from ai4land.rivals import RIVALS, Wanted, mean_bias, rival_maps
 from ai4land.splits import TEST, VALIDATION, Scored, Split, load_split
 from ai4land.stages import method_of
+from ai4land.store.contents import held_of
+from ai4land.store.read import Source
 from ai4land.stores import Place, write_atomically
 from ai4land.tally import Classes, Maps, Probabilities
 

@@ -10,7 +10,7 @@ import numpy as np
 from ai4land.cube.cube import Block, time_shards
 from ai4land.cube.template import YEARS_A_SHARD
 from ai4land.grid import Window
-from ai4land.read import Source
+from ai4land.store.read import Source
 
 
 def plan_blocks(

@@ -18,7 +18,6 @@ from ai4land.alignment import align
 from ai4land.blocks import run_blocks
 from ai4land.config import RunConfig
 from ai4land.constrain.totals import STATEMENTS, Method
-from ai4land.contents import held_of
 from ai4land.cube import cube, ledger
 from ai4land.cube.claim import claim
 from ai4land.cube.verify import Damage, strike, verify
@@ -28,11 +27,12 @@ from ai4land.hold import hold
 from ai4land.inputs import Inputs, Tell, cubes_of
 from ai4land.model.checkpoint import check_fits, load_model
 from ai4land.model.forward import Precision, precision_of
-from ai4land.read import Source, open_store
 from ai4land.reconstruct import BlockSettings
 from ai4land.rplan import land_of, plan_blocks
 from ai4land.runfile import load_run
 from ai4land.sources import known
+from ai4land.store.contents import held_of
+from ai4land.store.read import Source, open_store
 from ai4land.stores import Place, folder_of
 from ai4land.training import fingerprint_of
 

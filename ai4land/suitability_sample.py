@@ -17,7 +17,7 @@ from ai4land.errors import DataError
 from ai4land.grid import Window, centres
 from ai4land.legend import MISSING
 from ai4land.model.features import FeatureSpec
-from ai4land.read import Source
+from ai4land.store.read import Source
 
 REACHES = (1, 3)
 """Reach in cells of the neighbourhoods, 3x3 and 7x7, whose class shares are features."""

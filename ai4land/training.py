@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from ai4land.alignment import align
 from ai4land.batch import PatchLoader
 from ai4land.config import HOW_TRAINED, RunConfig
-from ai4land.contents import contents_of
 from ai4land.ddp import TORCHRUN, torchrun_group
 from ai4land.digests import digest
 from ai4land.errors import ConfigError, MismatchError
@@ -43,8 +42,9 @@ from ai4land.model.features import FeatureSpec
 from ai4land.model.norm import ALONE, Group
 from ai4land.model.unet import UNet
 from ai4land.normalise import fit_spec, trained, training_tiles
-from ai4land.read import open_store
 from ai4land.splits import TRAIN, VALIDATION, Split
+from ai4land.store.contents import contents_of
+from ai4land.store.read import open_store
 from ai4land.train import Schedule, Trained, fit
 from ai4land.workers.slurm import job_end
 

@@ -28,16 +28,16 @@ from distributed import Client
 from numpy.typing import NDArray
 from rasterio.windows import Window as Box
 
-from ai4land.align import write_store
 from ai4land.alignment import align
 from ai4land.config import RunConfig
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, tiles
 from ai4land.legend import load_legend
-from ai4land.materialise import Layer
 from ai4land.practice import practice_grid
 from ai4land.rasters.gaps import fill_near
 from ai4land.rasters.landcover import find_maps
 from ai4land.rasters.read import open_raster
+from ai4land.store.shard import Layer
+from ai4land.store.write import write_store
 
 LEGEND = load_legend("hildaplus")
 YEARS = (2000, 2001)

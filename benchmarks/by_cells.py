@@ -16,7 +16,7 @@ from tables import row, text
 from ai4land.cube.cube import open_cube
 from ai4land.grid import Window
 from ai4land.legend import MISSING
-from ai4land.read import Source
+from ai4land.store.read import Source
 
 
 def scores(folder: Path) -> dict[str, list[float]]:

@@ -59,8 +59,8 @@ from ai4land.model.unet import UNet, interpolate
 from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import predict
-from ai4land.read import Source, open_store
 from ai4land.reconstruct import BlockSettings, reconstruct_block
+from ai4land.store.read import Source, open_store
 from ai4land.train import Schedule, fit
 from ai4land.workers.cluster import SETTINGS, local
 
@@ -660,8 +660,8 @@ def first_patch_row(s: Setting) -> Row:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np\n"
         "from functools import partial; from pathlib import Path\n"
-        "from ai4land.read import open_store; from ai4land.batch import PatchLoader\n"
-        "from ai4land.model.checkpoint import load_card; from ai4land.read import Source\n"
+        "from ai4land.store.read import open_store; from ai4land.batch import PatchLoader\n"
+        "from ai4land.model.checkpoint import load_card; from ai4land.store.read import Source\n"
         "path = Path(sys.argv[2]); card = load_card(path.parent); grid = Source(path).grid\n"
         "cells = np.ones(grid.coarse.shape, dtype=bool)\n"
         "loader = PatchLoader(partial(open_store, path), grid=grid, legend=card.legend, spec=card.spec, cells=cells,\n"

@@ -9,10 +9,10 @@ import numpy as np
 import xarray as xr
 from scipy import ndimage
 
-from ai4land.align import write_store
 from ai4land.grid import COARSE_DIMS, Grid, block_sum, make_grid
 from ai4land.legend import Legend, load_legend
-from ai4land.materialise import Layer, of_array
+from ai4land.store.shard import Layer, of_array
+from ai4land.store.write import write_store
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,21 @@ import zarr
 from affine import Affine
 
 from ai4land import alignment, inputs
-from ai4land.align import SCENARIO_YEARS, write_store
 from ai4land.alignment import align, check_years, read_layer
 from ai4land.config import StaticLayer
-from ai4land.contents import contents_of
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.grid import Window, make_grid, tiles
 from ai4land.legend import load_legend
-from ai4land.materialise import Layer
 from ai4land.rasters.items import forget_items, items_in
 from ai4land.rasters.landcover import find_maps
-from ai4land.read import open_store
 from ai4land.runfile import load_run
 from ai4land.scenario import luh2
 from ai4land.scenario.coarse import as_scenario
 from ai4land.scenario.luh2 import open_states
+from ai4land.store.contents import contents_of
+from ai4land.store.read import open_store
+from ai4land.store.shard import Layer
+from ai4land.store.write import SCENARIO_YEARS, write_store
 from ai4land.synthetic.planet import make_planet
 from tests.catalogs import make_item, save, write_cog
 from tests.runs import run_of, write_run

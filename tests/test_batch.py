@@ -20,7 +20,7 @@ from ai4land.losses import coarse_parts
 from ai4land.model.features import Feature, FeatureSpec
 from ai4land.model.unet import interpolate
 from ai4land.normalise import fit_spec
-from ai4land.read import open_store
+from ai4land.store.read import open_store
 
 PAIRS = ((2000, 2001), (2000, 2002), (2002, 2000))
 

@@ -16,9 +16,9 @@ import rasterio
 import yaml
 
 from ai4land.cube import cube
-from ai4land.read import open_store
 from ai4land.runfile import load_run
 from ai4land.splits import TEST, TRAIN, load_split
+from ai4land.store.read import open_store
 from ai4land.synthetic.planet import make_planet
 
 STAC = {"catalog": "catalog/catalog.json"}

@@ -8,7 +8,7 @@ from ai4land.legend import load_legend
 from ai4land.model.forward import ready
 from ai4land.normalise import fit_spec
 from ai4land.practice import CODES, practice_grid, practice_network, save_practice_model, write_practice_store
-from ai4land.read import open_store
+from ai4land.store.read import open_store
 
 
 @pytest.mark.parametrize("land", [1.0, 0.5])

@@ -14,7 +14,7 @@ from ai4land.errors import DataError, MismatchError
 from ai4land.model.forward import bfloat16_pays
 from ai4land.model.unet import UNet
 from ai4land.normalise import fit_spec
-from ai4land.read import open_store
+from ai4land.store.read import open_store
 from ai4land.train import Schedule, fit
 
 PAIRS = ((2000, 2001), (2001, 2002), (2000, 2002))

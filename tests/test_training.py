@@ -4,7 +4,7 @@ import numpy as np
 
 from ai4land import inputs, training
 from ai4land.grid import FINE_DIMS
-from ai4land.read import open_store
+from ai4land.store.read import open_store
 from tests.runs import SMALL, run_of
 
 

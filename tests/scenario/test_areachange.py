@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import block_sum, make_grid
 from ai4land.legend import MISSING, load_legend
-from ai4land.materialise import of_array
 from ai4land.rasters.landcover import find_maps
 from ai4land.scenario.areachange import open_change
+from ai4land.store.shard import of_array
 
 GRID = make_grid((0, 40, 20, 50), coarse_cell=5, factor=10, shard=20)
 LEGEND = load_legend("hildaplus_forest")

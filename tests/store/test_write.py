@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from ai4land.align import write_store
 from ai4land.cube.template import chunk_side
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import COARSE_DIMS, Grid, Window, make_grid
 from ai4land.legend import load_legend
-from ai4land.materialise import Layer, of_array
 from ai4land.rasters.read import open_raster
-from ai4land.read import check_identity, open_store
+from ai4land.store.read import check_identity, open_store
+from ai4land.store.shard import Layer, of_array
+from ai4land.store.write import write_store
 from ai4land.workers.cluster import local
 from tests.stores import write_tiny_store
 

@@ -3,7 +3,7 @@
 Zarr v3, sharded. Fine arrays have the shards of the grid and are made shard by shard, on Dask where there are workers: no
 layer is ever in memory whole. The coarse states stay coarse. The store is written beside its place and moved there when it
 is whole, so a store that exists is complete. It says in its attributes what it was made from (``identity``), and a store made
-from anything else is refused; and what it holds, in digests (:mod:`ai4land.contents`).
+from anything else is refused; and what it holds, in digests (:mod:`ai4land.store.contents`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ai4land.digests import combine_digests, digest_of
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, chunk_side, coarse_slices
 from ai4land.legend import Legend
-from ai4land.materialise import Layer, ShardTask, fill_rest, write_cover, write_static
 from ai4land.rasters.gaps import fill_near
-from ai4land.read import check_identity
+from ai4land.store.read import check_identity
+from ai4land.store.shard import Layer, ShardTask, fill_rest, write_cover, write_static
 from ai4land.stores import beside, sweep
 from ai4land.workers.tasks import each
 
@@ -76,7 +76,7 @@ def write_store(
     known
         Coarse cells that may be mapped; None: all.
     files
-        Input files, as noted by :func:`ai4land.contents.note_files`.
+        Input files, as noted by :func:`ai4land.store.contents.note_files`.
     client
         Of the workers that do the shards; this process does one after the other if None.
     progress

@@ -9,7 +9,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ai4land.contents import changed_files, contents_of, held_of, note_files, sample_of
+from ai4land.store.contents import changed_files, contents_of, held_of, note_files, sample_of
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
