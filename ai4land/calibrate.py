@@ -22,7 +22,6 @@ from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from ai4land.batch import PatchLoader
 from ai4land.config import RunConfig
 from ai4land.cost import Rates
 from ai4land.crosswalk import load_crosswalk
@@ -34,15 +33,16 @@ from ai4land.legend import Legend
 from ai4land.model.checkpoint import load_card
 from ai4land.model.features import FeatureSpec
 from ai4land.model.forward import Precision, bfloat16_pays, ready
-from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import predict
 from ai4land.reconstruct import BlockSettings, reconstruct_block, years_between
 from ai4land.rplan import plan_blocks
-from ai4land.splits import TRAIN
 from ai4land.stages import job_of, method_of
 from ai4land.store.read import Source, open_store, read_window_data
-from ai4land.train import Schedule, fit
+from ai4land.train.batch import PatchLoader
+from ai4land.train.loop import Schedule, fit
+from ai4land.train.normalise import fit_spec
+from ai4land.train.splits import TRAIN
 
 _SIDE = 720
 """Fine cells along the side of a practice store at most."""

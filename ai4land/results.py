@@ -24,12 +24,12 @@ from ai4land.inputs import Inputs, cubes_of
 from ai4land.legend import Legend
 from ai4land.model.checkpoint import load_card
 from ai4land.rivals import RIVALS, Wanted, mean_bias, rival_maps
-from ai4land.splits import TEST, VALIDATION, Scored, Split, load_split
 from ai4land.stages import method_of
 from ai4land.store.contents import held_of
 from ai4land.store.read import Source
 from ai4land.stores import Place, write_atomically
 from ai4land.tally import Classes, Maps, Probabilities
+from ai4land.train.splits import TEST, VALIDATION, Scored, Split, load_split
 
 _log = logging.getLogger(__name__)
 

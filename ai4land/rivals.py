@@ -19,11 +19,11 @@ from ai4land.inputs import cubes_of
 from ai4land.legend import MISSING
 from ai4land.model.checkpoint import load_card
 from ai4land.reconstruct import totals_of
-from ai4land.splits import TRAIN, Scored, Split
 from ai4land.stages import job_of
 from ai4land.store.read import Source, read_window_data
 from ai4land.suitability import Suitability, fit_suitability
 from ai4land.tally import Classes
+from ai4land.train.splits import TRAIN, Scored, Split
 
 RIVALS = ("persistence", "proportional", "gradient_boosting", "nearest")
 """Names of the rivals in ``evaluation.json``."""

@@ -147,7 +147,7 @@ def fit_suitability(
     pairs
         (reference year, year) of training. Without a reference map only the second years are used.
     spec
-        Of the same training cells, from :func:`~ai4land.normalise.fit_spec`.
+        Of the same training cells, from :func:`~ai4land.train.normalise.fit_spec`.
     with_reference
         Whether to start from a reference map.
     samples

@@ -23,29 +23,29 @@ from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from ai4land.alignment import align
-from ai4land.batch import PatchLoader
 from ai4land.config import HOW_TRAINED, RunConfig
-from ai4land.ddp import TORCHRUN, torchrun_group
 from ai4land.digests import digest
 from ai4land.errors import ConfigError, MismatchError
-from ai4land.gang import Member, gang
 from ai4land.grid import Grid
 from ai4land.hold import hold
 from ai4land.inputs import Inputs, Tell
-from ai4land.judge import fit_sharpness, gate
 from ai4land.legend import Legend
-from ai4land.losses import class_weights
 from ai4land.model import device
 from ai4land.model.checkpoint import Card, load_card, load_state, save_model
 from ai4land.model.ensemble import Ensemble
 from ai4land.model.features import FeatureSpec
 from ai4land.model.norm import ALONE, Group
 from ai4land.model.unet import UNet
-from ai4land.normalise import fit_spec, trained, training_tiles
-from ai4land.splits import TRAIN, VALIDATION, Split
 from ai4land.store.contents import contents_of
 from ai4land.store.read import open_store
-from ai4land.train import Schedule, Trained, fit
+from ai4land.train.batch import PatchLoader
+from ai4land.train.gang import Member, gang
+from ai4land.train.group import TORCHRUN, torchrun_group
+from ai4land.train.loop import Schedule, Trained, fit
+from ai4land.train.losses import class_weights
+from ai4land.train.normalise import fit_spec, trained, training_tiles
+from ai4land.train.splits import TRAIN, VALIDATION, Split
+from ai4land.train.validation import fit_sharpness, gate
 from ai4land.workers.slurm import job_end
 
 _log = logging.getLogger(__name__)

@@ -36,7 +36,6 @@ from rich.console import Console
 from rich.table import Column, Table
 from xbatcher import BatchGenerator
 
-from ai4land.batch import PatchLoader
 from ai4land.blocks import run_blocks
 from ai4land.config import ModelConfig, ReconstructConfig
 from ai4land.constrain.allocate import allocate
@@ -47,7 +46,6 @@ from ai4land.cube import cube
 from ai4land.cube.cube import Block
 from ai4land.cube.numbers import EMPTY, FRACTION_EMPTY, FRACTION_SCALE, SCALE, quantise
 from ai4land.cube.template import YEARS_A_SHARD
-from ai4land.gang import Member, gang
 from ai4land.grid import FINE_DIMS, Grid, Window, block_sum, coarse_window
 from ai4land.legend import MISSING, Legend, load_legend
 from ai4land.model.checkpoint import load_model
@@ -56,12 +54,14 @@ from ai4land.model.features import FeatureSpec, features
 from ai4land.model.forward import Forward, Precision
 from ai4land.model.norm import Group
 from ai4land.model.unet import UNet, interpolate
-from ai4land.normalise import fit_spec
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.predict import predict
 from ai4land.reconstruct import BlockSettings, reconstruct_block
 from ai4land.store.read import Source, open_store
-from ai4land.train import Schedule, fit
+from ai4land.train.batch import PatchLoader
+from ai4land.train.gang import Member, gang
+from ai4land.train.loop import Schedule, fit
+from ai4land.train.normalise import fit_spec
 from ai4land.workers.cluster import SETTINGS, local
 
 Arm = Callable[[], Callable[[], object]]
@@ -660,7 +660,7 @@ def first_patch_row(s: Setting) -> Row:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np\n"
         "from functools import partial; from pathlib import Path\n"
-        "from ai4land.store.read import open_store; from ai4land.batch import PatchLoader\n"
+        "from ai4land.store.read import open_store; from ai4land.train.batch import PatchLoader\n"
         "from ai4land.model.checkpoint import load_card; from ai4land.store.read import Source\n"
         "path = Path(sys.argv[2]); card = load_card(path.parent); grid = Source(path).grid\n"
         "cells = np.ones(grid.coarse.shape, dtype=bool)\n"

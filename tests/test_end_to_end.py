@@ -30,8 +30,8 @@ from ai4land.model.checkpoint import load_card, load_model, save_model
 from ai4land.model.forward import precision_of
 from ai4land.rplan import plan_blocks
 from ai4land.runfile import load_run
-from ai4land.splits import load_split
 from ai4land.store.read import open_store
+from ai4land.train.splits import load_split
 from tests import ROOT
 from tests.runs import CHECKPOINT, STEPS, ai4land, another_process, command, contents, write_run
 

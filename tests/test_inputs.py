@@ -13,7 +13,7 @@ from ai4land import inputs
 from ai4land.errors import ConfigError
 from ai4land.inputs import Inputs
 from ai4land.legend import load_legend
-from ai4land.splits import TEST, VALIDATION, Scored
+from ai4land.train.splits import TEST, VALIDATION, Scored
 from tests.runs import RUN, SMALL, run_of
 
 

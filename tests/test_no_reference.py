@@ -17,9 +17,9 @@ import yaml
 
 from ai4land.cube import cube
 from ai4land.runfile import load_run
-from ai4land.splits import TEST, TRAIN, load_split
 from ai4land.store.read import open_store
 from ai4land.synthetic.planet import make_planet
+from ai4land.train.splits import TEST, TRAIN, load_split
 
 STAC = {"catalog": "catalog/catalog.json"}
 RUN: dict[str, Any] = {

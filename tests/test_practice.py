@@ -6,9 +6,9 @@ import torch
 
 from ai4land.legend import load_legend
 from ai4land.model.forward import ready
-from ai4land.normalise import fit_spec
 from ai4land.practice import CODES, practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.store.read import open_store
+from ai4land.train.normalise import fit_spec
 
 
 @pytest.mark.parametrize("land", [1.0, 0.5])

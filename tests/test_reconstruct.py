@@ -23,13 +23,13 @@ from ai4land.model.checkpoint import Card, save_model
 from ai4land.model.ensemble import Ensemble
 from ai4land.model.forward import Forward
 from ai4land.model.unet import UNet
-from ai4land.normalise import fit_spec
 from ai4land.predict import predict
 from ai4land.reconstruct import BlockSettings, _placed, reconstruct_block, years_between
 from ai4land.rplan import land_of, plan_blocks
 from ai4land.runfile import load_run
 from ai4land.stages import credit_attrs
 from ai4land.store.read import Source, mapped_part, open_store
+from ai4land.train.normalise import fit_spec
 from tests.stores import write_tiny_store
 
 PAIRS = ((2000, 2001), (2001, 2003), (2003, 2000))

@@ -38,7 +38,7 @@ class Card(BaseModel):
     members, sharpness
         Of the :class:`ai4land.model.ensemble.Ensemble`.
     bfloat16
-        What :func:`ai4land.judge.gate` measured: whether the network may run in bfloat16.
+        What :func:`ai4land.train.validation.gate` measured: whether the network may run in bfloat16.
     cell
         Width and height of a fine cell in the units of the grid.
     weights

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import torch
 
-from ai4land.batch import Batch
-from ai4land.judge import fit_sharpness
 from ai4land.legend import MISSING
 from ai4land.model.ensemble import Ensemble
 from ai4land.model.unet import UNet
+from ai4land.train.batch import Batch
+from ai4land.train.validation import fit_sharpness
 
 CLASSES, FACTOR = 4, 8
 

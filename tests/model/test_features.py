@@ -11,7 +11,7 @@ from ai4land.errors import DataError
 from ai4land.grid import Window, make_grid
 from ai4land.legend import MISSING
 from ai4land.model.features import LEAD_SCALE, Feature, FeatureSpec, features
-from ai4land.normalise import fit_spec
+from ai4land.train.normalise import fit_spec
 
 SPEC = FeatureSpec(
     features=(Feature(name="height", mean=10.0, std=2.0), Feature(name="zone", codes=(3, 7)), Feature(name="rain")),

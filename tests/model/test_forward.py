@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from ai4land.batch import Batch
 from ai4land.errors import MismatchError
 from ai4land.grid import Window, coarse_window
-from ai4land.judge import gate
 from ai4land.model.checkpoint import load_card
 from ai4land.model.ensemble import Ensemble
 from ai4land.model.features import FeatureSpec
 from ai4land.model.forward import ACCURACY, AGREEMENT, Forward, bfloat16_pays, folded, precision_of, ready
+from ai4land.train.batch import Batch
+from ai4land.train.validation import gate
 from tests.models import CLASSES, FACTOR, randomised
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ai4land.ddp import joined, torchrun_group
 from ai4land.model.norm import ALONE, Group, Norm, shared_norms
+from ai4land.train.group import joined, torchrun_group
 from tests import ROOT
 
 SHAPE = (6, 3, 5, 4)
@@ -72,7 +72,7 @@ import sys, time, torch
 from datetime import timedelta
 from torch.distributed import FileStore
 from importlib import import_module
-from ai4land.ddp import joined
+from ai4land.train.group import joined
 from ai4land.errors import WorkerError
 from ai4land.model.norm import shared_norms
 

@@ -22,9 +22,9 @@ from typing import Any
 from distributed import Client, Future, Nanny, get_worker, wait
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from ai4land.ddp import ARRIVAL, joined, use_interface
 from ai4land.errors import AI4LandError, Unfinished, WorkerError
 from ai4land.model.norm import Group
+from ai4land.train.group import ARRIVAL, joined, use_interface
 
 _STORES: dict[str, Any] = {}
 """Key-value stores that this process serves, by the name of the generation."""

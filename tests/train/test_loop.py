@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from ai4land.batch import PatchLoader
 from ai4land.errors import DataError, MismatchError
 from ai4land.model.forward import bfloat16_pays
 from ai4land.model.unet import UNet
-from ai4land.normalise import fit_spec
 from ai4land.store.read import open_store
-from ai4land.train import Schedule, fit
+from ai4land.train.batch import PatchLoader
+from ai4land.train.loop import Schedule, fit
+from ai4land.train.normalise import fit_spec
 
 PAIRS = ((2000, 2001), (2001, 2002), (2000, 2002))
 
@@ -124,7 +124,7 @@ def test_training_stops_when_validation_no_longer_improves(tiny_store, tmp_path)
 
 
 def test_training_that_never_improves_says_that_the_weights_are_untrained(tiny_store, tmp_path, caplog):
-    with caplog.at_level("WARNING", "ai4land.train"):
+    with caplog.at_level("WARNING", "ai4land.train.loop"):
         assert run(tiny_store, tmp_path / "good", steps=6).best_step == 6 and not caplog.records
         result = run(tiny_store, tmp_path / "bad", steps=6, learning_rate=10.0, warmup=0, ema=0.0)
     untrained, _, _ = setup(tiny_store)

@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ai4land.batch import Batch, prefetched
 from ai4land.errors import DataError, MismatchError, Unfinished
 from ai4land.legend import MISSING
-from ai4land.losses import cell_weights, change_loss, impose_totals
 from ai4land.model.checkpoint import load_state, save_state
 from ai4land.model.device import device as device_of_process
 from ai4land.model.forward import bfloat16_pays
 from ai4land.model.norm import ALONE, Group, shared_norms
 from ai4land.model.unet import UNet
 from ai4land.stores import write_atomically
+from ai4land.train.batch import Batch, prefetched
+from ai4land.train.losses import cell_weights, change_loss, impose_totals
 
 _log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ai4land.ddp import torchrun_group
 from ai4land.errors import ConfigError
 from ai4land.model.checkpoint import WEIGHTS
 from ai4land.runfile import load_run
+from ai4land.train.group import torchrun_group
 from ai4land.workers.slurm import job_end
 from tests.runs import command, write_run
 

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from torch.nn import functional as F
 
 from ai4land.legend import MISSING
-from ai4land.losses import change_loss, class_weights, coarse_parts, total_prices
+from ai4land.train.losses import change_loss, class_weights, coarse_parts, total_prices
 
 CLASSES = 5
 

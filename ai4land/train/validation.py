@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ai4land.batch import Batch
 from ai4land.legend import MISSING
-from ai4land.losses import change_loss, impose_totals
 from ai4land.model.ensemble import Ensemble
 from ai4land.model.forward import folded
+from ai4land.train.batch import Batch
+from ai4land.train.losses import change_loss, impose_totals
 
 _RANGE = (0.25, 2.0)
 """Between which the sharpness is sought."""

@@ -12,15 +12,15 @@ import torch
 import xarray as xr
 import zarr
 
-from ai4land.batch import Batch, PatchLoader, disturbed, holes, prefetched, turned
 from ai4land.errors import DataError
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, make_grid
 from ai4land.legend import MISSING, load_legend
-from ai4land.losses import coarse_parts
 from ai4land.model.features import Feature, FeatureSpec
 from ai4land.model.unet import interpolate
-from ai4land.normalise import fit_spec
 from ai4land.store.read import open_store
+from ai4land.train.batch import Batch, PatchLoader, disturbed, holes, prefetched, turned
+from ai4land.train.losses import coarse_parts
+from ai4land.train.normalise import fit_spec
 
 PAIRS = ((2000, 2001), (2000, 2002), (2002, 2000))
 

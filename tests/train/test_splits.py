@@ -8,7 +8,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ai4land.errors import ConfigError, DataError, MismatchError
-from ai4land.splits import BUFFER, TEST, TRAIN, VALIDATION, Scored, Split, block_roles, load_split, make_split, training_pairs
+from ai4land.train.splits import (
+    BUFFER,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Scored,
+    Split,
+    block_roles,
+    load_split,
+    make_split,
+    training_pairs,
+)
 
 YEARS = st.sets(st.integers(2000, 2008), min_size=1, max_size=4)
 SCORED = st.none() | st.builds(lambda r, y: Scored(r, tuple(sorted(y))), st.none() | st.integers(2000, 2008), YEARS)

@@ -27,7 +27,7 @@ from ai4land.errors import DataError
 from ai4land.grid import FINE_DIMS, Grid, Window, coarse_slices, coarse_window, read_coarse
 from ai4land.legend import MISSING, Legend
 from ai4land.model.features import FeatureSpec, features
-from ai4land.normalise import trained
+from ai4land.train.normalise import trained
 
 _READERS = 2
 """Threads that read shards."""

@@ -1,0 +1,6 @@
+"""Training: splits, patches, the loss with the coarse totals imposed, the loop, and groups of processes that train together.
+
+May import :mod:`ai4land.model`, :mod:`ai4land.constrain`, :mod:`ai4land.store` and what lies below them.
+
+Start with :mod:`ai4land.train.loop`.
+"""
