@@ -34,9 +34,9 @@ from ai4land.model.checkpoint import load_card
 from ai4land.model.features import FeatureSpec
 from ai4land.model.forward import Precision, bfloat16_pays, ready
 from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
-from ai4land.predict import predict
-from ai4land.reconstruct import BlockSettings, reconstruct_block, years_between
-from ai4land.rplan import plan_blocks
+from ai4land.reconstruct.block import BlockSettings, reconstruct_block, years_between
+from ai4land.reconstruct.plan import plan_blocks
+from ai4land.reconstruct.predict import predict
 from ai4land.stages import job_of, method_of
 from ai4land.store.read import Source, open_store, read_window_data
 from ai4land.train.batch import PatchLoader

@@ -31,8 +31,8 @@ from ai4land.model.checkpoint import load_card
 from ai4land.model.unet import UNet
 from ai4land.plot import step_of
 from ai4land.practice import CODES
-from ai4land.reconstruct import sides, years_between
-from ai4land.rplan import plan_blocks, sides_of
+from ai4land.reconstruct.block import sides, years_between
+from ai4land.reconstruct.plan import plan_blocks, sides_of
 from ai4land.store.read import Source, mapped_part
 from ai4land.stores import folder_of
 

@@ -10,7 +10,7 @@ from ai4land.constrain.totals import STATEMENTS
 from ai4land.cost import STATIC_BYTES, Rates, count, estimate, network_of, scoring_memory
 from ai4land.cube import ledger
 from ai4land.inputs import Inputs, cubes_of
-from ai4land.rplan import plan_blocks
+from ai4land.reconstruct.plan import plan_blocks
 
 
 def plan(

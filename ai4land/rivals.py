@@ -18,7 +18,7 @@ from ai4land.grid import COARSE_DIMS, Window, block_sum, coarse_slices
 from ai4land.inputs import cubes_of
 from ai4land.legend import MISSING
 from ai4land.model.checkpoint import load_card
-from ai4land.reconstruct import totals_of
+from ai4land.reconstruct.block import totals_of
 from ai4land.stages import job_of
 from ai4land.store.read import Source, read_window_data
 from ai4land.suitability import Suitability, fit_suitability
@@ -32,7 +32,7 @@ _LEAST = 1e-9
 
 
 class Wanted:
-    """Class totals of each window, as :func:`ai4land.reconstruct.reconstruct_block` imposes them.
+    """Class totals of each window, as :func:`ai4land.reconstruct.block.reconstruct_block` imposes them.
 
     If the run imposes none, these are the totals it would impose, so that the error against the scenario can be measured.
 

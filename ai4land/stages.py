@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ai4land.alignment import align
-from ai4land.blocks import run_blocks
 from ai4land.config import RunConfig
 from ai4land.constrain.totals import STATEMENTS, Method
 from ai4land.cube import cube, ledger
@@ -27,8 +26,9 @@ from ai4land.hold import hold
 from ai4land.inputs import Inputs, Tell, cubes_of
 from ai4land.model.checkpoint import check_fits, load_model
 from ai4land.model.forward import Precision, precision_of
-from ai4land.reconstruct import BlockSettings
-from ai4land.rplan import land_of, plan_blocks
+from ai4land.reconstruct.block import BlockSettings
+from ai4land.reconstruct.blocks import run_blocks
+from ai4land.reconstruct.plan import land_of, plan_blocks
 from ai4land.runfile import load_run
 from ai4land.sources import known
 from ai4land.store.contents import held_of

@@ -14,7 +14,7 @@ import yaml
 
 from ai4land.config import RunConfig
 from ai4land.cube.cube import Block
-from ai4land.rplan import plan_blocks
+from ai4land.reconstruct.plan import plan_blocks
 from ai4land.runfile import load_run
 
 STEPS, CHECKPOINT = 45, 20

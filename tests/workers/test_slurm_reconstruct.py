@@ -137,7 +137,7 @@ def test_client_is_killed_and_the_run_is_run_again(whole, trained, monkeypatch):
 
 SLOW = """
 import time
-from ai4land import reconstruct
+from ai4land.reconstruct import block as reconstruct
 
 whole = reconstruct.reconstruct_block
 
@@ -170,7 +170,7 @@ def test_workers_leave_before_their_walltime_and_others_go_on(whole, trained, tm
 
 BREAKS = """
 import os, signal
-from ai4land import reconstruct
+from ai4land.reconstruct import block as reconstruct
 
 whole = reconstruct.reconstruct_block
 

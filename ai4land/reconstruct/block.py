@@ -30,7 +30,7 @@ from ai4land.errors import DataError
 from ai4land.grid import Window
 from ai4land.legend import Legend
 from ai4land.model.forward import Precision, ready
-from ai4land.predict import predict
+from ai4land.reconstruct.predict import predict
 from ai4land.store.read import Source, WindowData, read_window_data
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ai4land.blocks import run_blocks
 from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import cube, ledger
 from ai4land.cube.cube import Block
@@ -23,9 +22,10 @@ from ai4land.model.checkpoint import Card, save_model
 from ai4land.model.ensemble import Ensemble
 from ai4land.model.forward import Forward
 from ai4land.model.unet import UNet
-from ai4land.predict import predict
-from ai4land.reconstruct import BlockSettings, _placed, reconstruct_block, years_between
-from ai4land.rplan import land_of, plan_blocks
+from ai4land.reconstruct.block import BlockSettings, _placed, reconstruct_block, years_between
+from ai4land.reconstruct.blocks import run_blocks
+from ai4land.reconstruct.plan import land_of, plan_blocks
+from ai4land.reconstruct.predict import predict
 from ai4land.runfile import load_run
 from ai4land.stages import credit_attrs
 from ai4land.store.read import Source, mapped_part, open_store

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ai4land.cube.cube import Block
 from ai4land.errors import DataError, MismatchError, StoreError
-from ai4land.reconstruct import BlockSettings, reconstruct_block
+from ai4land.reconstruct.block import BlockSettings, reconstruct_block
 from ai4land.workers.tasks import TRIES, outcomes
 
 
