@@ -25,11 +25,11 @@ from ai4land.config import RunConfig
 from ai4land.cube.overviews import level_factors
 from ai4land.cube.template import VARIABLES, depths
 from ai4land.errors import ConfigError
+from ai4land.evaluate.plot import step_of
 from ai4land.grid import Window
 from ai4land.inputs import Inputs, cubes_of, needed_years
 from ai4land.model.checkpoint import load_card
 from ai4land.model.unet import UNet
-from ai4land.plot import step_of
 from ai4land.practice import CODES
 from ai4land.reconstruct.block import sides, years_between
 from ai4land.reconstruct.plan import plan_blocks, sides_of

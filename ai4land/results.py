@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land import plot
 from ai4land.alignment import align
 from ai4land.config import RunConfig
 from ai4land.cube import cube, ledger
 from ai4land.errors import DataError, MismatchError
-from ai4land.evaluate import evaluate_years
+from ai4land.evaluate import plot
+from ai4land.evaluate.evaluate import evaluate_years
+from ai4land.evaluate.tally import Classes, Maps, Probabilities
 from ai4land.grid import Window, coarse_slices
 from ai4land.hold import hold
 from ai4land.inputs import Inputs, cubes_of
@@ -28,7 +29,6 @@ from ai4land.stages import method_of
 from ai4land.store.contents import held_of
 from ai4land.store.read import Source
 from ai4land.stores import Place, write_atomically
-from ai4land.tally import Classes, Maps, Probabilities
 from ai4land.train.splits import TEST, VALIDATION, Scored, Split, load_split
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def evaluate(run: RunConfig, *, tell: Callable[[str], None] = _log.info) -> dict
     Returns
     -------
     dict
-        By split (``validation``, ``test``): what :func:`~ai4land.evaluate.evaluate_years` gives for ``model``, ``most_likely`` and
+        By split (``validation``, ``test``): what :func:`~ai4land.evaluate.evaluate.evaluate_years` gives for ``model``, ``most_likely`` and
         the rivals, and ``totals``.
 
     Raises

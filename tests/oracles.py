@@ -1,4 +1,4 @@
-"""Slow and plain scores from a three-way table of classes, to check :mod:`ai4land.scores` against."""
+"""Slow and plain scores from a three-way table of classes, to check :mod:`ai4land.evaluate.scores` against."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ai4land.evaluate.scores import coarse_errors, headline, number, ratio
 from ai4land.legend import MISSING
-from ai4land.scores import coarse_errors, headline, number, ratio
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a prediction, None where one is not defined; for the formulas see :func:`ai4land.scores.headline`."""
+    """Scores of a prediction, None where one is not defined; for the formulas see :func:`ai4land.evaluate.scores.headline`."""
 
     overall_accuracy: float | None
     macro_f1: float | None
@@ -41,7 +41,7 @@ def transition_table(
 
 
 def table_sums(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums of a table, as from :func:`ai4land.scores.score_sums` of a single group."""
+    """Sums of a table, as from :func:`ai4land.evaluate.scores.score_sums` of a single group."""
     confusion = table.sum(axis=0)
     i, j, k = np.ogrid[tuple(slice(s) for s in table.shape)]
     changed, foreseen = i != j, i != k

@@ -14,9 +14,10 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ai4land import inputs, plot, results
+from ai4land import inputs, results
 from ai4land.config import RunConfig
 from ai4land.errors import DataError, MismatchError
+from ai4land.evaluate import plot
 from ai4land.grid import COARSE_DIMS, Window, block_sum, coarse_slices
 from ai4land.legend import MISSING, load_legend
 from ai4land.reconstruct.plan import plan_blocks

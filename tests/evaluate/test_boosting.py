@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ai4land.errors import ConfigError, DataError, MismatchError
+from ai4land.evaluate.boosting import fit_suitability
+from ai4land.evaluate.boosting_sample import HALO, REACHES, Around, draw_sample
 from ai4land.grid import Window, tiles
 from ai4land.legend import MISSING
 from ai4land.store.read import Source, open_store
-from ai4land.suitability import fit_suitability
-from ai4land.suitability_sample import HALO, REACHES, Around, draw_sample
 from ai4land.train.normalise import fit_spec
 
 REFERENCE = {True: 2002, False: None}

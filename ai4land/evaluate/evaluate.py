@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land.bootstrap import intervals, summary
-from ai4land.change import square_sides
 from ai4land.errors import ConfigError, DataError
+from ai4land.evaluate.bootstrap import intervals, summary
+from ai4land.evaluate.change import square_sides
+from ai4land.evaluate.scores import per_class, ratio
+from ai4land.evaluate.tally import CHANGE, CONFIDENCE, TRUTH, Change, Maps, Sums, Tally, add_window
 from ai4land.grid import Window
-from ai4land.scores import per_class, ratio
-from ai4land.tally import CHANGE, CONFIDENCE, TRUTH, Change, Maps, Sums, Tally, add_window
 
 _log = logging.getLogger(__name__)
 LEADS = 10
@@ -51,7 +51,7 @@ def evaluate_years(
         Share of a coarse cell that must be scored for it to count in the coarse error.
     block, resamples, seed
         Coarse cells along one side of a block of the bootstrap, number of resamples, and their seed
-        (:mod:`ai4land.bootstrap`).
+        (:mod:`ai4land.evaluate.bootstrap`).
 
     Returns
     -------
@@ -62,14 +62,14 @@ def evaluate_years(
         - ``observed``: change of the truth since the reference map (``gross``, ``net`` over the region, ``coarse_net`` over
           coarse cells, and ``figure_of_merit_bound`` of maps of net changes: coarse net over gross), the same ``per_year``,
           the ``coarse_error`` of the truth itself (how far the scenario is from it), and its ``flicker``.
-        - for each prediction the scores of :func:`~ai4land.scores.headline`; ``coarse_error``; ``unpredicted_share`` (share of
+        - for each prediction the scores of :func:`~ai4land.evaluate.scores.headline`; ``coarse_error``; ``unpredicted_share`` (share of
           the area with a truth but without a prediction, left out of the scores); ``interval`` (95 %, by score);
-          ``figure_of_merit_by_side`` (of squares of so many cells a side, :func:`~ai4land.change.merit_parts`);
+          ``figure_of_merit_by_side`` (of squares of so many cells a side, :func:`~ai4land.evaluate.change.merit_parts`);
           ``per_year`` (the scores by year, as text, with ``interval`` and ``lead``); ``per_class`` (by class name);
           ``accuracy_loss`` (accuracy of the first year minus that of the last within 10 years of the reference map);
-          ``flicker`` and ``false_flicker`` (:class:`~ai4land.change.Flicker`): the share of the area that flickers, and that
+          ``flicker`` and ``false_flicker`` (:class:`~ai4land.evaluate.change.Flicker`): the share of the area that flickers, and that
           flickers where the truth does not; ``calibration`` and ``change_calibration``
-          (:class:`~ai4land.calibration.Reliability`), None where no probabilities are given.
+          (:class:`~ai4land.evaluate.reliability.Reliability`), None where no probabilities are given.
         - ``differences`` of ``model`` and ``most_likely`` from every other prediction, with their intervals.
 
         Numbers outside ``per_year`` pool all years: they are scores of the summed areas.

@@ -13,14 +13,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land.bootstrap import BlockSums, blocks_of
-from ai4land.calibration import Reliability
-from ai4land.change import Flicker, coarse_net, merit_parts, square_sides
 from ai4land.constrain.totals import mapped_shares
 from ai4land.errors import DataError
+from ai4land.evaluate.bootstrap import BlockSums, blocks_of
+from ai4land.evaluate.change import Flicker, coarse_net, merit_parts, square_sides
+from ai4land.evaluate.reliability import Reliability
+from ai4land.evaluate.scores import coarse_errors, observed_change, ratio, score_sums
 from ai4land.grid import Grid, Window
 from ai4land.legend import MISSING
-from ai4land.scores import coarse_errors, observed_change, ratio, score_sums
 
 TRUTH = "observed"
 """Name of the truth among the maps."""
@@ -120,8 +120,8 @@ class Change:
 class Tally:
     """Sums over windows of one or more years, for the truth and all predictions.
 
-    ``blocks`` holds by block and name the ``3 n + 8`` sums of :func:`ai4land.bootstrap.all_scores`; ``merit`` by name and side
-    the sums of :func:`ai4land.change.merit_parts`.
+    ``blocks`` holds by block and name the ``3 n + 8`` sums of :func:`ai4land.evaluate.bootstrap.all_scores`; ``merit`` by name and side
+    the sums of :func:`ai4land.evaluate.change.merit_parts`.
     """
 
     names: list[str]
@@ -176,7 +176,7 @@ class Site:
     areas
         Area of a cell of each row.
     ids, place
-        Blocks of the bootstrap, see :func:`ai4land.bootstrap.blocks_of`.
+        Blocks of the bootstrap, see :func:`ai4land.evaluate.bootstrap.blocks_of`.
     min_coverage
         Share of a coarse cell that must be scored for it to count in the coarse error.
     """

@@ -12,9 +12,9 @@ from hypothesis.extra import numpy as hnp
 
 from ai4land.constrain.totals import mapped_shares
 from ai4land.errors import DataError
+from ai4land.evaluate.scores import headline, number, observed_change, per_class, score_sums
 from ai4land.grid import tiles
 from ai4land.legend import MISSING
-from ai4land.scores import headline, number, observed_change, per_class, score_sums
 from tests.oracles import coarse_error, scores, table_sums, transition_table
 
 # Ten cells of area 1, classes 0, 1, 2:                 hit hit miss wrong false  stay stay stay stay stay

@@ -275,7 +275,7 @@ def reliability_figure(
     Parameters
     ----------
     tables
-        Tables of :class:`ai4land.calibration.Reliability` by name, the model first. Bins of less than 0.01 % of the area are
+        Tables of :class:`ai4land.evaluate.reliability.Reliability` by name, the model first. Bins of less than 0.01 % of the area are
         omitted.
     path
         To write.

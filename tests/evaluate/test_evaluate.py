@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ai4land.change import coarse_net
 from ai4land.constrain.totals import mapped_shares
 from ai4land.errors import ConfigError, DataError
-from ai4land.evaluate import evaluate_years
+from ai4land.evaluate.change import coarse_net
+from ai4land.evaluate.evaluate import evaluate_years
+from ai4land.evaluate.scores import observed_change, per_class
+from ai4land.evaluate.tally import Maps
 from ai4land.grid import Grid, Window, coarse_slices, make_grid
 from ai4land.legend import MISSING, load_legend
-from ai4land.scores import observed_change, per_class
-from ai4land.tally import Maps
 from tests.oracles import scores, table_sums, transition_table
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ai4land.calibration import BINS, Reliability
 from ai4land.errors import DataError
+from ai4land.evaluate.reliability import BINS, Reliability
 
 FINE = 4096
 

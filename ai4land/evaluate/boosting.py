@@ -18,10 +18,10 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from threadpoolctl import threadpool_limits
 
 from ai4land.errors import ConfigError, MismatchError
+from ai4land.evaluate.boosting_sample import HALO, Around, Floats, Place, change_columns, coarse_place, draw_sample, is_category
 from ai4land.grid import Window
 from ai4land.model.features import FeatureSpec
 from ai4land.store.read import Source
-from ai4land.suitability_sample import HALO, Around, Floats, Place, change_columns, coarse_place, draw_sample, is_category
 
 _log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from ai4land.errors import DataError
+from ai4land.evaluate.tally import TRUTH, Change, Maps, Sums, Tally, add_window
 from ai4land.grid import Window, make_grid, tiles
 from ai4land.legend import MISSING
-from ai4land.tally import TRUTH, Change, Maps, Sums, Tally, add_window
 
 GRID = make_grid((0, 0, 16, 16), coarse_cell=4, factor=4, shard=8)
 YEARS = (2001, 2002, 2003)

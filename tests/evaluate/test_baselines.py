@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ai4land.baselines import nearest_coarse, persistence, proportional_allocation
 from ai4land.constrain.quotas import class_quotas, integer_quotas
 from ai4land.errors import DataError
+from ai4land.evaluate.baselines import nearest_coarse, persistence, proportional_allocation
 from ai4land.grid import block_sum
 from ai4land.legend import MISSING
 

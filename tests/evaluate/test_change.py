@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ai4land.change import Flicker, coarse_net, merit_parts, square_sides
+from ai4land.evaluate.change import Flicker, coarse_net, merit_parts, square_sides
+from ai4land.evaluate.scores import observed_change, ratio
 from ai4land.legend import MISSING
-from ai4land.scores import observed_change, ratio
 from tests.oracles import scores, transition_table
 
 AREAS = np.linspace(1, 2, 8)

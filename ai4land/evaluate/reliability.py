@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ai4land.errors import DataError
-from ai4land.scores import ratio
+from ai4land.evaluate.scores import ratio
 
 BINS = 15
 """Equal bins of the reliability diagram, as in Guo et al. (2017)."""

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ai4land.bootstrap import BlockSums, all_scores, blocks_of, draw, interval, intervals, summary
+from ai4land.evaluate.bootstrap import BlockSums, all_scores, blocks_of, draw, interval, intervals, summary
 from ai4land.grid import Grid, Window, make_grid, tiles
 
 GRID: Grid = make_grid((-180, -90, 180, 90), coarse_cell=30, factor=2, shard=12)
@@ -71,7 +71,7 @@ def test_draws_are_sums_of_blocks_drawn_with_replacement() -> None:
 def test_draws_do_not_depend_on_how_many_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = np.random.default_rng(1).random((5, 2))
     whole = draw(sums, resamples=50, seed=3)
-    monkeypatch.setattr("ai4land.bootstrap._AT_ONCE", 12)
+    monkeypatch.setattr("ai4land.evaluate.bootstrap._AT_ONCE", 12)
     np.testing.assert_allclose(draw(sums, resamples=50, seed=3), whole)
 
 

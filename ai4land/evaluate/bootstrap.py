@@ -2,7 +2,7 @@
 
 Neighbouring cells resemble each other, so whole blocks of coarse cells are drawn instead of single cells, each with all its
 cells and years (block bootstrap; Künsch 1989, Annals of Statistics 17:1217-1241). The scores of each resample are computed from
-sums of areas per block (:func:`ai4land.scores.score_sums`). Two predictions are compared on the same draws, so that places
+sums of areas per block (:func:`ai4land.evaluate.scores.score_sums`). Two predictions are compared on the same draws, so that places
 that are hard for both do not blur their difference.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ai4land.evaluate.scores import headline, number
 from ai4land.grid import Grid, Window
-from ai4land.scores import headline, number
 
 LEVEL = 0.95
 """Share of the resamples within an interval."""
@@ -127,7 +127,7 @@ def interval(samples: NDArray[np.float64], level: float = LEVEL) -> list[float] 
 def all_scores(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """Compute the scores of sums ``(…, 3 n + 8)``.
 
-    The last axis holds the sums of :func:`ai4land.scores.score_sums`, then the weighted error against the coarse totals, its
+    The last axis holds the sums of :func:`ai4land.evaluate.scores.score_sums`, then the weighted error against the coarse totals, its
     weight, the area without a prediction, and the area to score.
     """
     extra = sums[..., -_EXTRA:]

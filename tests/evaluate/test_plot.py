@@ -13,11 +13,8 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from PIL import Image
 
-from ai4land.calibration import Reliability
 from ai4land.errors import DataError
-from ai4land.grid import Window, tiles
-from ai4land.legend import MISSING, load_legend
-from ai4land.plot import (
+from ai4land.evaluate.plot import (
     DPI,
     HITS_COLOURS,
     MAX_SIDE,
@@ -29,6 +26,9 @@ from ai4land.plot import (
     step_of,
     thin,
 )
+from ai4land.evaluate.reliability import Reliability
+from ai4land.grid import Window, tiles
+from ai4land.legend import MISSING, load_legend
 
 LEGEND = load_legend("hildaplus")
 EXTENT = (10.0, 47.0, 13.0, 49.0)
