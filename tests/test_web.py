@@ -264,7 +264,7 @@ def test_the_catalogue_leads_to_the_cube(url):
 
 
 def test_every_link_of_a_published_run_is_answered(tmp_path):
-    """A catalogue by :mod:`ai4land.publish`, followed from page to page as a browser of catalogues does."""
+    """A catalogue by :mod:`ai4land.publish.catalogue`, followed from page to page as a browser of catalogues does."""
     run = make_run(tmp_path, sources=["hildaplus-v2"])
     publish_run(run, cog=[2004])
     with running(make_app(str(run.folder / "cube.zarr"))) as (url, _):

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from ai4land.credits import credits_of
 from ai4land.errors import ConfigError
+from ai4land.publish.credits import credits_of
 from ai4land.sources import known
 
 

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pystac.validation import validate_dict
 
-from ai4land.credits import Credit
 from ai4land.cube.describe import read_map
 from ai4land.grid import make_grid
-from ai4land.stac import classes, collection, credit_fields, item, plain, year_end, year_start
+from ai4land.publish.credits import Credit
+from ai4land.publish.stac import classes, collection, credit_fields, item, plain, year_end, year_start
 from tests.cubes import bare_cube
 
 

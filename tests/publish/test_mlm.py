@@ -4,11 +4,11 @@ import hashlib
 
 import pytest
 
-from ai4land.credits import Credit
 from ai4land.cube.describe import read_map
 from ai4land.errors import DataError, MismatchError
-from ai4land.mlm import checksum, model_collection, model_item
 from ai4land.model.checkpoint import save_model
+from ai4land.publish.credits import Credit
+from ai4land.publish.mlm import checksum, model_collection, model_item
 from tests.cubes import bare_cube
 from tests.models import LEGEND, SPEC, card, network
 

@@ -31,13 +31,13 @@ from starlette.staticfiles import StaticFiles
 from zarr.storage import ObjectStore
 
 from ai4land.config import RunConfig
-from ai4land.credits import credits_of
 from ai4land.cube import cube
 from ai4land.errors import ConfigError, DataError, MismatchError
-from ai4land.export import equal_area
 from ai4land.legend import Legend
 from ai4land.model.checkpoint import save_model
-from ai4land.publish import publish
+from ai4land.publish.catalogue import publish
+from ai4land.publish.credits import credits_of
+from ai4land.publish.export import equal_area
 from ai4land.rasters.items import load_asset
 from ai4land.rpublish import publish_run
 from ai4land.sources import known

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ai4land import stac
-from ai4land.credits import Credit
 from ai4land.cube.describe import Flag, Map
 from ai4land.errors import DataError, MismatchError
 from ai4land.model.checkpoint import CARD, WEIGHTS, Card
 from ai4land.model.features import Feature
+from ai4land.publish import stac
+from ai4land.publish.credits import Credit
 
 MLM = "https://stac-extensions.github.io/mlm/v1.5.0/schema.json"
 TASKS = ["semantic-segmentation", "downscaling"]

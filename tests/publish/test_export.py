@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from odc.geo.geobox import GeoBox
 
 from ai4land.cube.describe import Flag
-from ai4land.export import SIDE, equal_area, thumbnail, write_cog
+from ai4land.publish.export import SIDE, equal_area, thumbnail, write_cog
 
 FLAGS = (Flag(0, "sea", "#ffffff"), Flag(3, "land", "#00aa00"), Flag(9, "ice", "#0000ff"))
 COLOURS = {f.code: [int(f.colour[i : i + 2], 16) for i in (1, 3, 5)] for f in FLAGS}

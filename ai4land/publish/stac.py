@@ -13,8 +13,8 @@ from typing import Any
 
 from odc.geo.geobox import GeoBox
 
-from ai4land.credits import LICENCE, Credit
 from ai4land.cube.describe import Flag, Map
+from ai4land.publish.credits import LICENCE, Credit
 
 STAC_VERSION = "1.1.0"
 _AT = "https://stac-extensions.github.io/{}/schema.json"
