@@ -346,7 +346,7 @@ def serve(
 
     Example: ai4land serve runs/demo/cube.zarr
     """
-    from ai4land.serve import serve as start
+    from ai4land.serve.server import serve as start
 
     start(cube, host=host, port=port, catalogue=catalog, cors=cors, tell=_tell)
 

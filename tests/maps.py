@@ -12,10 +12,10 @@ from odc.geo.geobox import GeoBox
 from PIL import Image
 from zarr.codecs import ZstdCodec
 
-from ai4land.atlas import open_atlas
 from ai4land.cube.template import days_since_1970
 from ai4land.grid import centres, spatial_ref
 from ai4land.legend import load_legend
+from ai4land.serve.atlas import open_atlas
 
 HILDA = load_legend("hildaplus")
 FLAGS = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in HILDA.flag_attrs().items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import uvicorn
 
-from ai4land.serve import listen
+from ai4land.serve.server import listen
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ import urllib.request
 import pytest
 
 import ai4land
-from ai4land import serve
 from ai4land.errors import ConfigError, DataError
+from ai4land.serve import server
 from tests import ROOT
 from tests.maps import some_codes, write_maps
 
@@ -104,31 +104,31 @@ def test_sigterm_ends_it_too(cube):
 
 def test_it_says_how_to_reach_it_from_elsewhere_and_who_can(monkeypatch):
     monkeypatch.delenv("SSH_CONNECTION", raising=False)
-    assert serve.greeting("c.zarr", host="127.0.0.1", port=8123) == ["c.zarr is at http://127.0.0.1:8123/ (Ctrl-C ends it)"]
+    assert server.greeting("c.zarr", host="127.0.0.1", port=8123) == ["c.zarr is at http://127.0.0.1:8123/ (Ctrl-C ends it)"]
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.7 50000 192.0.2.5 22")
-    line = serve.greeting("c.zarr", host="127.0.0.1", port=8123)[1]
+    line = server.greeting("c.zarr", host="127.0.0.1", port=8123)[1]
     assert re.search(r"ssh -L 8123:127\.0\.0\.1:8123 \S+@192\.0\.2\.5, then open http://127\.0\.0\.1:8123/", line)
-    lines = serve.greeting("c.zarr", host="0.0.0.0", port=8123)
+    lines = server.greeting("c.zarr", host="0.0.0.0", port=8123)
     assert lines[0].startswith("c.zarr is at http://127.0.0.1:8123/") and "public to everyone" in lines[1] and len(lines) == 2
-    assert "any web page" in serve.greeting("c.zarr", host="127.0.0.1", port=8123, cors=True)[-1]
-    assert "http://[::1]:8123/" in serve.greeting("c.zarr", host="::1", port=8123)[0]
+    assert "any web page" in server.greeting("c.zarr", host="127.0.0.1", port=8123, cors=True)[-1]
+    assert "http://[::1]:8123/" in server.greeting("c.zarr", host="::1", port=8123)[0]
 
 
 def test_a_port_that_is_taken_and_one_that_is_none(cube):
     text = r"which is in use on 127\.0\.0\.1; give another, or --port 0"
-    with serve.listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match=text):
-        serve.serve(str(cube), port=taken.getsockname()[1])
+    with server.listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match=text):
+        server.serve(str(cube), port=taken.getsockname()[1])
     with pytest.raises(ConfigError, match="port is 70000, expected 0"):
-        serve.listen("127.0.0.1", 70000)
+        server.listen("127.0.0.1", 70000)
     with pytest.raises(ConfigError, match="which has no address"):
-        serve.listen("no.such.host.invalid", 0)
+        server.listen("no.such.host.invalid", 0)
     with pytest.raises(ConfigError, match="cannot be opened"):
-        serve.listen("192.0.2.77", 0)
+        server.listen("192.0.2.77", 0)
 
 
 def test_what_is_no_cube_is_said_before_listening(tmp_path):
     with pytest.raises(DataError, match="no cube at"):
-        serve.serve(str(tmp_path / "none.zarr"))
+        server.serve(str(tmp_path / "none.zarr"))
     done = subprocess.run(
         [sys.executable, "-m", "ai4land.cli", "serve", tmp_path / "none.zarr"], capture_output=True, text=True, timeout=60
     )
@@ -142,7 +142,7 @@ def test_a_missing_library_is_named(monkeypatch, cube, name):
         monkeypatch.delitem(sys.modules, f"ai4land.{module}", raising=False)
         monkeypatch.delattr(ai4land, module, raising=False)
     with pytest.raises(ConfigError, match=r'serving needs .* run: pip install "ai4land\[serve\]"'):
-        serve.serve(str(cube))
+        server.serve(str(cube))
 
 
 def test_a_catalogue_elsewhere_and_readers_of_other_sites_are_asked_for(cube, tmp_path):

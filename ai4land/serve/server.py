@@ -1,4 +1,4 @@
-"""Listen for browsers and readers: the address, the port, the end. What is answered is in :mod:`ai4land.web`."""
+"""Listen for browsers and readers: the address, the port, the end. What is answered is in :mod:`ai4land.serve.app`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def serve(
     with _needed():
         import uvicorn
 
-        from ai4land.web import make_app
+        from ai4land.serve.app import make_app
     app = make_app(path, catalogue=catalogue, cors=cors)
 
     with listen(host, port) as sock:

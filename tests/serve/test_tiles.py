@@ -8,7 +8,7 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 
-from ai4land.tiles import choose, point, series, tile
+from ai4land.serve.tiles import choose, point, series, tile
 from tests.maps import HILDA, only, pixels, some_codes, write_maps
 
 RGB = {c.code: (*bytes.fromhex(c.colour[1:]), 255) for c in HILDA.classes}

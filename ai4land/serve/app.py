@@ -38,9 +38,9 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
-from ai4land import tiles
-from ai4land.atlas import Atlas, Part, open_atlas, remote, version_of
 from ai4land.errors import ConfigError
+from ai4land.serve import tiles
+from ai4land.serve.atlas import Atlas, Part, open_atlas, remote, version_of
 from ai4land.stores import folder_of
 
 THREADS = 4
@@ -83,14 +83,14 @@ def make_app(path: str, *, catalogue: Path | None = None, cors: bool = False) ->
     path
         Folder or address of the cube.
     catalogue, cors
-        As in :func:`ai4land.serve.serve`.
+        As in :func:`ai4land.serve.server.serve`.
     """
     folder = folder_of(path)
     catalogue = _catalogue(folder, catalogue)
     maps = _Maps(open_atlas(path), catalogue)
     name = folder.resolve().name if folder else urlsplit(path).path.rstrip("/").rpartition("/")[2]
     cube = folder_endpoint(folder, CUBE_FILE, {}) if folder else _redirect(path)
-    page = Path(str(files("ai4land").joinpath("page")))
+    page = Path(str(files("ai4land").joinpath("serve", "page")))
     routes = [
         Route("/info.json", maps.info),
         Route("/tiles/{tile:path}", maps.tile),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pyproj import CRS, Transformer
 
-from ai4land.atlas import EQUATOR, MAX_ZOOM, METRES, WORLD, Level, Part
+from ai4land.serve.atlas import EQUATOR, MAX_ZOOM, METRES, WORLD, Level, Part
 
 SIDE = 256
 

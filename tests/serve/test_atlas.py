@@ -8,12 +8,12 @@ import zarr
 from affine import Affine
 from odc.geo.geobox import GeoBox
 
-from ai4land.atlas import MOST_CELLS, open_atlas, version_of
 from ai4land.cube import cube
 from ai4land.cube.numbers import EMPTY, FRACTION_EMPTY, FRACTION_SCALE
 from ai4land.errors import ConfigError, DataError
 from ai4land.grid import centres, make_grid, spatial_ref
-from ai4land.tiles import point, tile
+from ai4land.serve.atlas import MOST_CELLS, open_atlas, version_of
+from ai4land.serve.tiles import point, tile
 from tests.cubes import write_block
 from tests.maps import CODES, FLAGS, HILDA, only, pixels, plain, some_codes, write_maps
 

@@ -15,7 +15,7 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 from PIL import Image
 
-from ai4land.web import make_app
+from ai4land.serve.app import make_app
 from tests.maps import FLAGS, HILDA, some_codes, write_maps
 from tests.servers import running
 

@@ -19,12 +19,12 @@ import xarray as xr
 import zarr
 from PIL import Image
 
-from ai4land.atlas import open_atlas
 from ai4land.cube.cube import open_cube
 from ai4land.errors import ConfigError, DataError
 from ai4land.rpublish import publish_run
-from ai4land.tiles import point, series, tile
-from ai4land.web import make_app
+from ai4land.serve.app import make_app
+from ai4land.serve.atlas import open_atlas
+from ai4land.serve.tiles import point, series, tile
 from tests.maps import HILDA, some_codes, write_maps
 from tests.published import make_run
 from tests.servers import running
