@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import ai4land
-from ai4land.config import RunConfig, plain_path
 from ai4land.errors import AI4LandError, ConfigError, DataError, Unfinished
-from ai4land.runfile import load_run
+from ai4land.run.config import RunConfig, plain_path
+from ai4land.run.file import load_run
 
 if TYPE_CHECKING:
     from ai4land.stores import Place
@@ -100,27 +100,27 @@ def _workers(run: RunConfig) -> Iterator[None]:
 
 
 def _train(run: RunConfig) -> None:
-    from ai4land import training
+    from ai4land.run import train
 
     with _bar("train") as bar:
 
         def step(number: int, row: dict[str, float]) -> None:
             bar(number, run.train.members * run.train.steps, f"loss {row['loss']:.4f}")
 
-        training.train(run, tell=_tell, progress=step)
+        train.train(run, tell=_tell, progress=step)
 
 
 def _reconstruct(run: RunConfig) -> Place:
-    from ai4land import stages
+    from ai4land.run import reconstruct
 
     with _bar("reconstruct") as bar:
-        return stages.reconstruct(run, tell=_tell, progress=lambda done, total: bar(done, total, "blocks"))
+        return reconstruct.reconstruct(run, tell=_tell, progress=lambda done, total: bar(done, total, "blocks"))
 
 
 def _evaluate(run: RunConfig) -> dict[str, Any]:
-    from ai4land import results
+    from ai4land.run import evaluate
 
-    scores = results.evaluate(run, tell=_tell)
+    scores = evaluate.evaluate(run, tell=_tell)
     for split in ("validation", "test"):
         if split in scores:
             _out.print(score_table(scores[split], title=f"{run.name}: {split} {_span(scores[split]['years'])}"))
@@ -157,15 +157,15 @@ def plan(
 
     Example: ai4land plan pipelines/bavaria.yaml --calibrate
     """
-    from ai4land import cost, results
-    from ai4land.calibrate import calibrate as measure
+    from ai4land.run import cost, evaluate
+    from ai4land.run.timing import calibrate as measure
 
     config = load_run(run, overrides or [])
     if calibrate and device:
         raise ConfigError("--calibrate and --device are both given, expected one; rates are either measured here or stated")
     rates = measure(config, tell=_tell) if calibrate else cost.rates_of(config, device) if device else None
     table = Table(title=f"plan of {run}", show_header=False)
-    for name, value in results.plan(config, rates=rates, workers=workers, land=land, cuda=device is not None):
+    for name, value in evaluate.plan(config, rates=rates, workers=workers, land=land, cuda=device is not None):
         table.add_row(name, value)
     _out.print(table)
     cost.refuse(config, workers=workers, land=land, device=device)
@@ -177,7 +177,7 @@ def align(run: RunFile, overrides: Overrides = None) -> None:
 
     Example: ai4land align pipelines/bavaria.yaml
     """
-    from ai4land.alignment import align as make
+    from ai4land.run.align import align as make
 
     config = load_run(run, overrides or [])
     with _workers(config):
@@ -232,7 +232,7 @@ def publish(
 
     Example: ai4land publish pipelines/bavaria.yaml --cog 2015
     """
-    from ai4land.rpublish import publish_run as write
+    from ai4land.run.publish import publish_run as write
 
     _out.print(str(write(load_run(run, overrides or []), to=to, base_url=base_url, cog=cog or [], tell=_tell)), soft_wrap=True)
 
@@ -249,8 +249,8 @@ def run_all(run: RunFile, overrides: Overrides = None) -> None:
 
 
 def _whole(config: RunConfig) -> None:
-    from ai4land.cost import refuse
-    from ai4land.hold import hold
+    from ai4land.run.cost import refuse
+    from ai4land.run.hold import hold
 
     refuse(config)
     with hold(config.folder):
@@ -270,8 +270,8 @@ def verify(
 
     Example: ai4land verify runs/bavaria/cube.zarr
     """
-    from ai4land import stages
     from ai4land.cube.verify import verify
+    from ai4land.run import reconstruct
 
     with _bar("verify") as bar:
         found = verify(cube, progress=lambda done, total: bar(done, total, "objects"))
@@ -282,9 +282,9 @@ def verify(
         return
     if check:
         raise DataError(f"{len(found)} things are wrong with cube {cube}; mend them with: ai4land verify {cube}")
-    config = stages.run_of(cube, run)
+    config = reconstruct.run_of(cube, run)
     with _workers(config), _bar("mend") as bar:
-        stages.mend(config, cube, found, tell=_tell, progress=lambda done, total: bar(done, total, "blocks"))
+        reconstruct.mend(config, cube, found, tell=_tell, progress=lambda done, total: bar(done, total, "blocks"))
     _out.print(f"{cube} is mended and as its ledger says", soft_wrap=True)
 
 

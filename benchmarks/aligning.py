@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/aligning.py FOLDER      # 933 million cells per layer; takes minutes and gigabytes
 
-writes GeoTIFFs of the whole globe into FOLDER, aligns them with ``ai4land.alignment.align`` on the workers of this machine,
+writes GeoTIFFs of the whole globe into FOLDER, aligns them with ``ai4land.run.align.align`` on the workers of this machine,
 and prints the time, the size of one layer and the peak memory of each process.
 """
 
@@ -28,14 +28,14 @@ from distributed import Client
 from numpy.typing import NDArray
 from rasterio.windows import Window as Box
 
-from ai4land.alignment import align
-from ai4land.config import RunConfig
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, tiles
 from ai4land.legend import load_legend
-from ai4land.practice import practice_grid
 from ai4land.rasters.gaps import fill_near
 from ai4land.rasters.landcover import find_maps
 from ai4land.rasters.read import open_raster
+from ai4land.run.align import align
+from ai4land.run.config import RunConfig
+from ai4land.run.practice import practice_grid
 from ai4land.store.shard import Layer
 from ai4land.store.write import write_store
 
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    from ai4land.inputs import Inputs
+    from ai4land.run.inputs import Inputs
 
     run = globe_run(folder)
     grid = Inputs.of(run).grid

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import psutil
 
-from ai4land.alignment import align
-from ai4land.calibrate import calibrate
-from ai4land.cost import count, estimate
 from ai4land.cube.template import VARIABLES
-from ai4land.inputs import cubes_of
-from ai4land.runfile import load_run
-from ai4land.stages import reconstruct
-from ai4land.training import train
+from ai4land.run.align import align
+from ai4land.run.cost import count, estimate
+from ai4land.run.file import load_run
+from ai4land.run.inputs import cubes_of
+from ai4land.run.reconstruct import reconstruct
+from ai4land.run.timing import calibrate
+from ai4land.run.train import train
 
 
 class Watch(threading.Thread):

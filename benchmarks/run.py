@@ -36,7 +36,6 @@ from rich.console import Console
 from rich.table import Column, Table
 from xbatcher import BatchGenerator
 
-from ai4land.config import ModelConfig, ReconstructConfig
 from ai4land.constrain.allocate import allocate
 from ai4land.constrain.project import project
 from ai4land.constrain.quotas import add_change, level_quotas
@@ -53,10 +52,11 @@ from ai4land.model.features import FeatureSpec, features
 from ai4land.model.forward import Forward, Precision
 from ai4land.model.norm import Group
 from ai4land.model.unet import UNet, interpolate
-from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.reconstruct.block import BlockSettings, reconstruct_block
 from ai4land.reconstruct.blocks import run_blocks
 from ai4land.reconstruct.predict import predict
+from ai4land.run.config import ModelConfig, ReconstructConfig
+from ai4land.run.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.store.read import Source, open_store
 from ai4land.train.batch import PatchLoader
 from ai4land.train.gang import Member, gang

@@ -11,9 +11,9 @@ import re
 import sys
 from pathlib import Path
 
-from ai4land.config import RunConfig
-from ai4land.cost import count, estimate, rates_of
-from ai4land.runfile import load_run
+from ai4land.run.config import RunConfig
+from ai4land.run.cost import count, estimate, rates_of
+from ai4land.run.file import load_run
 
 LAND = 0.45
 """Approximate share of shards with land, for shards of 12 degrees and of 10."""

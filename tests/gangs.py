@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 
-from ai4land import training
 from ai4land.model.checkpoint import WEIGHTS
-from ai4land.runfile import load_run
+from ai4land.run import train as training
+from ai4land.run.file import load_run
 from ai4land.train.gang import gang
 from ai4land.workers.cluster import local
 from tests.runs import write_run

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ai4land.config import RunConfig
 from ai4land.cube import cube
 from ai4land.cube.numbers import FRACTION_EMPTY, SCALE
 from ai4land.grid import Window, make_grid
 from ai4land.legend import Legend, load_legend
 from ai4land.model.checkpoint import save_model
+from ai4land.run.config import RunConfig
 from tests.cubes import write_block
 from tests.models import card, network
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from ai4land.config import RunConfig
 from ai4land.cube.cube import Block
 from ai4land.reconstruct.plan import plan_blocks
-from ai4land.runfile import load_run
+from ai4land.run.config import RunConfig
+from ai4land.run.file import load_run
 
 STEPS, CHECKPOINT = 45, 20
 STAC = {"catalog": "catalog/catalog.json"}
@@ -125,7 +125,7 @@ def blocks_of(file: Path) -> list[Block]:
     return plan_blocks(folder_of(file) / "store.zarr", years=TINY_YEARS, reference=2004, years_a_shard=2)
 
 
-HOLDER = "import sys, time, pathlib\nfrom ai4land.hold import hold\nwith hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)"
+HOLDER = "import sys, time, pathlib\nfrom ai4land.run.hold import hold\nwith hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)"
 
 
 @contextmanager

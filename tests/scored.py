@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import zarr
 
-from ai4land import inputs
-from ai4land.config import RunConfig
 from ai4land.cube import cube
 from ai4land.cube.numbers import FRACTION_EMPTY, FRACTION_SCALE
 from ai4land.model.checkpoint import Card, save_model
 from ai4land.model.unet import UNet
 from ai4land.reconstruct.plan import land_of, plan_blocks
+from ai4land.run import inputs
+from ai4land.run.config import RunConfig
 from ai4land.store.read import Source, open_store
 from ai4land.train.normalise import fit_spec
 from tests.cubes import write_block

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import ai4land
 from ai4land import cli
-from ai4land.runfile import load_run
+from ai4land.run.file import load_run
 from tests import ROOT
 
 VERBS = ["plan", "align", "train", "reconstruct", "evaluate", "publish", "run", "verify", "commit", "fetch", "serve", "demo"]

@@ -19,8 +19,7 @@ import pytest
 import rasterio
 from affine import Affine
 
-from ai4land import cli, results, stages, training
-from ai4land.alignment import align
+from ai4land import cli
 from ai4land.cube import cube, ledger
 from ai4land.cube.claim import claim
 from ai4land.cube.verify import strike, verify
@@ -29,7 +28,11 @@ from ai4land.model.checkpoint import load_card, load_model, save_model
 from ai4land.model.forward import precision_of
 from ai4land.reconstruct.blocks import run_blocks
 from ai4land.reconstruct.plan import plan_blocks
-from ai4land.runfile import load_run
+from ai4land.run import evaluate as results
+from ai4land.run import reconstruct as stages
+from ai4land.run import train as training
+from ai4land.run.align import align
+from ai4land.run.file import load_run
 from ai4land.store.read import open_store
 from ai4land.train.splits import load_split
 from tests import ROOT

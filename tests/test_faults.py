@@ -20,7 +20,7 @@ import pytest
 
 from ai4land.cube import cube, ledger
 from ai4land.cube.verify import verify
-from ai4land.runfile import load_run
+from ai4land.run.file import load_run
 from ai4land.stores import names, read
 from tests.proxy import s3_environment
 from tests.runs import TINY, ai4land, blocks_of, command, contents, folder_of, write_run

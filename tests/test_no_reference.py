@@ -16,7 +16,7 @@ import rasterio
 import yaml
 
 from ai4land.cube import cube
-from ai4land.runfile import load_run
+from ai4land.run.file import load_run
 from ai4land.store.read import open_store
 from ai4land.synthetic.planet import make_planet
 from ai4land.train.splits import TEST, TRAIN, load_split

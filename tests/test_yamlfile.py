@@ -4,7 +4,7 @@ import pytest
 
 from ai4land.errors import ConfigError
 from ai4land.legend import load_legend
-from ai4land.runfile import load_run
+from ai4land.run.file import load_run
 from ai4land.yamlfile import LARGEST, parse_yaml, read_yaml
 
 

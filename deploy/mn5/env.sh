@@ -78,5 +78,5 @@ ai4land_until_done() {
 
 # ai4land_folder RUN.yaml [KEY=VALUE]...: print the folder of a run.
 ai4land_folder() {
-    "${AI4LAND_IN[@]}" python -c 'import sys; from ai4land.runfile import load_run; print(load_run(sys.argv[1], sys.argv[2:]).folder)' "$@"
+    "${AI4LAND_IN[@]}" python -c 'import sys; from ai4land.run.file import load_run; print(load_run(sys.argv[1], sys.argv[2:]).folder)' "$@"
 }

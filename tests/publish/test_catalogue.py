@@ -30,7 +30,6 @@ from starlette.applications import Starlette
 from starlette.staticfiles import StaticFiles
 from zarr.storage import ObjectStore
 
-from ai4land.config import RunConfig
 from ai4land.cube import cube
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.legend import Legend
@@ -39,7 +38,8 @@ from ai4land.publish.catalogue import publish
 from ai4land.publish.credits import credits_of
 from ai4land.publish.export import equal_area
 from ai4land.rasters.items import load_asset
-from ai4land.rpublish import publish_run
+from ai4land.run.config import RunConfig
+from ai4land.run.publish import publish_run
 from ai4land.sources import known
 from ai4land.sources.search import find_items
 from tests import ROOT
@@ -344,7 +344,7 @@ def test_published_again_gives_the_same_bytes(published):
     run, path = published
     before = contents(path.parent)
     code = (
-        "import sys; from pathlib import Path; from ai4land.rpublish import publish_run; from ai4land.config import RunConfig;"
+        "import sys; from pathlib import Path; from ai4land.run.publish import publish_run; from ai4land.run.config import RunConfig;"
         "publish_run(RunConfig.model_validate_json(sys.argv[1]), cog=[2004, 2100])"
     )
     subprocess.run([sys.executable, "-c", code, run.model_dump_json()], check=True, timeout=60, cwd=ROOT)

@@ -26,8 +26,8 @@ from ai4land.reconstruct.block import BlockSettings, _placed, reconstruct_block,
 from ai4land.reconstruct.blocks import run_blocks
 from ai4land.reconstruct.plan import land_of, plan_blocks
 from ai4land.reconstruct.predict import predict
-from ai4land.runfile import load_run
-from ai4land.stages import credit_attrs
+from ai4land.run.file import load_run
+from ai4land.run.reconstruct import credit_attrs
 from ai4land.store.read import Source, mapped_part, open_store
 from ai4land.train.normalise import fit_spec
 from tests.stores import write_tiny_store

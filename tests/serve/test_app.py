@@ -21,7 +21,7 @@ from PIL import Image
 
 from ai4land.cube.cube import open_cube
 from ai4land.errors import ConfigError, DataError
-from ai4land.rpublish import publish_run
+from ai4land.run.publish import publish_run
 from ai4land.serve.app import make_app
 from ai4land.serve.atlas import open_atlas
 from ai4land.serve.tiles import point, series, tile

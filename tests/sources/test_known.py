@@ -12,9 +12,9 @@ from pystac.validation.stac_validator import STACValidator
 
 from ai4land.crosswalk import load_crosswalk
 from ai4land.errors import ConfigError
-from ai4land.inputs import needed_years
 from ai4land.legend import load_legend
-from ai4land.runfile import load_run, pipelines
+from ai4land.run.file import load_run, pipelines
+from ai4land.run.inputs import needed_years
 from ai4land.sources.known import catalog_path, credits_of, licence_of, load_source
 
 KNOWN = {p.parent.name: load_source(p.parent.name) for p in sorted(catalog_path().parent.glob("*/collection.json"))}

@@ -11,8 +11,8 @@ from pathlib import Path
 import dask
 import pytest
 
-from ai4land import training
 from ai4land.errors import DataError, WorkerError
+from ai4land.run import train as training
 from ai4land.train.gang import Member, gang
 from ai4land.workers.cluster import local
 from tests.gangs import CHECKPOINT, STEPS, losses, pids, steps, train, weights

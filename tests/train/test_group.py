@@ -13,7 +13,7 @@ import pytest
 
 from ai4land.errors import ConfigError
 from ai4land.model.checkpoint import WEIGHTS
-from ai4land.runfile import load_run
+from ai4land.run.file import load_run
 from ai4land.train.group import torchrun_group
 from ai4land.workers.slurm import job_end
 from tests.runs import command, write_run

@@ -18,7 +18,7 @@ import pytest
 from ai4land.cube import ledger
 from ai4land.cube.cube import Block
 from ai4land.grid import Window
-from ai4land.runfile import load_run
+from ai4land.run.file import load_run
 from tests.runs import TINY, blocks_of, command, contents, folder_of, write_run
 from tests.slurm import squeue
 from tests.strangers import assert_strangers_are_refused

@@ -13,8 +13,8 @@ from functools import partial
 import dask
 import pytest
 
-from ai4land import training
-from ai4land.runfile import load_run
+from ai4land.run import train as training
+from ai4land.run.file import load_run
 from tests.gangs import CHECKPOINT, STEPS, losses, pids, steps, train, weights
 from tests.runs import ai4land, command
 from tests.waiting import until

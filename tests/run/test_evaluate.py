@@ -14,14 +14,15 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ai4land import inputs, results
-from ai4land.config import RunConfig
 from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import plot
 from ai4land.grid import COARSE_DIMS, Window, block_sum, coarse_slices
 from ai4land.legend import MISSING, load_legend
 from ai4land.reconstruct.plan import plan_blocks
-from ai4land.rivals import Wanted
+from ai4land.run import evaluate as results
+from ai4land.run import inputs
+from ai4land.run.config import RunConfig
+from ai4land.run.rivals import Wanted
 from ai4land.store.read import Source, open_store
 from ai4land.store.shard import Layer, of_array
 from ai4land.store.write import write_store

@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ai4land.config import FractionsConfig, Luh2Config, RunConfig, SharesConfig
 from ai4land.crosswalk import Crosswalk, load_crosswalk
 from ai4land.cube.ledger import part
 from ai4land.digests import digest
 from ai4land.errors import ConfigError
 from ai4land.grid import Grid, make_grid
 from ai4land.legend import Legend, load_legend
+from ai4land.run.config import FractionsConfig, Luh2Config, RunConfig, SharesConfig
 from ai4land.scenario.coarse import held_years
 from ai4land.scenario.fractions import FractionFile, fraction_years
 from ai4land.stores import Place, folder_of

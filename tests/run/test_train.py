@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ai4land import inputs, training
 from ai4land.grid import FINE_DIMS
+from ai4land.run import inputs
+from ai4land.run import train as training
 from ai4land.store.read import open_store
 from tests.runs import SMALL, run_of
 

@@ -10,18 +10,18 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ai4land.config import RunConfig
 from ai4land.constrain.allocate import allocate
 from ai4land.constrain.totals import Totals
 from ai4land.evaluate.baselines import nearest_coarse, persistence, proportional_allocation
 from ai4land.evaluate.boosting import Suitability, fit_suitability
 from ai4land.evaluate.tally import Classes
 from ai4land.grid import COARSE_DIMS, Window, block_sum, coarse_slices
-from ai4land.inputs import cubes_of
 from ai4land.legend import MISSING
 from ai4land.model.checkpoint import load_card
 from ai4land.reconstruct.block import totals_of
-from ai4land.stages import job_of
+from ai4land.run.config import RunConfig
+from ai4land.run.inputs import cubes_of
+from ai4land.run.reconstruct import job_of
 from ai4land.store.read import Source, read_window_data
 from ai4land.train.splits import TRAIN, Scored, Split
 

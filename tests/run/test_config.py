@@ -7,9 +7,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ai4land.config import Coordinate, LandCoverConfig, RunConfig, StaticLayer
 from ai4land.errors import ConfigError
-from ai4land.runfile import load_run, pipelines
+from ai4land.run.config import Coordinate, LandCoverConfig, RunConfig, StaticLayer
+from ai4land.run.file import load_run, pipelines
 
 SECTIONS = ("grid", "landcover", "scenario", "static", "split", "model", "train", "reconstruct")
 
@@ -174,7 +174,7 @@ def test_static_layer_method_follows_its_kind():
 
 
 @pytest.mark.parametrize(
-    "text", ["- a\n", "", "name: [", "plain", "1: 2\n", "!!python/object:ai4land.config.ModelConfig {}", b"\xff\xfe\x00"]
+    "text", ["- a\n", "", "name: [", "plain", "1: 2\n", "!!python/object:ai4land.run.config.ModelConfig {}", b"\xff\xfe\x00"]
 )
 def test_files_that_are_no_run_are_refused(tmp_path, text):
     path = tmp_path / "run.yaml"

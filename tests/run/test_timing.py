@@ -5,11 +5,11 @@ import math
 
 import pytest
 
-from ai4land.calibrate import _line, _outward, calibrate
-from ai4land.cost import count, estimate
 from ai4land.cube.cube import Block
 from ai4land.grid import Window
-from ai4land.runfile import load_run
+from ai4land.run.cost import count, estimate
+from ai4land.run.file import load_run
+from ai4land.run.timing import _line, _outward, calibrate
 
 SMALL = [
     "grid.factor=20",

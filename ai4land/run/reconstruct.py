@@ -1,4 +1,4 @@
-"""The stage that maps: from a run's configuration to blocks on a cluster (training is in :mod:`ai4land.training`).
+"""The stage that maps: from a run's configuration to blocks on a cluster (training is in :mod:`ai4land.run.train`).
 
 It looks whether its result is there and is that of this configuration, and does only what is missing. This is
 the last place that knows configuration objects: what it calls takes plain values.
@@ -14,27 +14,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ai4land.alignment import align
-from ai4land.config import RunConfig
 from ai4land.constrain.totals import STATEMENTS, Method
 from ai4land.cube import cube, ledger
 from ai4land.cube.claim import claim
 from ai4land.cube.verify import Damage, strike, verify
 from ai4land.digests import digest
 from ai4land.errors import ConfigError, DataError
-from ai4land.hold import hold
-from ai4land.inputs import Inputs, Tell, cubes_of
 from ai4land.model.checkpoint import check_fits, load_model
 from ai4land.model.forward import Precision, precision_of
 from ai4land.reconstruct.block import BlockSettings
 from ai4land.reconstruct.blocks import run_blocks
 from ai4land.reconstruct.plan import land_of, plan_blocks
-from ai4land.runfile import load_run
+from ai4land.run.align import align
+from ai4land.run.config import RunConfig
+from ai4land.run.file import load_run
+from ai4land.run.hold import hold
+from ai4land.run.inputs import Inputs, Tell, cubes_of
+from ai4land.run.train import fingerprint_of
 from ai4land.sources import known
 from ai4land.store.contents import held_of
 from ai4land.store.read import Source, open_store
 from ai4land.stores import Place, folder_of
-from ai4land.training import fingerprint_of
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def _reconstruct(
     run: RunConfig, claims: ExitStack, tokens: dict[Place, str], tell: Tell, progress: Callable[[int, int], None] | None
 ) -> Place:
     """Make the cubes; ``tokens`` are those of the claims that the caller holds on some of them."""
-    from ai4land.cost import network_of, worker_memory
+    from ai4land.run.cost import network_of, worker_memory
     from ai4land.workers.cluster import connect
     from ai4land.workers.slurm import cores_of_worker
 

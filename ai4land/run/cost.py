@@ -1,7 +1,7 @@
 """What a run takes, before it runs: work that is counted, times rates that are measured or stated.
 
 The work follows from the run file and, where the analysis-ready store is there, from its mask. The rates are those of
-:func:`ai4land.calibrate.calibrate` on this machine, or those of a stated device (:data:`DEVICES`), which are estimates from
+:func:`ai4land.run.timing.calibrate` on this machine, or those of a stated device (:data:`DEVICES`), which are estimates from
 its data sheet. Counted are training and reconstruction, which is what nodes are asked for; reading the inputs and scoring are not.
 """
 
@@ -21,18 +21,18 @@ from distributed.system import MEMORY_LIMIT
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
-from ai4land.config import RunConfig
 from ai4land.cube.overviews import level_factors
 from ai4land.cube.template import VARIABLES, depths
 from ai4land.errors import ConfigError
 from ai4land.evaluate.plot import step_of
 from ai4land.grid import Window
-from ai4land.inputs import Inputs, cubes_of, needed_years
 from ai4land.model.checkpoint import load_card
 from ai4land.model.unet import UNet
-from ai4land.practice import CODES
 from ai4land.reconstruct.block import sides, years_between
 from ai4land.reconstruct.plan import plan_blocks, sides_of
+from ai4land.run.config import RunConfig
+from ai4land.run.inputs import Inputs, cubes_of, needed_years
+from ai4land.run.practice import CODES
 from ai4land.store.read import Source, mapped_part
 from ai4land.stores import folder_of
 

@@ -22,15 +22,15 @@ from distributed import Client
 from distributed.system import MEMORY_LIMIT
 from numpy.typing import NDArray
 
-from ai4land.config import Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.grid import FINE_DIMS, Grid, Window
-from ai4land.hold import hold
-from ai4land.inputs import Inputs, Tell, fraction_files, held_states, map_source, mask_year, needed_years
 from ai4land.legend import Legend
 from ai4land.rasters.items import forget_items, items_in, load_asset
 from ai4land.rasters.landcover import AnnualMap, CatalogMap, find_catalog_maps, find_maps
 from ai4land.rasters.read import open_raster
+from ai4land.run.config import Coordinate, FractionsConfig, Luh2Config, RunConfig, SharesConfig, StaticLayer
+from ai4land.run.hold import hold
+from ai4land.run.inputs import Inputs, Tell, fraction_files, held_states, map_source, mask_year, needed_years
 from ai4land.scenario.areachange import open_change
 from ai4land.scenario.fractions import open_fractions
 from ai4land.scenario.luh2 import open_states

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from ai4land import inputs
 from ai4land.grid import Window, block_sum
 from ai4land.legend import MISSING
-from ai4land.rivals import RIVALS, Wanted, mean_bias, rival_maps
+from ai4land.run import inputs
+from ai4land.run.rivals import RIVALS, Wanted, mean_bias, rival_maps
 from ai4land.store.read import Source
 from ai4land.train.splits import Scored
 from tests.scored import prepare, run_in

@@ -6,7 +6,7 @@ import torch
 
 from ai4land.legend import load_legend
 from ai4land.model.forward import ready
-from ai4land.practice import CODES, practice_grid, practice_network, save_practice_model, write_practice_store
+from ai4land.run.practice import CODES, practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.store.read import open_store
 from ai4land.train.normalise import fit_spec
 

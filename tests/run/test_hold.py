@@ -11,10 +11,10 @@ import sys
 
 import pytest
 
-from ai4land.alignment import align
 from ai4land.errors import MismatchError
-from ai4land.hold import hold
-from ai4land.training import train
+from ai4land.run.align import align
+from ai4land.run.hold import hold
+from ai4land.run.train import train
 from tests.runs import another_process, run_of
 
 

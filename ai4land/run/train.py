@@ -22,13 +22,9 @@ import yaml
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
-from ai4land.alignment import align
-from ai4land.config import HOW_TRAINED, RunConfig
 from ai4land.digests import digest
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.grid import Grid
-from ai4land.hold import hold
-from ai4land.inputs import Inputs, Tell
 from ai4land.legend import Legend
 from ai4land.model import device
 from ai4land.model.checkpoint import Card, load_card, load_state, save_model
@@ -36,6 +32,10 @@ from ai4land.model.ensemble import Ensemble
 from ai4land.model.features import FeatureSpec
 from ai4land.model.norm import ALONE, Group
 from ai4land.model.unet import UNet
+from ai4land.run.align import align
+from ai4land.run.config import HOW_TRAINED, RunConfig
+from ai4land.run.hold import hold
+from ai4land.run.inputs import Inputs, Tell
 from ai4land.store.contents import contents_of
 from ai4land.store.read import open_store
 from ai4land.train.batch import PatchLoader
@@ -144,7 +144,7 @@ def _network(run: RunConfig, lesson: Lesson) -> UNet:
 
 def _on_workers(run: RunConfig, lesson: Lesson, *, tell: Tell, progress: Progress | None) -> None:
     """Train on the workers of a cluster."""
-    from ai4land.cost import network_of, training_memory
+    from ai4land.run.cost import network_of, training_memory
     from ai4land.workers.cluster import connect
     from ai4land.workers.slurm import cores_of_worker
 

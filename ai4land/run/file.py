@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ai4land.config import RunConfig
 from ai4land.errors import ConfigError
+from ai4land.run.config import RunConfig
 from ai4land.yamlfile import parse_yaml, read_yaml
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ai4land.config import RunConfig
 from ai4land.constrain.totals import STATEMENTS
-from ai4land.cost import STATIC_BYTES, Rates, count, estimate, network_of, scoring_memory
 from ai4land.cube import ledger
-from ai4land.inputs import Inputs, cubes_of
 from ai4land.reconstruct.plan import plan_blocks
+from ai4land.run.config import RunConfig
+from ai4land.run.cost import STATIC_BYTES, Rates, count, estimate, network_of, scoring_memory
+from ai4land.run.inputs import Inputs, cubes_of
 
 
 def plan(
@@ -25,7 +25,7 @@ def plan(
     run
         The configuration.
     rates
-        Measured or stated (:mod:`ai4land.cost`); without them no time is estimated.
+        Measured or stated (:mod:`ai4land.run.cost`); without them no time is estimated.
     workers
         Default: those of the run file.
     land

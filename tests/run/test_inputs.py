@@ -9,10 +9,10 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ai4land import inputs
 from ai4land.errors import ConfigError
-from ai4land.inputs import Inputs
 from ai4land.legend import load_legend
+from ai4land.run import inputs
+from ai4land.run.inputs import Inputs
 from ai4land.train.splits import TEST, VALIDATION, Scored
 from tests.runs import RUN, SMALL, run_of
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from ai4land import cost
-from ai4land.cost import DEVICES, Memory, Rates, count, estimate, operations, rates_of, refusals, refuse
 from ai4land.errors import ConfigError
-from ai4land.runfile import load_run
+from ai4land.run import cost
+from ai4land.run.cost import DEVICES, Memory, Rates, count, estimate, operations, rates_of, refusals, refuse
+from ai4land.run.file import load_run
 
 RATES = Rates(step=0.1, scored=0.05, forward=1e-6, host=2e-6, shard=0.01, read=1e-7, hands=1, turns=False, about="of the tests")
 

@@ -22,22 +22,22 @@ from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from ai4land.config import RunConfig
-from ai4land.cost import Rates
 from ai4land.crosswalk import load_crosswalk
 from ai4land.cube import cube
 from ai4land.cube.cube import Block
 from ai4land.grid import Grid, Window
-from ai4land.inputs import Inputs
 from ai4land.legend import Legend
 from ai4land.model.checkpoint import load_card
 from ai4land.model.features import FeatureSpec
 from ai4land.model.forward import Precision, bfloat16_pays, ready
-from ai4land.practice import practice_grid, practice_network, save_practice_model, write_practice_store
 from ai4land.reconstruct.block import BlockSettings, reconstruct_block, years_between
 from ai4land.reconstruct.plan import plan_blocks
 from ai4land.reconstruct.predict import predict
-from ai4land.stages import job_of, method_of
+from ai4land.run.config import RunConfig
+from ai4land.run.cost import Rates
+from ai4land.run.inputs import Inputs
+from ai4land.run.practice import practice_grid, practice_network, save_practice_model, write_practice_store
+from ai4land.run.reconstruct import job_of, method_of
 from ai4land.store.read import Source, open_store, read_window_data
 from ai4land.train.batch import PatchLoader
 from ai4land.train.loop import Schedule, fit

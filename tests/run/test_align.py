@@ -10,15 +10,16 @@ import rasterio
 import zarr
 from affine import Affine
 
-from ai4land import alignment, inputs
-from ai4land.alignment import align, check_years, read_layer
-from ai4land.config import StaticLayer
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.grid import Window, make_grid, tiles
 from ai4land.legend import load_legend
 from ai4land.rasters.items import forget_items, items_in
 from ai4land.rasters.landcover import find_maps
-from ai4land.runfile import load_run
+from ai4land.run import align as alignment
+from ai4land.run import inputs
+from ai4land.run.align import align, check_years, read_layer
+from ai4land.run.config import StaticLayer
+from ai4land.run.file import load_run
 from ai4land.scenario import luh2
 from ai4land.scenario.coarse import as_scenario
 from ai4land.scenario.luh2 import open_states

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ai4land.alignment import align
-from ai4land.config import RunConfig
 from ai4land.cube import cube, ledger
 from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import plot
 from ai4land.evaluate.evaluate import evaluate_years
 from ai4land.evaluate.tally import Classes, Maps, Probabilities
 from ai4land.grid import Window, coarse_slices
-from ai4land.hold import hold
-from ai4land.inputs import Inputs, cubes_of
 from ai4land.legend import Legend
 from ai4land.model.checkpoint import load_card
-from ai4land.rivals import RIVALS, Wanted, mean_bias, rival_maps
-from ai4land.stages import method_of
+from ai4land.run.align import align
+from ai4land.run.config import RunConfig
+from ai4land.run.hold import hold
+from ai4land.run.inputs import Inputs, cubes_of
+from ai4land.run.reconstruct import method_of
+from ai4land.run.rivals import RIVALS, Wanted, mean_bias, rival_maps
 from ai4land.store.contents import held_of
 from ai4land.store.read import Source
 from ai4land.stores import Place, write_atomically
