@@ -21,7 +21,7 @@ from ai4land.run.config import RunConfig, plain_path
 from ai4land.run.file import load_run
 
 if TYPE_CHECKING:
-    from ai4land.stores import Place
+    from ai4land.places import Place
 
 app = typer.Typer(
     help="Annual high-resolution land cover from coarse land-use scenarios.\n\n"

@@ -29,6 +29,7 @@ from ai4land.cube.numbers import FRACTION_EMPTY, FRACTION_SCALE
 from ai4land.cube.writer import Writer
 from ai4land.grid import COARSE_DIMS, Grid, Window, block_sum
 from ai4land.legend import MISSING
+from ai4land.places import folder_of
 from ai4land.run.config import RunConfig
 from ai4land.run.cost import PROCESS_BYTES, figures_memory, network_of, scoring_memory, training_memory
 from ai4land.run.evaluate import evaluate, figures
@@ -37,7 +38,6 @@ from ai4land.run.train import train
 from ai4land.store.read import Source
 from ai4land.store.shard import Layer
 from ai4land.store.write import write_store
-from ai4land.stores import folder_of
 
 YEARS = (2000, 2001, 2002)
 NUMBERS = 8

@@ -25,7 +25,7 @@ from distributed import Client
 from pystac.stac_io import DefaultStacIO
 from pystac.validation.stac_validator import JsonSchemaSTACValidator
 
-from ai4land import stores
+from ai4land import places
 from ai4land.model.checkpoint import save_model
 from ai4land.synthetic.planet import make_planet
 from ai4land.workers.cluster import SETTINGS
@@ -142,10 +142,10 @@ def s3(_s3_started: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     for name, value in s3_environment(_s3_started).items():
         monkeypatch.setenv(name, value)
     _s3_started.mode = "pass"
-    stores._remote.cache_clear()
+    places._remote.cache_clear()
     yield _s3_started
     _s3_started.mode = "pass"
-    stores._remote.cache_clear()
+    places._remote.cache_clear()
 
 
 @pytest.fixture

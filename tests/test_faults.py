@@ -20,8 +20,8 @@ import pytest
 
 from ai4land.cube import cube, ledger
 from ai4land.cube.verify import verify
+from ai4land.places import names, read
 from ai4land.run.file import load_run
-from ai4land.stores import names, read
 from tests.proxy import s3_environment
 from tests.runs import TINY, ai4land, blocks_of, command, contents, folder_of, write_run
 from tests.waiting import until

@@ -24,7 +24,7 @@ from zarr.core.sync import sync
 
 from ai4land.cube.ledger import CLAIM, ledger_path
 from ai4land.errors import MismatchError, StoreError
-from ai4land.stores import Place, Unlockable, delete, folder_of, lock, open_place, read, write, writing
+from ai4land.places import Place, Unlockable, delete, folder_of, lock, open_place, read, write, writing
 
 _BEAT = 5.0
 """Seconds between two renewals of a claim in an object store."""

@@ -21,7 +21,7 @@ from ai4land.cube.template import YEARS_A_SHARD, history, make_template
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import Grid, Window
 from ai4land.legend import Legend
-from ai4land.stores import Place, inside, names, open_place, read, write
+from ai4land.places import Place, inside, names, open_place, read, write
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from odc.geo.geobox import GeoBox
 
 from ai4land.digests import digest
 from ai4land.errors import DataError
-from ai4land.stores import Place, open_place
+from ai4land.places import Place, open_place
 
 _STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ai4land.stores import Place, delete, folder_of, inside, names, read, write, writing
+from ai4land.places import Place, delete, folder_of, inside, names, read, write, writing
 
 TEMPLATE = "template.json"
 CLAIM = "claim"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ai4land.cube import ledger
 from ai4land.cube.cube import encode, public_documents, template_of, whole_years
 from ai4land.cube.template import VARIABLES
-from ai4land.stores import Place, delete, names, read
+from ai4land.places import Place, delete, names, read
 
 _READERS = 8
 

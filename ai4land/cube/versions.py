@@ -26,7 +26,7 @@ from ai4land.cube import ledger
 from ai4land.cube.cube import encode, public_documents, template_of, whole_years
 from ai4land.digests import digest
 from ai4land.errors import ConfigError, DataError, MismatchError
-from ai4land.stores import Place, folder_of, names, open_place
+from ai4land.places import Place, folder_of, names, open_place
 
 if TYPE_CHECKING:
     import icechunk

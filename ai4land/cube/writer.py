@@ -19,7 +19,7 @@ from ai4land.cube.overviews import reduce_classes
 from ai4land.cube.template import VARIABLES
 from ai4land.grid import Window
 from ai4land.legend import MISSING, Legend
-from ai4land.stores import Place, delete, write
+from ai4land.places import Place, delete, write
 
 
 class Writer:

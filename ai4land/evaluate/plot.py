@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ai4land.errors import DataError
 from ai4land.grid import Window
 from ai4land.legend import MISSING, Legend
-from ai4land.stores import write_atomically
+from ai4land.places import write_atomically
 
 DPI = 150
 MAX_SIDE = 1600

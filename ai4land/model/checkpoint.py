@@ -69,7 +69,7 @@ class Card(BaseModel):
 
 def save_model(folder: Path, members: list[dict[str, torch.Tensor]], card: Card) -> Card:
     """Write the weights of every member and the card; return the card with their number and the checksum of the weights."""
-    from ai4land.stores import write_atomically  # here, as it loads Zarr, which a user of the weights need not have
+    from ai4land.places import write_atomically  # here, as it loads Zarr, which a user of the weights need not have
 
     named = {f"{i}.{name}": value for i, weights in enumerate(members) for name, value in weights.items()}
     data = save({name: value.detach().cpu().contiguous() for name, value in sorted(named.items())})
@@ -145,7 +145,7 @@ def check_fits(card: Card, *, legend: Legend, feature_names: list[str], states: 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write the state that training resumes from."""
-    from ai4land.stores import write_atomically  # here, as it loads Zarr
+    from ai4land.places import write_atomically  # here, as it loads Zarr
 
     buffer = io.BytesIO()
     torch.save(state, buffer)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from ai4land.errors import ConfigError
-from ai4land.stores import Unlockable, lock
+from ai4land.places import Unlockable, lock
 
 if TYPE_CHECKING:
     import torch

@@ -25,9 +25,9 @@ from ai4land.cube.describe import Map, open_group, read_map
 from ai4land.cube.ledger import part_of
 from ai4land.errors import ConfigError, DataError
 from ai4land.model.checkpoint import CARD, Card, load_card
+from ai4land.places import Place, beside, folder_of, inside, sweep
 from ai4land.publish import export, mlm, stac
 from ai4land.publish.credits import LICENCE, Credit
-from ai4land.stores import Place, beside, folder_of, inside, sweep
 
 Tell = Callable[[str], None]
 _log = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ai4land.errors import ConfigError, MismatchError
 from ai4land.grid import FINE_DIMS, Grid, Window
 from ai4land.legend import Legend
+from ai4land.places import sweep
 from ai4land.rasters.items import forget_items, items_in, load_asset
 from ai4land.rasters.landcover import AnnualMap, CatalogMap, find_catalog_maps, find_maps
 from ai4land.rasters.read import open_raster
@@ -41,7 +42,6 @@ from ai4land.store.contents import changed_files, note_files
 from ai4land.store.read import Source, check_identity
 from ai4land.store.shard import Layer
 from ai4land.store.write import SCENARIO_YEARS, block_memory, write_store
-from ai4land.stores import sweep
 
 _log = logging.getLogger(__name__)
 

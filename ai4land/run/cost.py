@@ -28,13 +28,13 @@ from ai4land.evaluate.plot import step_of
 from ai4land.grid import Window
 from ai4land.model.checkpoint import load_card
 from ai4land.model.unet import UNet
+from ai4land.places import folder_of
 from ai4land.reconstruct.block import sides, years_between
 from ai4land.reconstruct.plan import plan_blocks, sides_of
 from ai4land.run.config import RunConfig
 from ai4land.run.inputs import Inputs, cubes_of, needed_years
 from ai4land.run.practice import CODES
 from ai4land.store.read import Source, mapped_part
-from ai4land.stores import folder_of
 
 CELL_BYTES = {True: 10.1, False: 18.0}
 """Bytes of a mapped cell and year in a finished cube, all variables, with a reference map (Bavaria 9.9, United Kingdom 10.3) and without."""

@@ -20,6 +20,7 @@ from ai4land.evaluate.tally import Classes, Maps, Probabilities
 from ai4land.grid import Window, coarse_slices
 from ai4land.legend import Legend
 from ai4land.model.checkpoint import load_card
+from ai4land.places import Place, write_atomically
 from ai4land.run.align import align
 from ai4land.run.config import RunConfig
 from ai4land.run.hold import hold
@@ -28,7 +29,6 @@ from ai4land.run.reconstruct import method_of
 from ai4land.run.rivals import RIVALS, Wanted, mean_bias, rival_maps
 from ai4land.store.contents import held_of
 from ai4land.store.read import Source
-from ai4land.stores import Place, write_atomically
 from ai4land.train.splits import TEST, VALIDATION, Scored, Split, load_split
 
 _log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import IO
 import psutil
 
 from ai4land.errors import MismatchError
-from ai4land.stores import Unlockable, lock
+from ai4land.places import Unlockable, lock
 
 _FILE = "claim"
 _HELD: set[Path] = set()

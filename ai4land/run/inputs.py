@@ -14,10 +14,10 @@ from ai4land.digests import digest
 from ai4land.errors import ConfigError
 from ai4land.grid import Grid, make_grid
 from ai4land.legend import Legend, load_legend
+from ai4land.places import Place, folder_of
 from ai4land.run.config import FractionsConfig, Luh2Config, RunConfig, SharesConfig
 from ai4land.scenario.coarse import held_years
 from ai4land.scenario.fractions import FractionFile, fraction_years
-from ai4land.stores import Place, folder_of
 from ai4land.train.splits import VALIDATION, Scored, Split, make_split
 
 Tell = Callable[[str], None]

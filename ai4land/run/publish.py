@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ai4land.errors import ConfigError
+from ai4land.places import Place
 from ai4land.publish.catalogue import Tell, publish
 from ai4land.publish.credits import credits_of
 from ai4land.run.config import RunConfig, StaticLayer
 from ai4land.run.inputs import cubes_of
 from ai4land.sources.known import mix
-from ai4land.stores import Place
 from ai4land.years import expand_years
 
 _log = logging.getLogger(__name__)

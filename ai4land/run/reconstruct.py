@@ -22,6 +22,7 @@ from ai4land.digests import digest
 from ai4land.errors import ConfigError, DataError
 from ai4land.model.checkpoint import check_fits, load_model
 from ai4land.model.forward import Precision, precision_of
+from ai4land.places import Place, folder_of
 from ai4land.reconstruct.block import BlockSettings
 from ai4land.reconstruct.blocks import run_blocks
 from ai4land.reconstruct.plan import land_of, plan_blocks
@@ -34,7 +35,6 @@ from ai4land.run.train import fingerprint_of
 from ai4land.sources import known
 from ai4land.store.contents import held_of
 from ai4land.store.read import Source, open_store
-from ai4land.stores import Place, folder_of
 
 _log = logging.getLogger(__name__)
 

@@ -39,9 +39,9 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from ai4land.errors import ConfigError
+from ai4land.places import folder_of
 from ai4land.serve import tiles
 from ai4land.serve.atlas import Atlas, Part, open_atlas, remote, version_of
-from ai4land.stores import folder_of
 
 THREADS = 4
 """Tiles that are drawn at once."""

@@ -23,7 +23,7 @@ from pyproj.exceptions import CRSError
 from ai4land.cube.describe import Flag
 from ai4land.errors import DataError
 from ai4land.grid import FINE_DIMS
-from ai4land.stores import folder_of, open_place
+from ai4land.places import folder_of, open_place
 
 WORLD = CRS.from_epsg(4326)
 """Longitude and latitude in degrees."""

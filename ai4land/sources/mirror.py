@@ -20,9 +20,9 @@ from urllib.parse import urlsplit, urlunsplit
 import rasterio.warp
 
 from ai4land.errors import DataError
+from ai4land.places import Unlockable, lock, write_atomically
 from ai4land.sources.check import open_raster_file
 from ai4land.sources.download import Stored
-from ai4land.stores import Unlockable, lock, write_atomically
 
 FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
 PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"

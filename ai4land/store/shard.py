@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ai4land.digests import digest_of
 from ai4land.grid import Grid, Window, read_window
+from ai4land.places import writing
 from ai4land.rasters.gaps import fill_far, fill_near, stand_ins
-from ai4land.stores import writing
 
 _CACHE = 256
 """MB that GDAL keeps of the files that a worker reads; its own measure is a share of the memory of the machine."""

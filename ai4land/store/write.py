@@ -26,10 +26,10 @@ from ai4land.digests import combine_digests, digest_of
 from ai4land.errors import DataError, MismatchError
 from ai4land.grid import COARSE_DIMS, FINE_DIMS, Grid, Window, chunk_side, coarse_slices
 from ai4land.legend import Legend
+from ai4land.places import beside, sweep
 from ai4land.rasters.gaps import fill_near
 from ai4land.store.read import check_identity
 from ai4land.store.shard import Layer, ShardTask, fill_rest, write_cover, write_static
-from ai4land.stores import beside, sweep
 from ai4land.workers.tasks import each
 
 _log = logging.getLogger(__name__)

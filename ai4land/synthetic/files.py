@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ai4land.errors import ConfigError
 from ai4land.grid import Grid, centres
-from ai4land.stores import write_atomically
+from ai4land.places import write_atomically
 
 FORMAT_VERSION = 1
 TITLE = "AI4Land synthetic planet"

@@ -29,7 +29,7 @@ from ai4land.model.device import device as device_of_process
 from ai4land.model.forward import bfloat16_pays
 from ai4land.model.norm import ALONE, Group, shared_norms
 from ai4land.model.unet import UNet
-from ai4land.stores import write_atomically
+from ai4land.places import write_atomically
 from ai4land.train.batch import Batch, prefetched
 from ai4land.train.losses import cell_weights, change_loss, impose_totals
 

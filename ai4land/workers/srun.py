@@ -25,7 +25,7 @@ from distributed import Client, Security
 from distributed.core import rpc
 
 from ai4land.errors import ConfigError
-from ai4land.stores import write_atomically
+from ai4land.places import write_atomically
 from ai4land.workers.slurm import dashboard, private
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from ai4land.cube.verify import strike, verify
 from ai4land.cube.versions import commit, open_version, repository_path
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.grid import Window, make_grid
-from ai4land.stores import delete, folder_of, inside, names, open_place, read, write
+from ai4land.places import delete, folder_of, inside, names, open_place, read, write
 from tests.cubes import ABOUT, PAIRS, YEARS, fill
 
 icechunk = pytest.importorskip("icechunk", reason="Icechunk is not installed: pip install ai4land[icechunk]")

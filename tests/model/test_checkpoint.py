@@ -12,7 +12,7 @@ from ai4land.errors import DataError, MismatchError
 from ai4land.legend import load_legend
 from ai4land.model.checkpoint import CARD, WEIGHTS, check_fits, load_card, load_model, load_state, save_model, save_state
 from ai4land.model.unet import UNet
-from ai4land.stores import write_atomically
+from ai4land.places import write_atomically
 from tests.models import LEGEND, SPEC, card, network
 
 

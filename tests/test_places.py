@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from ai4land import stores
+from ai4land import places
 from ai4land.cube import claim as claims
 from ai4land.cube import cube, ledger
 from ai4land.cube.claim import check_claim, claim
@@ -22,7 +22,7 @@ from ai4land.cube.verify import strike, verify
 from ai4land.cube.writer import Writer
 from ai4land.errors import ConfigError, DataError, MismatchError
 from ai4land.grid import Window, make_grid
-from ai4land.stores import delete, inside, lock, names, read, write
+from ai4land.places import delete, inside, lock, names, read, write
 from tests.cubes import ABOUT, PAIRS, YEARS, cells, fill
 from tests.waiting import until
 
@@ -100,7 +100,7 @@ def test_parts_lie_in_an_object_store_too(bucket):
     with pytest.raises(DataError, match=f"open one of them: {root}/historical"):
         cube.open_cube(root)
     assert cube.open_cube(inside(root, "ssp126"))["year"].values.tolist() == YEARS
-    store = stores.open_place(root, read_only=True)
+    store = places.open_place(root, read_only=True)
     assert xr.open_zarr(store, group="ssp126", consolidated=True, chunks=None)["land_cover"].shape[0] == len(YEARS)
 
 
@@ -166,8 +166,8 @@ def test_a_bucket_that_is_not_there_says_so(s3):
 
 @pytest.mark.parametrize("mode", ["refuse", "cut", "hang"])
 def test_a_store_that_is_away_for_a_moment_is_waited_for(bucket, s3, mode, monkeypatch):
-    monkeypatch.setattr(stores, "_REQUEST", stores._REQUEST / 10)
-    stores._remote.cache_clear()
+    monkeypatch.setattr(places, "_REQUEST", places._REQUEST / 10)
+    places._remote.cache_clear()
     write(bucket, "before", b"x")
     began = time.monotonic()
     s3.fail(mode, 2.0)
@@ -177,7 +177,7 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(bucket, s3, mode, monke
 
 def test_locks_and_files_need_no_zarr():
     code = (
-        "import sys, ai4land.stores as s; s.folder_of('a'); print([m for m in ('zarr', 'fsspec', 'obstore') if m in sys.modules])"
+        "import sys, ai4land.places as s; s.folder_of('a'); print([m for m in ('zarr', 'fsspec', 'obstore') if m in sys.modules])"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
