@@ -157,7 +157,8 @@ def plan(
 
     Example: ai4land plan pipelines/bavaria.yaml --calibrate
     """
-    from ai4land.run import cost, evaluate
+    from ai4land.run import cost
+    from ai4land.run.plan import plan as steps_of
     from ai4land.run.timing import calibrate as measure
 
     config = load_run(run, overrides or [])
@@ -165,7 +166,7 @@ def plan(
         raise ConfigError("--calibrate and --device are both given, expected one; rates are either measured here or stated")
     rates = measure(config, tell=_tell) if calibrate else cost.rates_of(config, device) if device else None
     table = Table(title=f"plan of {run}", show_header=False)
-    for name, value in evaluate.plan(config, rates=rates, workers=workers, land=land, cuda=device is not None):
+    for name, value in steps_of(config, rates=rates, workers=workers, land=land, cuda=device is not None):
         table.add_row(name, value)
     _out.print(table)
     cost.refuse(config, workers=workers, land=land, device=device)

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
@@ -43,6 +44,12 @@ _REQUEST = dt.timedelta(seconds=15)
 """What one request may take before it is tried anew."""
 _GIVE_UP = dt.timedelta(seconds=180)
 """What all tries of a request may take."""
+
+
+def shipped(name: str) -> Path:
+    """Folder at the top of the repository, such as ``pipelines``; an installed package holds it inside."""
+    package = Path(str(files("ai4land")))
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def folder_of(place: Place) -> Path | None:

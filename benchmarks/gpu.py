@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
+import importlib
 import json
 import platform
 import sys
@@ -30,14 +30,9 @@ STATIC, COARSE, CLASSES, FACTOR = 16, 38, 12, 30
 
 
 def load_unet() -> Any:
-    """Load the network's module by its path, so that the package need not be installed."""
-    path = Path(__file__).parents[1] / "ai4land" / "unet.py"
-    spec = importlib.util.spec_from_file_location("ai4land_unet", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"no network at {path}; run this script from a checkout of AI4Land")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Load the network's module from this checkout, so that the package need not be installed: it needs PyTorch alone."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    return importlib.import_module("ai4land.model.unet")
 
 
 def timed(work: Callable[[], object], device: torch.device, *, rounds: int, least: float = 0.2) -> float:

@@ -8,21 +8,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from ai4land.errors import ConfigError
+from ai4land.places import shipped
 from ai4land.run.config import RunConfig
 from ai4land.yamlfile import parse_yaml, read_yaml
 
 
 def pipelines() -> Path:
     """Folder of the run files that come with the package."""
-    inside = Path(str(files("ai4land"))) / "pipelines"
-    return inside if inside.is_dir() else Path(str(files("ai4land"))).parent / "pipelines"
+    return shipped("pipelines")
 
 
 def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -1,6 +1,6 @@
 """The sources that a run is made from: what they are, under which licence, how to cite them and how to get them.
 
-They stand in a static STAC catalogue that comes with the package (``ai4land/catalogs/inputs``), one Collection a source. Beside
+They are listed in a static STAC catalogue that comes with the package (``catalogs/inputs``), one Collection a source. Beside
 the fields of STAC it uses ``ai4land:legend`` (class scheme of a land-cover map), ``ai4land:crosswalk`` (built-in crosswalks from
 its states) and ``ai4land:access`` (how to get it). The years of the files are in ``start_datetime`` and ``end_datetime`` of the assets.
 """
@@ -11,12 +11,12 @@ import json
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from ai4land.errors import ConfigError
+from ai4land.places import shipped
 
 OTHER = "other"
 """Licence of STAC for what has no SPDX id, or for a mix of licences."""
@@ -133,7 +133,7 @@ class InputSource:
 
 def catalog_path() -> Path:
     """Path of the catalogue of the inputs, which comes with the package."""
-    return Path(str(files("ai4land").joinpath("catalogs", "inputs", "catalog.json")))
+    return shipped("catalogs") / "inputs" / "catalog.json"
 
 
 def load_source(name: str) -> InputSource:

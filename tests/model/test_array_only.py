@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-MODULES = ("norm", "unet", "features", "ensemble", "forward", "checkpoint", "device")
+import ai4land
+
+MODULES = sorted(p.stem for p in Path(ai4land.__file__).parent.joinpath("model").glob("[a-z]*.py"))
 HEAVY = ("xarray", "pandas", "dask", "distributed", "zarr", "odc", "xbatcher", "scipy", "rasterio")
 
 
