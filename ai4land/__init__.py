@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["load_legend", "make_grid", "open_cube", "open_store"]
 
-_HOME = {"load_legend": "legend", "make_grid": "grid", "open_cube": "cube", "open_store": "align"}
+_HOME = {"load_legend": "legend", "make_grid": "grid", "open_cube": "cube.cube", "open_store": "store.read"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,6 @@ HEAVY = ("xarray", "pandas", "dask", "distributed", "zarr", "odc", "xbatcher", "
 
 @pytest.mark.parametrize("name", MODULES)
 def test_importing_loads_no_library_of_stores_or_clusters(name):
-    code = f"import sys, ai4land.{name}; print(*sorted(set(sys.modules) & set({HEAVY!r})))"
+    code = f"import sys, ai4land.model.{name}; print(*sorted(set(sys.modules) & set({HEAVY!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == []

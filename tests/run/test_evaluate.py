@@ -18,7 +18,6 @@ from ai4land.errors import DataError, MismatchError
 from ai4land.evaluate import plot
 from ai4land.grid import COARSE_DIMS, Window, block_sum, coarse_slices
 from ai4land.legend import MISSING, load_legend
-from ai4land.reconstruct.plan import plan_blocks
 from ai4land.run import evaluate as results
 from ai4land.run import inputs
 from ai4land.run.config import RunConfig
@@ -34,41 +33,6 @@ def run(tiny_store, tmp_path) -> RunConfig:
     run = run_in(tmp_path)
     prepare(run, tiny_store.path)
     return run
-
-
-# -- plan ---------------------------------------------------------------------------------------------------------------
-
-
-def test_plan_before_anything_is_done(tmp_path):
-    lines = list(results.plan(run_in(tmp_path / "runs")))
-    plan = dict(lines)
-    assert len(plan) == len(lines)
-    assert plan["grid"].startswith("64 x 128 fine cells of 2.8125, 8 x 16 coarse cells, 8 shards of 32")
-    assert plan["legend"] == "hildaplus: 7 classes; scenario: shares; 2 static maps"
-    assert plan["align"].startswith("to do") and "done" not in plan["train"]
-    assert "4 years from the map of 2001" in plan["cube.zarr"] and "blocks" not in plan["cube.zarr"]
-    assert "2 years from the map of 2001" in plan["score test"]
-    assert not (tmp_path / "runs").exists()
-
-
-def test_plan_counts_what_is_done(run):
-    card = (run.folder / "model.json").rename(run.folder / "card.json")
-    assert not dict(results.plan(run))["train"].endswith("done")
-    blocks = len(plan_blocks(run.folder / "store.zarr", years=YEARS, reference=2001))
-    assert f"0 of {blocks} blocks done" in dict(results.plan(run))["cube.zarr"]
-    make_cube(run, "cube", observed=True, keep=3)
-    card.rename(run.folder / "model.json")
-    plan = dict(results.plan(run))
-    assert f"3 of {blocks} blocks done" in plan["cube.zarr"] and plan["align"] == "done" and plan["train"].endswith("; done")
-    assert plan["work"].startswith(f"{blocks + len(plan_blocks(run.folder / 'store.zarr', years=[2001], reference=2000))} blocks")
-
-
-def test_plan_knows_a_legend_beside_the_data(tmp_path):
-    text = "title: two\nfill: {code: 0, name: sea, colour: '#ffffff'}\nclasses:\n"
-    text += "".join(f"  - {{code: {c}, name: c{c}, colour: '#00000{c}'}}\n" for c in (1, 2))
-    (tmp_path / "two.yaml").write_text(text)
-    run = run_in(tmp_path / "runs", data=str(tmp_path), landcover={"source": "x", "legend": "two.yaml"})
-    assert dict(results.plan(run))["legend"].startswith("two: 2 classes")
 
 
 # -- scores and figures -------------------------------------------------------------------------------------------------
