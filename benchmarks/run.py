@@ -129,8 +129,8 @@ class Setting:
         """Path of the analysis-ready store."""
         return self.folder / "store.zarr"
 
-    def job(self, path: Path, precision: Precision = "float32") -> BlockSettings:
-        """Make the job with which :func:`reconstruct_block` writes into a cube."""
+    def settings(self, path: Path, precision: Precision = "float32") -> BlockSettings:
+        """Make the settings with which :func:`reconstruct_block` writes into a cube."""
         identity = load_crosswalk("identity", self.legend)
         return BlockSettings(
             str(self.store), str(path), str(self.folder), self.checksum, YEARS[0], CORES, identity, precision, method="none"
@@ -395,13 +395,13 @@ def reconstruct_rows(s: Setting) -> list[Row]:
                 x[:, last - fine.shape[1] : last] = fine
                 folded.head(folded.trunk(x))
 
-    def ours(job: BlockSettings) -> None:
+    def ours(settings: BlockSettings) -> None:
         # Like a worker: several blocks at once.
         with ThreadPoolExecutor(ReconstructConfig(reference=None, years=[2000], threads=CORES).hands) as hands:
-            list(hands.map(partial(reconstruct_block, job=job), blocks))
+            list(hands.map(partial(reconstruct_block, settings=settings), blocks))
 
     def begin(precision: Precision) -> Callable[[], None]:
-        return partial(ours, s.job(new_cube(s, paths[precision]), precision))
+        return partial(ours, s.settings(new_cube(s, paths[precision]), precision))
 
     # Each way writes its own shards: several years at once, or one year.
     arms: dict[str, Arm] = {"naive": lambda: partial(naive_cube, s, new_cube(s, paths["naive"], years_a_shard=1), model)}
@@ -594,8 +594,8 @@ def worker_rows(folder: Path, size: Size) -> list[Row]:
         path = s.folder / f"cube{count}.zarr"
         new_cube(s, path)
         blocks = [Block(w, s.size.mapped) for w in s.grid.shards()]
-        job = replace(s.job(path), threads=1)
-        return partial(run_blocks, blocks, job, client=client)
+        settings = replace(s.settings(path), threads=1)
+        return partial(run_blocks, blocks, settings, client=client)
 
     peaks: dict[str, list[float]] = {name: [] for name in settings}
     for _ in range(size.rounds):
@@ -634,7 +634,7 @@ def scheduler_row(folder: Path, size: Size, rate: float) -> Row:
     blocks = [Block(w, s.size.mapped) for w in s.grid.shards()]
     with workers(CORES) as client:
         busy = time.process_time()
-        run_blocks(blocks, replace(s.job(s.folder / "cube.zarr"), threads=1), client=client)
+        run_blocks(blocks, replace(s.settings(s.folder / "cube.zarr"), threads=1), client=client)
         busy = (time.process_time() - busy) / len(blocks)
     each = 1440**2 * 100 / rate
     about = f"one core of the scheduler; {len(blocks)} blocks, {busy * 1e3:.2f} ms of CPU each, for 512 workers as fast as one core here"

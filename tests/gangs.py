@@ -11,6 +11,7 @@ import pytest
 from ai4land.model.checkpoint import WEIGHTS
 from ai4land.run import train as training
 from ai4land.run.file import load_run
+from ai4land.run.inputs import Inputs
 from ai4land.train.gang import gang
 from ai4land.workers.cluster import local
 from tests.runs import write_run
@@ -27,14 +28,14 @@ def lessons(planet, tmp_path_factory):
     changes = [f"train.{k}={v}" for k, v in {**small, "steps": STEPS, "checkpoint_every": CHECKPOINT}.items()]
     file = write_run(folder, planet)
     whole = load_run(file, changes)
-    assert not training._prepare(whole, print)
+    assert not training._prepare(Inputs.of(whole), print)
 
     def make(name: str, **train):
         values = [*changes, f"name={name}", *(f"train.{k}={v}" for k, v in train.items())]
         run = load_run(file, values)
         run.folder.mkdir()
         (run.folder / "store.zarr").symlink_to(whole.folder / "store.zarr")
-        return run, training._lesson(run, print)
+        return run, training._lesson(Inputs.of(run), print)
 
     return make
 

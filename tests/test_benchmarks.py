@@ -113,7 +113,7 @@ def test_cubes_with_another_class_are_refused(bench, setting):
     for path in paths:
         bench.new_cube(setting, path, years_a_shard=1)
         for window in setting.grid.shards():
-            bench.reconstruct_block(bench.Block(window, setting.size.mapped), setting.job(path))
+            bench.reconstruct_block(bench.Block(window, setting.size.mapped), setting.settings(path))
     bench.check_cubes(*paths)
     bench.zarr.open_group(paths[1], mode="r+")["fraction"][0, 0, :4, :4] = 7777
     with pytest.raises(RuntimeError, match="the cubes differ by"):

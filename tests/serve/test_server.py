@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 
-import ai4land
+import ai4land.serve
 from ai4land.errors import ConfigError, DataError
 from ai4land.serve import server
 from tests import ROOT
@@ -138,9 +138,9 @@ def test_what_is_no_cube_is_said_before_listening(tmp_path):
 @pytest.mark.parametrize("name", ["uvicorn", "starlette.applications", "PIL"])
 def test_a_missing_library_is_named(monkeypatch, cube, name):
     monkeypatch.setitem(sys.modules, name, None)
-    for module in ("web", "tiles"):
-        monkeypatch.delitem(sys.modules, f"ai4land.{module}", raising=False)
-        monkeypatch.delattr(ai4land, module, raising=False)
+    for module in ("app", "tiles"):
+        monkeypatch.delitem(sys.modules, f"ai4land.serve.{module}", raising=False)
+        monkeypatch.delattr(ai4land.serve, module, raising=False)
     with pytest.raises(ConfigError, match=r'serving needs .* run: pip install "ai4land\[serve\]"'):
         server.serve(str(cube))
 
