@@ -1,8 +1,7 @@
 """Keep a number of SLURM jobs alive as Dask workers.
 
-dask-jobqueue does not replace jobs that end. :class:`Keeper` asks SLURM which jobs are alive, replaces those that ended,
-reports why jobs wait, and stops the run if jobs repeatedly end before they become workers. A file holds the wanted number of
-jobs; an operator may change it during a run.
+dask-jobqueue does not replace jobs that end. :class:`Keeper` replaces them, reports why jobs wait, and stops the run if jobs
+repeatedly end before they become workers. An operator may change the wanted number of jobs in a file.
 """
 
 from __future__ import annotations

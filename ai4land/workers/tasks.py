@@ -36,11 +36,8 @@ def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]]
     The scheduler must report each death (``distributed.scheduler.allowed-failures`` 0, as in
     :data:`ai4land.workers.cluster.SETTINGS`).
 
-    Parameters
-    ----------
-    futures, again
-        The task of each future, submitted with ``retries=TRIES - 1``; and what submits a task again, best with a higher
-        priority, so that hopeless tasks show early.
+    ``futures`` gives the task of each future, submitted with ``retries=TRIES - 1``. ``again`` submits a task again, best
+    with a higher priority, so that hopeless tasks show early.
 
     Raises
     ------
@@ -96,12 +93,8 @@ def each(
 ) -> Iterator[tuple[Item, Any]]:
     """Run a task for every item, and yield each item with its result as they end.
 
-    Parameters
-    ----------
-    task, items
-        Must be picklable if there is a client. A task may run twice for an item.
-    what, client
-        What error messages call an item; the client of the workers, or None to run all in this process, one after another.
+    With a ``client``, task and items must be picklable, and a task may run twice for an item. Without one, this process runs
+    them one after another. Error messages call an item ``what``.
 
     Raises
     ------
