@@ -27,12 +27,10 @@ class Fields:
 
     Attributes
     ----------
-    elevation, slope
-        Metres (below 0 is ocean), and degrees between neighbouring cells.
+    elevation, slope, soil_depth
+        Metres (below 0 is ocean), degrees between neighbouring cells, and metres (NaN over the ocean).
     temperature, precipitation
         Annual mean in degrees Celsius, annual sum in millimetres.
-    soil_depth
-        Metres; NaN over the ocean.
     climate_zone
         1 tropical, 2 dry, 3 temperate, 4 continental, 5 polar; 0 over the ocean.
     coast
@@ -68,16 +66,8 @@ def sphere_noise(
     """Sample smooth noise of unit variance at points on the sphere, seamless at the dateline and the poles.
 
     Adds octaves of three-dimensional value noise: quadratic B-splines through a periodic, randomly turned lattice of normal
-    numbers, with steps from ``degrees`` down to ``cell``.
-
-    Parameters
-    ----------
-    points
-        Unit vectors, shape ``(..., 3)``.
-    degrees, cell
-        Largest and smallest feature, in degrees along a great circle.
-    roughness
-        Amplitude of an octave relative to the one before.
+    numbers. ``points`` are unit vectors, shape ``(..., 3)``; ``degrees`` and ``cell`` are the largest and smallest feature
+    in degrees along a great circle; ``roughness`` is the amplitude of an octave relative to the one before.
     """
     rng = generator(seed, purpose)
     flat = points.reshape(-1, 3)

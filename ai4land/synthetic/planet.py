@@ -62,19 +62,15 @@ def make_planet(
     folder
         An empty or absent folder, or the folder of an earlier planet, which is reused if complete and of the same parameters
         and otherwise replaced.
-    seed
-        Seed of the terrain and of the land use.
     years
         Consecutive years of land use; the last two get LAI.
-    coarse_cell
-        Side of a coarse cell in degrees; divides 180.
-    factor
-        Fine cells along one side of a coarse cell.
+    coarse_cell, factor
+        Side of a coarse cell in degrees, which must divide 180, and fine cells along it.
 
     Raises
     ------
     ConfigError
-        If the years have gaps, the coarse cell does not divide 180, or the folder holds files of something else.
+        If a parameter is out of range, the years have gaps, or the folder holds files of something else.
     """
     wanted = [int(y) for y in years]
     if not wanted or wanted != list(range(wanted[0], wanted[-1] + 1)):
@@ -147,7 +143,7 @@ def _near(mask: NDArray[np.bool_]) -> Float:
 def land_use(
     fields: Fields, *, grid: Grid, years: Sequence[int], seed: int
 ) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.int16]]]:
-    """Simulate the spread of land use over a planet, year by year.
+    """Simulate the spread of land use over a planet; yield each year with its maps.
 
     Smooth regional trends give every coarse cell a yearly demand for cropland, pasture and urban land: farming expands up to
     a regional turning point and then retreats, cities grow. Within a coarse cell, the fine cells with the best scores
@@ -156,12 +152,9 @@ def land_use(
 
     Yields
     ------
-    year
-        In ascending order.
-    codes
-        Class codes of ``hildaplus``, shape ``(rows, cols)``; a new array each year.
-    last_used
-        Last year of urban, crop or pasture use; years before ``years[0] - 1000`` mean never.
+    year, codes, last_used
+        Ascending years; class codes of ``hildaplus``, shape ``(rows, cols)``, a new array each year; last year of urban,
+        crop or pasture use, where years before ``years[0] - 1000`` mean never.
     """
     shape, factor = grid.shape, grid.factor
     cell = float(grid.fine.affine.a)
