@@ -148,7 +148,7 @@ class PatchLoader:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="shards")
 
     def _tile(self, index: int) -> _Tile:
-        """Return a shard from memory, or read it, possibly in a thread that already does."""
+        """Return a shard from memory, or wait for the thread that reads it."""
         if index in self._cache:
             self._cache.move_to_end(index)
             return self._cache[index]

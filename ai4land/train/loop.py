@@ -226,7 +226,7 @@ class _Training:
         return row, over
 
     def _learn(self, batch: Batch, rate: float, until: float | None) -> tuple[float, float, bool]:
-        """Train on one batch; return loss and gradient norm of the whole batch, and whether any process reached the limit."""
+        """Train on one batch; return loss and gradient norm of the whole batch, and whether any process is out of time."""
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = rate
         self.model.train()
