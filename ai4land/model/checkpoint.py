@@ -41,10 +41,8 @@ class Card(BaseModel):
         Result of :func:`ai4land.train.validation.gate`: whether the network may run in bfloat16.
     cell
         Width and height of a fine cell in the units of the grid.
-    weights
-        SHA-256 checksum of the weights file.
-    split, store
-        Fingerprint of the split, and identity of the store it was trained on.
+    weights, split, store
+        SHA-256 checksum of the weights file, fingerprint of the split, and identity of the store it was trained on.
     training
         Steps, best step and validation loss of each member, members whose validation loss never improved (their weights are
         untrained), class weights, training years.

@@ -36,10 +36,8 @@ class FeatureSpec(BaseModel):
 
     Attributes
     ----------
-    features, states
-        Static maps and coarse states in the order of the store.
-    codes
-        Class codes in the order of their indices.
+    features, states, codes
+        Static maps and coarse states in the order of the store, and class codes in the order of their indices.
     difference_std
         Root mean square change of each state over the training pairs; divides the differences.
     position

@@ -1,7 +1,7 @@
 """Batch normalisation over the batches of several processes.
 
 A :class:`Group` sums tensors over its processes (gloo on CPUs, NCCL on CUDA devices). :class:`Norm` takes its statistics
-from the whole batch, of which each process has a part. Both need only PyTorch.
+from the whole batch, split over the processes. Both need only PyTorch.
 """
 
 from __future__ import annotations

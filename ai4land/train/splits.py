@@ -33,17 +33,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Split:
-    """What training may see, and what validation and test score.
+    """What training may see, and what validation and test score (None: nothing).
 
-    Attributes
-    ----------
-    roles
-        Role of each coarse cell, uint8 ``(coarse rows, coarse columns)``: TRAIN, VALIDATION, TEST or BUFFER. Without a split
-        in space all are TRAIN.
-    pairs
-        Training samples as (reference year, year).
-    validation, test
-        What is scored; None for nothing.
+    ``roles`` holds TRAIN, VALIDATION, TEST or BUFFER for each coarse cell, uint8 ``(coarse rows, coarse columns)``; without
+    a split in space all are TRAIN. ``pairs`` holds the training samples as (reference year, year).
     """
 
     roles: NDArray[np.uint8]

@@ -127,7 +127,7 @@ def each(
 
 
 def _caught(task: Callable[[Item], Any], item: Item) -> tuple[AI4LandError | None, Any]:
-    """Return an AI4LandError beside the result, so that Dask does not retry what no retry can mend."""
+    """Return an AI4LandError instead of raising it, so that Dask does not retry what no retry can mend."""
     try:
         return None, task(item)
     except AI4LandError as error:
