@@ -1,7 +1,7 @@
-"""Trained models on disk: safetensors weights beside a JSON card; nothing is ever unpickled.
+"""Trained models on disk: safetensors weights with a JSON card; nothing is ever unpickled.
 
-The card says all that a user of the weights needs: legend, channels and their normalisation, grid, network, split, and
-how the training went. The state that training resumes from is another file, and loads with ``weights_only=True``.
+The card describes what a user of the weights needs: legend, channels and their normalisation, grid, network, split and
+training. The state that training resumes from is another file, loaded with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -29,25 +29,23 @@ CARD = "model.json"
 
 
 class Card(BaseModel):
-    """What a model is.
+    """Description of a model.
 
     Attributes
     ----------
     network
-        Arguments of :class:`ai4land.model.unet.UNet`, for every member.
+        Arguments of :class:`ai4land.model.unet.UNet`, the same for every member.
     members, sharpness
         Of the :class:`ai4land.model.ensemble.Ensemble`.
     bfloat16
-        What :func:`ai4land.train.validation.gate` measured: whether the network may run in bfloat16.
+        Result of :func:`ai4land.train.validation.gate`: whether the network may run in bfloat16.
     cell
         Width and height of a fine cell in the units of the grid.
-    weights
-        SHA-256 of the weights file.
-    split, store
-        Fingerprints of the split and of the analysis-ready store it was trained on.
+    weights, split, store
+        SHA-256 checksum of the weights file, fingerprint of the split, and identity of the store it was trained on.
     training
-        Steps taken, best step and validation loss of each member, the members whose validation loss never improved (their weights are untrained),
-        class weights, training years.
+        Steps, best step and validation loss of each member, members whose validation loss never improved (their weights are
+        untrained), class weights, training years.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,8 +66,8 @@ class Card(BaseModel):
 
 
 def save_model(folder: Path, members: list[dict[str, torch.Tensor]], card: Card) -> Card:
-    """Write the weights of every member and the card; return the card with their number and the checksum of the weights."""
-    from ai4land.places import write_atomically  # here, as it loads Zarr, which a user of the weights need not have
+    """Write the weights of all members and the card; return the card with their number and checksum filled in."""
+    from ai4land.places import write_atomically  # here: it loads Zarr, which a user of the weights need not have
 
     named = {f"{i}.{name}": value for i, weights in enumerate(members) for name, value in weights.items()}
     data = save({name: value.detach().cpu().contiguous() for name, value in sorted(named.items())})
@@ -82,10 +80,7 @@ def save_model(folder: Path, members: list[dict[str, torch.Tensor]], card: Card)
 def load_card(folder: Path) -> Card:
     """Read the card of a model.
 
-    Raises
-    ------
-    DataError
-        If there is no model in the folder, or the card is not one.
+    Raises DataError if the folder holds no model, or its card is not valid.
     """
     path = folder / CARD
     if not path.is_file():
@@ -97,14 +92,10 @@ def load_card(folder: Path) -> Card:
 
 
 def load_model(folder: Path) -> tuple[Ensemble, Card]:
-    """Load a model for inference.
+    """Load a model for inference, in evaluation mode.
 
-    Raises
-    ------
-    DataError
-        If a file is missing or damaged.
-    MismatchError
-        If the weights are not those that the card describes.
+    Raises DataError if the card or the weights are missing or the card is not valid, and MismatchError if the weights do not
+    match the card.
     """
     card = load_card(folder)
     path = folder / WEIGHTS
@@ -123,13 +114,7 @@ def load_model(folder: Path) -> tuple[Ensemble, Card]:
 
 
 def check_fits(card: Card, *, legend: Legend, feature_names: list[str], states: list[str], factor: int) -> None:
-    """Refuse a model of another legend, channel list or nesting than the store at hand.
-
-    Raises
-    ------
-    MismatchError
-        Naming what differs.
-    """
+    """Raise MismatchError, naming the difference, if a model's legend, channels or nesting do not match the store."""
     pairs = (
         ("legend", (card.legend.name, card.legend.codes.tolist()), (legend.name, legend.codes.tolist())),
         ("static maps", [f.name for f in card.spec.features], feature_names),
@@ -145,7 +130,7 @@ def check_fits(card: Card, *, legend: Legend, feature_names: list[str], states: 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write the state that training resumes from."""
-    from ai4land.places import write_atomically  # here, as it loads Zarr
+    from ai4land.places import write_atomically  # here: it loads Zarr
 
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -153,7 +138,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read the state that training resumes from; only tensors and plain values are accepted."""
+    """Read the state that training resumes from; raise DataError if it holds more than tensors and plain values."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

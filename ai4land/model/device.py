@@ -1,8 +1,8 @@
-"""The device of a process: the CPU, the only GPU that it sees, or one of its own if the processes of a node see several.
+"""The device of a process: the CPU, the only visible GPU, or one GPU of several that the processes of a node share.
 
-In a job with one GPU every process sees that one. In a job of a whole node several workers see all GPUs, and nothing tells them apart, so each
-takes a slot: the first of a row of lock files that no other process holds. The kernel frees a lock when its holder dies, however it dies,
-and a worker that is started again gets the GPU of the one before it.
+If each process sees one GPU, it takes that. If several workers see all GPUs of a node, each takes a *slot*: the first lock
+file that no other process holds. The kernel frees a lock when its holder dies, so a restarted worker gets the GPU of its
+predecessor.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Slot:
-    """A place among the processes of a node that share its devices, held until it is released or the process ends.
+    """A place among the processes that share a node's devices, held until it is released or the process ends.
 
-    ``number`` counts the places from 0, ``index`` is that of the device, ``file`` the locked file.
+    ``number`` counts places from 0, ``index`` is the device, ``file`` the locked file.
     """
 
     number: int
@@ -40,24 +40,15 @@ class Slot:
     file: IO[str]
 
     def release(self) -> None:
-        """Leave the place to another process."""
+        """Free the slot for another process."""
         self.file.close()
 
 
 def take_slot(devices: int, folder: Path | None = None) -> Slot:
-    """Take the first free slot; processes beyond the number of devices share them in turn.
+    """Take the first free slot; processes beyond the number of visible devices share them in turn.
 
-    Parameters
-    ----------
-    devices
-        Number of devices that the processes see, all of them the same ones.
-    folder
-        Of the lock files; default: :func:`slot_folder`.
-
-    Raises
-    ------
-    ConfigError
-        If the folder is writable for others than this user, or its file system has no locks.
+    All processes must see the same devices. Lock files are in ``folder`` (default: :func:`slot_folder`). Raises ConfigError
+    if others than this user can access the folder, or its file system has no locks.
     """
     folder, number = slot_folder() if folder is None else folder, 0
     _make_private(folder)
@@ -76,7 +67,7 @@ def take_slot(devices: int, folder: Path | None = None) -> Slot:
 
 
 def slot_folder() -> Path:
-    """Folder that the processes with the same devices have in common: those of one user, job, node and set of visible devices."""
+    """Return the folder shared by the processes of one user, job, node and set of visible devices."""
     seen = f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES')}"
     name = f"ai4land-{os.geteuid()}-{os.environ.get('SLURM_JOB_ID', 'none')}-{hashlib.sha256(seen.encode()).hexdigest()[:12]}"
     return Path(tempfile.gettempdir()) / name
@@ -101,13 +92,13 @@ _slot: Slot | None = None
 
 
 def device() -> torch.device:
-    """Choose the device of this process, always the same one, and make it the calling thread's current one.
+    """Choose the device of this process, always the same one, and make it current in the calling thread.
 
-    It is the CPU without a CUDA device, that of ``LOCAL_RANK`` if a launcher such as torchrun set it, the only one if one is
-    visible, else that of a slot (:func:`take_slot`). Call this only where the network runs: the process then holds its slot
-    until :func:`release` or its end.
+    It is the CPU if there is no CUDA device; else the one of ``LOCAL_RANK``, which launchers such as torchrun set; else the
+    only visible one; else that of a slot (:func:`take_slot`). Call this only where the network runs, because the process
+    then holds its slot until :func:`release` or its end.
     """
-    import torch  # late: a process that only holds a slot starts without it
+    import torch  # late: a process that only holds a slot does not need it
 
     global _slot
     if not torch.cuda.is_available():
@@ -128,7 +119,7 @@ def device() -> torch.device:
 
 
 def release() -> None:
-    """Leave this process's slot to another one, such as a worker that it starts when its own work on the device is done."""
+    """Free this process's slot, for example for a worker that it starts after its own work on the device."""
     global _slot
     with _guard:
         if _slot is not None:
@@ -137,7 +128,7 @@ def release() -> None:
 
 
 def _forget() -> None:
-    """Close the child's copy of its parent's lock file after a fork; the lock stays with the parent."""
+    """Close a forked child's copy of its parent's lock file; the parent keeps the lock."""
     global _guard
     _guard = threading.Lock()
     release()

@@ -1,8 +1,7 @@
-"""Model input: the channels, their normalisation, and ``features()``, which makes them.
+"""Model input: its channels, their normalisation, and the function that makes it.
 
-:func:`features` is the one function that makes model input: training, reconstruction and coupling all call it, so that
-they cannot differ. What it needs to know is a :class:`FeatureSpec`, fitted on training cells and years alone, which lives
-in the checkpoint card. It takes and gives plain arrays.
+Training, reconstruction and coupling all call :func:`features`, so their inputs cannot differ. Its :class:`FeatureSpec` is
+fitted on training cells and years only, and stored in the model's card. All data are plain arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from ai4land.legend import MISSING
 
 LEAD_SCALE = 10.0
-"""Years of lead that make one unit of the lead channel."""
+"""Years of lead per unit of the lead channel."""
 
 
 class Feature(BaseModel):
@@ -37,17 +36,12 @@ class FeatureSpec(BaseModel):
 
     Attributes
     ----------
-    features
-        Static maps in the order of the store.
-    states
-        Coarse states in the order of the store.
-    codes
-        Class codes in the order of their indices.
+    features, states, codes
+        Static maps and coarse states in the order of the store, and class codes in the order of their indices.
     difference_std
-        Typical size of the change of each state over the training pairs; differences are divided by it.
+        Root mean square change of each state over the training pairs; divides the differences.
     position
-        Wavelengths, in units of the grid, of the sines and cosines of the place that the network sees; none: it does not see
-        where it is.
+        Wavelengths, in units of the grid, of the sines and cosines that tell the network its position; may be empty.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,9 +80,9 @@ class FeatureSpec(BaseModel):
         return out.numpy()
 
     def place_channels(self, y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Make the channels that tell where coarse cells lie, from the centres of their rows and columns: ``(channel, rows, columns)``.
+        """Make position channels ``(channel, rows, columns)`` from the centres of coarse rows and columns.
 
-        On a grid that closes at the dateline they do too if 360 degrees are whole wavelengths.
+        On a global grid they are continuous at the dateline if every wavelength divides 360 degrees.
         """
         made = np.empty((4 * len(self.position), len(y), len(x)), dtype=np.float32)
         for i, length in enumerate(self.position):
@@ -128,16 +122,14 @@ def features(
     static
         Channels from :meth:`FeatureSpec.static_channels`.
     reference
-        Class indices of the reference map, or None where there is no map: then ``start`` and ``lead`` are not used.
+        Class indices ``(rows, columns)``, or None without a reference map: then ``start`` and ``lead`` are ignored.
     wanted, start
-        Shares of the coarse states ``(state, coarse rows, coarse columns)`` in the wanted year and in the year of the
-        reference map; NaN where the scenario has no data.
+        Shares of the coarse states ``(state, coarse rows, coarse columns)`` in the wanted year and in the reference year;
+        NaN where the scenario has no data.
     lead
         Wanted year minus reference year.
-    spec
-        Channels and normalisation.
     place
-        Centres of the rows and of the columns of the coarse cells, from :meth:`ai4land.grid.Grid.coarse_centres`.
+        Centres of coarse rows and columns, from :meth:`ai4land.grid.Grid.coarse_centres`.
     """
     if reference is None:
         reference = np.full(static.shape[1:], MISSING, dtype=np.uint8)

@@ -1,9 +1,9 @@
-"""The network made ready to map many years: batch normalisation folded, one buffer a window, bfloat16 where it is allowed.
+"""The network prepared to map many years: batch normalisation folded, one buffer per window, bfloat16 where allowed.
 
-The static maps and the reference map of a window do not change from year to year. They are written once into a buffer in
-the layout that the convolutions want; a year writes its coarse features alone, and only the cells that are asked for become
-class probabilities. Where the processor multiplies bfloat16, the convolutions take less than half the time of float32;
-whether a trained network bears that is measured by :func:`gate` on held-out batches and kept in its card.
+A window's static maps and reference map are written once into a buffer in the layout of the convolutions; each year then
+writes only its coarse features, and only the requested cells become probabilities. On processors that multiply bfloat16,
+convolutions take less than half the time of float32. :func:`ai4land.train.validation.gate` measures on held-out batches
+whether a model tolerates that; its card records the result.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ai4land.model.unet import UNet, interpolate
 Precision = Literal["float32", "bfloat16"]
 
 AGREEMENT, ACCURACY = 0.99, 2e-4
-"""Least share of cells with the most likely class of float32, and most accuracy lost, for bfloat16 to be used."""
+"""bfloat16 needs at least this share of cells with the most likely class of float32, and at most this loss of accuracy."""
 
 
 def fold(model: UNet, dtype: torch.dtype = torch.float32) -> UNet:
-    """Copy a network with its batch normalisation folded into the convolutions before it, and these in ``dtype``.
+    """Copy a network, with its batch normalisation folded into the preceding convolutions, and these in ``dtype``.
 
-    The perceptron of the coarse states, the embedding and the rows of logits of the reference map stay float32.
+    The perceptron of the coarse states and the embeddings (input and persistence logits) of the reference map stay float32.
     """
     made = copy.deepcopy(model).eval()
     for block in (*made.down, *made.merge):
@@ -55,20 +55,14 @@ def folded(model: Ensemble, dtype: torch.dtype = torch.float32) -> Ensemble:
 
 
 _TURN = threading.Lock()
-"""On a CUDA device one thread of a process is in the network at a time; the others read, meet the totals and write meanwhile."""
+"""Lets only one thread of a process run the network on a CUDA device; others read, impose totals and write meanwhile."""
 
 
 class Forward:
-    """An ensemble ready to run, for one thread; :meth:`for_another_thread` shares its weights. Threads take turns on a CUDA device.
+    """An ensemble prepared to run in one thread; :meth:`for_another_thread` shares its weights.
 
-    Parameters
-    ----------
-    model
-        In evaluation mode; it is copied.
-    dtype
-        Of the convolutions: float32 or bfloat16.
-    device
-        Where it runs; default: that of the process (:func:`ai4land.model.device.device`).
+    It copies the model, with the convolutions in ``dtype`` (float32 or bfloat16). The default device is
+    :func:`ai4land.model.device.device`; threads take turns on a CUDA device.
     """
 
     def __init__(self, model: Ensemble, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
@@ -78,7 +72,7 @@ class Forward:
         self.weight = model.sharpness / len(self.members)
         self.stride, self.halo, self.factor, self.classes = model.stride, model.halo, model.factor, model.classes
         self._forget_window()
-        # On a CPU passes side by side fill the cores better than one after another.
+        # On a CPU, concurrent passes use the cores better than passes in turn.
         self._turn: AbstractContextManager[object] = _TURN if self.device.type == "cuda" else nullcontext()
 
     def _forget_window(self) -> None:
@@ -86,23 +80,17 @@ class Forward:
         self._priors: list[Tensor] = []
 
     def for_another_thread(self) -> Forward:
-        """Make one with the same weights, which nothing changes, and buffers of its own."""
+        """Return a copy with the same weights, which never change, and its own buffers."""
         other = copy.copy(self)
         other._forget_window()
         return other
 
     @torch.inference_mode()
     def begin(self, static: NDArray[np.floating], reference: NDArray[np.uint8], *, offset: tuple[int, int]) -> None:
-        """Take the maps of a window, read with the halo on every side.
+        """Set the maps of a window, read with the halo on every side.
 
-        Parameters
-        ----------
-        static
-            ``(channel, rows, columns)``.
-        reference
-            Class indices, ``(rows, columns)``; anything above the last class is unknown.
-        offset
-            Row and column of the first cell in fine cells from the corner of the coarse window.
+        ``static`` is ``(channel, rows, columns)``, ``reference`` class indices ``(rows, columns)`` (above the last class:
+        unknown), ``offset`` the row and column of the first cell, in fine cells from the corner of the coarse window.
         """
         with self._turn:
             self._begin(static, reference, offset)
@@ -126,12 +114,9 @@ class Forward:
 
     @torch.inference_mode()
     def probabilities(self, coarse: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Predict a year of the window from its coarse channels ``(channel, coarse rows, coarse columns)``.
+        """Predict a year from its coarse channels ``(channel, coarse rows, coarse columns)``.
 
-        Returns
-        -------
-        numpy.ndarray
-            Float32 ``(class, rows, columns)`` of the cells within the halo.
+        Returns float32 ``(class, rows, columns)`` of the window without its halo.
         """
         with self._turn:
             wanted = torch.from_numpy(coarse).to(self.device)[None]
@@ -155,9 +140,9 @@ def bfloat16_pays(device: torch.device) -> bool:
 
 
 def precision_of(card: Card, *, device: torch.device | None = None) -> Precision:
-    """Tell in which precision a model runs best here: bfloat16 where the device gains by it and the model bears it.
+    """Return the precision to run a model in: bfloat16 where the device gains by it and the model tolerates it.
 
-    The process that asks may be one that merely hands out work: it takes no device (:func:`ai4land.model.device.device`).
+    This takes no device slot (:func:`ai4land.model.device.device`), so a process that only distributes work may call it.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = card.bfloat16
@@ -170,10 +155,10 @@ _loading = threading.Lock()
 
 
 def ready(folder: str, checksum: str, precision: Precision) -> tuple[Forward, Card]:
-    """Make a model ready to run in this thread; the threads of a process share its weights. A new ``checksum`` of the weights loads it anew."""
+    """Return a model prepared for this thread; threads share its weights, and a new ``checksum`` reloads them."""
     wanted = (folder, checksum, precision)
     if getattr(_held, "of", None) != wanted:
-        own_device()  # the calling thread's current one from now on
+        own_device()  # makes it the calling thread's current device
         with _loading:
             forward, card = _load(*wanted)
         _held.made, _held.of = (forward.for_another_thread(), card), wanted

@@ -1,7 +1,7 @@
 """Batch normalisation over the batches of several processes.
 
-A :class:`Group` adds up tensors over its processes (gloo on CPUs, NCCL on CUDA devices). :class:`Norm` takes its statistics from the whole batch,
-of which each process has a part. Nothing here needs more than PyTorch.
+A :class:`Group` sums tensors over its processes (gloo on CPUs, NCCL on CUDA devices). :class:`Norm` takes its statistics
+from the whole batch, split over the processes. Both need only PyTorch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ai4land.errors import WorkerError
 
 _LONG = timedelta(days=2)
-"""How long the others wait for what the first process makes alone: a global store takes many hours. A launcher ends them if it dies."""
+"""How long processes wait for the first one; a global store takes many hours. If it dies, a launcher ends them."""
 _MADE = "made"
 
 
@@ -28,12 +28,8 @@ _MADE = "made"
 class Group:
     """Processes that train together, seen from one of them; by default it is alone.
 
-    Attributes
-    ----------
-    rank, world
-        Number of this process and how many there are; ``rank`` 0 writes.
-    store
-        Key-value store of the group, or None for one process.
+    ``rank`` is the number of this process, of ``world`` processes; ``rank`` 0 writes. ``store`` is the key-value store of
+    the group, None for a single process.
     """
 
     rank: int = 0
@@ -48,14 +44,10 @@ class Group:
         return values
 
     def first(self, make: Callable[[], object]) -> None:
-        """Have the first process make something that all can read afterwards; the others wait until it is made.
+        """Let the first process make something for all; the others wait until it exists.
 
-        Every process must call this equally often: the calls are matched by their number.
-
-        Raises
-        ------
-        WorkerError
-            In the other processes, at once, if the first one failed.
+        Every process must call this equally often, because calls are matched by number. Raises WorkerError in the other
+        processes, at once, if the first one fails.
         """
         key = f"first {next(self._calls)}"
         if self.rank:
@@ -75,15 +67,10 @@ class Group:
             self.store.set(key, _MADE)
 
     def add_gradients(self, model: nn.Module, *numbers: Tensor) -> Tensor:
-        """Add up the gradients of a model, and some numbers with them, over the processes.
+        """Sum a model's gradients over the processes, in place, together with some numbers; return the sums of the numbers.
 
-        One buffer in the order of the parameters: how its parts are added does not depend on what was computed before,
-        unlike in buckets that follow the order in which gradients become ready.
-
-        Returns
-        -------
-        Tensor
-            The sums of the numbers.
+        One buffer in the order of the parameters makes the order of the additions fixed, unlike buckets filled as gradients
+        become ready.
         """
         extra = torch.stack([n.detach().float() for n in numbers])
         if self.world == 1:
@@ -99,16 +86,16 @@ ALONE = Group()
 
 
 class Norm(nn.BatchNorm2d):
-    """Batch normalisation whose statistics are those of the batches of all processes of a group.
+    """Batch normalisation with statistics over the batches of all processes of a group.
 
-    Each process sums its cells in float32, around its own mean, and the sums are combined in float64: the result hardly depends on how a
-    batch is divided, nor on how far its mean is from 0. ``torch.nn.SyncBatchNorm`` does not run on CPUs.
+    Each process sums its cells in float32 around its own mean, and the sums are combined in float64, so the result hardly
+    depends on how the batch is divided or how far its mean is from 0. ``torch.nn.SyncBatchNorm`` does not run on CPUs.
     """
 
     group: Group = ALONE
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise, ``(batch, channel, rows, columns)``; when not training, by the running statistics."""
+        """Normalise ``(batch, channel, rows, columns)``; when not training, use the running statistics."""
         if not self.training:
             return super().forward(x)
         out, mean, variance, count = _Normalised.apply(x, self.weight, self.bias, self.eps, self.group)
@@ -121,13 +108,13 @@ class Norm(nn.BatchNorm2d):
 
 
 class _Normalised(torch.autograd.Function):
-    """y = (x - mean) / sqrt(variance + eps) * weight + bias with mean and variance over all processes (Ioffe & Szegedy 2015, arXiv:1502.03167)."""
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias over all processes (Ioffe & Szegedy 2015, arXiv:1502.03167)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Group) -> tuple[Tensor, ...]:
         cells = _cells(x)
         near = cells.mean(0)
-        around = cells - near  # float32 would lose the variance in the squares of large numbers
+        around = cells - near  # in float32, squares of large numbers would lose the variance
         n, near, rest = len(cells), near.double(), around.sum(0).double()
         squares = around.square_().sum(0).double()
         sums = group.sum(torch.stack([rest + n * near, squares + near * (2 * rest + n * near), torch.full_like(near, n)]))
@@ -147,7 +134,7 @@ class _Normalised(torch.autograd.Function):
         dy, cells = _cells(grad), _cells(x)
         near = mean.to(cells.dtype)
         own = torch.stack([dy.sum(0), (cells - near).mul_(dy).sum(0)]).double()
-        own[1] = (own[1] - (mean - near) * own[0]) * scale  # of the normalised x
+        own[1] = (own[1] - (mean - near) * own[0]) * scale  # dy times normalised x
         whole = ctx.group.sum(own.clone()) / count
         factor = weight * scale
         slope = -whole[1] * scale * factor
@@ -158,13 +145,13 @@ class _Normalised(torch.autograd.Function):
 
 
 def _cells(x: Tensor) -> Tensor:
-    """``(batch, channel, rows, columns)`` as ``(cell, channel)``, at least float32; a view where the memory is channels-last."""
+    """Reshape ``(batch, channel, rows, columns)`` to ``(cell, channel)``, at least float32; a view if channels-last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
 
 
 @contextmanager
 def shared_norms(model: nn.Module, group: Group) -> Iterator[None]:
-    """Take the statistics of a model's normalisation over a group for a while."""
+    """Share a model's normalisation statistics over a group for the length of a ``with`` block."""
     norms = [m for m in model.modules() if isinstance(m, Norm)]
     for norm in norms:
         norm.group = group

@@ -1,9 +1,8 @@
 """The network: coarse states, static maps and a reference map in, class logits out.
 
-The coarse states stay coarse until they are inside: a small perceptron turns the states of each coarse cell into
-features, and these are interpolated to the fine grid on the device. Where a cell of the reference map is known, its
-class adds a learned row of logits to the output, so that an untrained network copies the map. Normalisation uses the
-statistics of training, never those of the window at hand, so a cell's output does not depend on how the map is tiled.
+A small perceptron turns the states of each coarse cell into features, which are interpolated to the fine grid on the device.
+Where the reference map is known, its class adds a learned row of logits to the output, so an untrained network copies the
+map. Normalisation uses training statistics, never those of a window, so the output of a cell does not depend on tiling.
 """
 
 from __future__ import annotations
@@ -18,25 +17,11 @@ from ai4land.model.norm import Norm
 
 
 def interpolate(coarse: Tensor, offset: Tensor, size: tuple[int, int], factor: int) -> Tensor:
-    """Interpolate coarse cells bilinearly to fine cells.
+    """Interpolate coarse cells ``(batch, channel, coarse rows, coarse columns)`` bilinearly to ``(batch, channel, *size)``.
 
-    Positions are computed from whole numbers, so a fine cell gets the same weights in whichever window it lies.
-
-    Parameters
-    ----------
-    coarse
-        ``(batch, channel, coarse rows, coarse columns)``.
-    offset
-        Row and column of the first fine cell, in fine cells from the corner of the coarse window: int64 ``(batch, 2)``.
-    size
-        Fine rows and columns to make.
-    factor
-        Fine cells along one side of a coarse cell.
-
-    Returns
-    -------
-    Tensor
-        ``(batch, channel, *size)``.
+    ``offset``, int64 ``(batch, 2)``, is the row and column of the first fine cell, in fine cells from the corner of the
+    coarse window; ``factor`` is the number of fine cells along one side of a coarse cell. Positions are integers, so a fine
+    cell gets the same weights in every window.
     """
     rows = _weights(offset[:, 0], size[0], coarse.shape[2], factor, coarse.dtype)
     cols = _weights(offset[:, 1], size[1], coarse.shape[3], factor, coarse.dtype)
@@ -44,7 +29,7 @@ def interpolate(coarse: Tensor, offset: Tensor, size: tuple[int, int], factor: i
 
 
 def _weights(offset: Tensor, size: int, cells: int, factor: int, dtype: torch.dtype) -> Tensor:
-    """Weights of the coarse rows for each fine row, ``(batch, size, cells)``: two neighbours each."""
+    """Return the weights of the coarse rows for each fine row, ``(batch, size, cells)``: two neighbours each."""
     place = 2 * (offset[:, None] + torch.arange(size, device=offset.device)) + 1 - factor
     low = torch.div(place, 2 * factor, rounding_mode="floor")
     upper = (place - 2 * factor * low).to(dtype) / (2 * factor)
@@ -68,20 +53,18 @@ class _Double(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """A U-Net after Ronneberger et al. (2015, arXiv:1505.04597), padded so that the output has the size of the input.
+    """A U-Net after Ronneberger et al. (2015, arXiv:1505.04597), padded so that output and input have the same size.
 
     Parameters
     ----------
     static_channels, coarse_channels, classes
-        Channels of the static maps, of the coarse states, and classes to predict.
+        Numbers of static channels, of coarse channels, and of classes to predict.
     factor
         Fine cells along one side of a coarse cell.
-    base
-        Width of the first level; each level down doubles it.
-    depth
-        Number of times that the resolution is halved.
+    base, depth
+        Width of the first level, which doubles with each level down, and how often the resolution is halved.
     coarse_features
-        Channels that the coarse states become before they are interpolated.
+        Channels that the coarse states become before interpolation.
     """
 
     def __init__(
@@ -117,7 +100,7 @@ class UNet(nn.Module):
         self.merge = nn.ModuleList(_Double(2 * w, w) for w in reversed(widths[:-1]))
         self.head = nn.Conv2d(base, classes, 1)
         self.persistence = nn.Embedding(classes + 1, classes)
-        # Coarse channels that never vary in training (no change was seen, say) then have no effect, instead of a random one.
+        # Coarse channels that are always 0 in training (such as differences without change) then keep having no effect.
         nn.init.zeros_(self.coarse[0].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
@@ -132,7 +115,7 @@ class UNet(nn.Module):
 
     @property
     def receptive_radius(self) -> int:
-        """Distance in fine cells beyond which nothing can change a cell's output.
+        """Distance in fine cells beyond which nothing affects a cell's output.
 
         Two 3 × 3 convolutions reach 2 · 2^l cells at level *l*, once on the way down and once up for every level but the
         deepest; pooling blurs the place of a cell by up to 2^depth − 1.
@@ -141,27 +124,22 @@ class UNet(nn.Module):
 
     @property
     def halo(self) -> int:
-        """Receptive radius rounded up to whole strides: the margin that a tile must be read with."""
+        """Receptive radius rounded up to whole strides: the margin to read around a tile."""
         return -(-self.receptive_radius // self.stride) * self.stride
 
     def forward(self, static: Tensor, reference: Tensor, coarse: Tensor, offset: Tensor) -> Tensor:
-        """Predict class logits.
+        """Predict class logits ``(batch, class, rows, columns)``.
 
         Parameters
         ----------
         static
-            Static channels, ``(batch, static channel, rows, columns)``; rows and columns are multiples of ``stride``.
+            ``(batch, static channel, rows, columns)``; rows and columns are multiples of ``stride``.
         reference
-            Class index of the reference map, integer ``(batch, rows, columns)``; anything above the last class is unknown.
+            Class indices, integer ``(batch, rows, columns)``; anything above the last class is unknown.
         coarse
-            Coarse channels, ``(batch, coarse channel, coarse rows, coarse columns)``.
+            ``(batch, coarse channel, coarse rows, coarse columns)``.
         offset
             As in :func:`interpolate`.
-
-        Returns
-        -------
-        Tensor
-            Logits, ``(batch, class, rows, columns)``.
         """
         size = (static.shape[2], static.shape[3])
         known = reference.clamp(max=self.classes).to(torch.int32)
@@ -174,7 +152,7 @@ class UNet(nn.Module):
         return logits
 
     def trunk(self, x: Tensor) -> Tensor:
-        """Bring the stacked input ``(batch, inputs, rows, columns)`` to the features ``(batch, base, rows, columns)``."""
+        """Turn the stacked input ``(batch, inputs, rows, columns)`` into features ``(batch, base, rows, columns)``."""
         levels: list[Tensor] = []
         for level, block in enumerate(self.down):
             x = block(F.max_pool2d(x, 2) if level else x)

@@ -1,4 +1,4 @@
-"""Terrain and climate of the synthetic planet: seamless on the sphere, and made from a seed alone."""
+"""Terrain and climate of the synthetic planet, seamless on the sphere, made from a seed alone."""
 
 from __future__ import annotations
 
@@ -27,14 +27,10 @@ class Fields:
 
     Attributes
     ----------
-    elevation
-        Metres; below 0 is ocean.
-    slope
-        Degrees, between neighbouring cells.
+    elevation, slope, soil_depth
+        Metres (below 0 is ocean), degrees between neighbouring cells, and metres (NaN over the ocean).
     temperature, precipitation
         Annual mean in degrees Celsius, annual sum in millimetres.
-    soil_depth
-        Metres; NaN over the ocean.
     climate_zone
         1 tropical, 2 dry, 3 temperate, 4 continental, 5 polar; 0 over the ocean.
     coast
@@ -54,12 +50,12 @@ class Fields:
 
 
 def generator(seed: int, purpose: str) -> np.random.Generator:
-    """Make a generator of its own for each purpose, so that no field depends on how many numbers another one drew."""
+    """Make a generator for one purpose, so that no field depends on how many numbers another field drew."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
 
 
 def sphere_points(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Unit vectors of cell centres in degrees, shape ``(rows, cols, 3)``."""
+    """Return unit vectors of cell centres, shape ``(rows, cols, 3)``; latitudes and longitudes in degrees."""
     phi, lam = np.deg2rad(lat)[:, None], np.deg2rad(lon)[None, :]
     return np.stack([np.cos(phi) * np.cos(lam), np.cos(phi) * np.sin(lam), np.sin(phi) * np.ones_like(lam)], axis=-1)
 
@@ -67,19 +63,11 @@ def sphere_points(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray
 def sphere_noise(
     points: NDArray[np.float64], *, seed: int, purpose: str, degrees: float, cell: float, roughness: float = 0.5
 ) -> Float:
-    """Sample smooth random numbers of unit variance at points on the sphere, seamless at the dateline and the poles.
+    """Sample smooth noise of unit variance at points on the sphere, seamless at the dateline and the poles.
 
-    Octaves of three-dimensional value noise (quadratic B-splines through a periodic lattice of normal numbers, turned
-    at random) are added, from a lattice step of ``degrees`` down to ``cell``.
-
-    Parameters
-    ----------
-    points
-        Unit vectors, shape ``(..., 3)``.
-    degrees, cell
-        Largest and smallest feature, in degrees along a great circle.
-    roughness
-        Amplitude of an octave relative to the one before.
+    Adds octaves of three-dimensional value noise: quadratic B-splines through a periodic, randomly turned lattice of normal
+    numbers. ``points`` are unit vectors, shape ``(..., 3)``; ``degrees`` and ``cell`` are the largest and smallest feature
+    in degrees along a great circle; ``roughness`` is the amplitude of an octave relative to the one before.
     """
     rng = generator(seed, purpose)
     flat = points.reshape(-1, 3)
@@ -90,13 +78,13 @@ def sphere_noise(
         turn, _ = np.linalg.qr(rng.standard_normal((3, 3)))
         at = flat @ turn.T * (2**octave / np.deg2rad(degrees)) + rng.uniform(0, 32, 3)
         total += roughness**octave * ndimage.map_coordinates(lattice, at.T, order=2, mode="grid-wrap", prefilter=False)
-    # A quadratic B-spline leaves 0.55 of the variance of white noise in each of three dimensions.
+    # A quadratic B-spline keeps 0.55 of the variance of white noise in each of three dimensions.
     spread = 0.55**1.5 * np.sqrt(sum(roughness ** (2 * o) for o in range(octaves)))
     return (total / spread).reshape(points.shape[:-1]).astype(np.float32)
 
 
 def top_cells(values: Float, areas: NDArray[np.float64], share: float, among: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Mark the cells with the highest values that make up a share of the area of ``among``."""
+    """Mark the cells of ``among`` with the highest values, up to a share of its area."""
     chosen = np.zeros(values.shape, dtype=bool)
     index = np.flatnonzero(among)
     order = index[np.argsort(-values.flat[index], kind="stable")]
@@ -106,12 +94,12 @@ def top_cells(values: Float, areas: NDArray[np.float64], share: float, among: ND
 
 
 def bump(values: Float, centre: float, width: float) -> Float:
-    """Fall from 1 at the centre by a Gaussian of the given width."""
+    """Evaluate a Gaussian that is 1 at the centre and 1/e one width away."""
     return np.exp(-(((values - centre) / width) ** 2))
 
 
 def _gradient(height: Float, lat: NDArray[np.float64], cell: float) -> tuple[Float, Float]:
-    """Rise to the east and to the south in metres per kilometre, over the dateline and the poles."""
+    """Return the rise to the east and to the south in metres per kilometre, across the dateline and the poles."""
     half = height.shape[1] // 2
     tall = np.concatenate([np.roll(height[:1], half, axis=1), height, np.roll(height[-1:], half, axis=1)])
     step = 111.2 * cell
@@ -124,9 +112,9 @@ def _gradient(height: Float, lat: NDArray[np.float64], cell: float) -> tuple[Flo
 def make_fields(grid: Grid, *, seed: int) -> Fields:
     """Make terrain, climate, soil and natural vegetation on a global grid.
 
-    Ridges are the zero lines of a noise field, uplifted where belts of mountains lie. Temperature falls towards the poles
-    and by 6 K per kilometre of height; rain follows the zonal belts, thins out inland and falls on slopes that face the
-    prevailing wind. Climate zones follow the thresholds of Köppen in spirit (annual mean instead of monthly values).
+    Ridges follow the zero lines of a noise field inside mountain belts. Temperature falls towards the poles and by 6 K per
+    kilometre of height. Rain follows the zonal belts, decreases inland and increases on slopes that face the prevailing
+    wind. Climate zones imitate the thresholds of Köppen with annual means instead of monthly values.
     """
     lat, lon = centres(grid.fine)
     cell = float(grid.fine.affine.a)

@@ -1,7 +1,7 @@
 """Write the synthetic planet in the formats of the real data.
 
-Annual maps as HILDA+ GeoTIFFs, terrain, climate and soil as cloud-optimised GeoTIFFs behind a static STAC catalogue, leaf
-area index as CF NetCDF; the LUH2 files are made by :mod:`ai4land.synthetic.luh2`.
+Annual maps are HILDA+ GeoTIFFs; terrain, climate and soil are cloud-optimised GeoTIFFs in a static STAC catalogue; leaf area
+index is CF NetCDF. :mod:`ai4land.synthetic.luh2` writes the LUH2 files.
 """
 
 from __future__ import annotations
@@ -40,22 +40,10 @@ _LAYERS = {
 
 @dataclass(frozen=True)
 class PlanetPaths:
-    """Where the parts of a planet lie.
+    """Paths of the parts of a planet.
 
-    Attributes
-    ----------
-    folder
-        The planet.
-    states, static_data
-        LUH2 states and static data.
-    landcover, lai
-        Annual files, with ``{year}`` in the name.
-    catalog
-        STAC catalogue of the static layers.
-    static
-        Folder of the static layers.
-    readme, marker
-        What this is; the parameters and files of a complete planet, written last.
+    ``landcover`` and ``lai`` have ``{year}`` in their names. ``marker`` holds the parameters and files of a complete planet
+    and is written last.
     """
 
     folder: Path
@@ -70,7 +58,7 @@ class PlanetPaths:
 
     @classmethod
     def inside(cls, folder: str | Path) -> PlanetPaths:
-        """Name the parts of a planet in ``folder``."""
+        """Return the paths of a planet in ``folder``."""
         root = Path(folder)
         return cls(
             folder=root,
@@ -86,14 +74,14 @@ class PlanetPaths:
 
 
 def _files(paths: PlanetPaths) -> list[Path]:
-    """List every file of a planet, the marker left out."""
+    """List the existing files of a planet except the marker."""
     inner = ("luh2/*.nc", "landcover/HILDAplus_*.tif", "lai/lai_*.nc", "static/*.tif", "catalog/**/*.json")
     found = {p for pattern in inner for p in paths.folder.glob(pattern)} | {paths.readme}
     return sorted(p for p in found if p.is_file())
 
 
 def is_complete(paths: PlanetPaths, parameters: Mapping[str, Any]) -> bool:
-    """Whether the folder holds a planet of these parameters with all its files at their full size."""
+    """Whether the folder holds a planet of these parameters, with all files at their full size."""
     try:
         marker = json.loads(paths.marker.read_text(encoding="utf-8"))
         wanted = {"format_version": FORMAT_VERSION, **parameters}
@@ -105,12 +93,9 @@ def is_complete(paths: PlanetPaths, parameters: Mapping[str, Any]) -> bool:
 
 
 def prepare(paths: PlanetPaths) -> None:
-    """Make the folders, and remove what is left of an earlier planet.
+    """Make the folders, and remove the files of an earlier planet.
 
-    Raises
-    ------
-    ConfigError
-        If the folder holds files and is not a planet's: these are not ours to overwrite.
+    Raises ConfigError if the folder holds files but no planet.
     """
     if paths.folder.is_dir() and any(paths.folder.iterdir()):
         ours = paths.readme.is_file() and paths.readme.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
@@ -139,7 +124,7 @@ def prepare(paths: PlanetPaths) -> None:
 
 
 def write_marker(paths: PlanetPaths, parameters: Mapping[str, Any]) -> None:
-    """Write the marker that says that the planet is complete; the last step."""
+    """Write the marker of a complete planet; the last step."""
     files = {p.relative_to(paths.folder).as_posix(): p.stat().st_size for p in _files(paths)}
     content = {"title": TITLE, "format_version": FORMAT_VERSION, **parameters, "files": files}
     write_atomically(paths.marker, (json.dumps(content, indent=1) + "\n").encode())
@@ -155,10 +140,7 @@ def write_map(paths: PlanetPaths, year: int, codes: NDArray[np.uint8], *, grid: 
 
 
 def write_static(paths: PlanetPaths, layers: Mapping[str, NDArray[Any]], *, grid: Grid, years: Sequence[int]) -> None:
-    """Write the static layers as COGs and their STAC catalogue.
-
-    Terrain is cut into a western and an eastern half; climate and soil are whole.
-    """
+    """Write the static layers as COGs with a STAC catalogue: terrain as a western and an eastern half, the others whole."""
     half = grid.shape[1] // 2
     pieces = {
         "terrain": {"west": slice(0, half), "east": slice(half, None)},
@@ -200,7 +182,7 @@ def write_static(paths: PlanetPaths, layers: Mapping[str, NDArray[Any]], *, grid
 
 
 def _write_cog(path: Path, layer: str, values: NDArray[Any], transform: Affine) -> pystac.Asset:
-    """Write one static layer as a cloud-optimised GeoTIFF and describe it as a STAC asset."""
+    """Write a static layer as a cloud-optimised GeoTIFF, and return it as a STAC asset."""
     _, unit, text = _LAYERS[layer]
     nodata = 0 if values.dtype == np.uint8 else float("nan")
     profile = {
@@ -216,7 +198,7 @@ def _write_cog(path: Path, layer: str, values: NDArray[Any], transform: Affine) 
     with rasterio.open(path, "w", **profile, **layout, overview_resampling=sampling) as file:
         file.write(values, 1)
         file.set_band_description(1, layer)
-    # JSON has no NaN: STAC writes the word.
+    # JSON has no NaN; STAC uses the string "nan".
     described = {"data_type": values.dtype.name, "nodata": nodata if nodata == 0 else "nan", "unit": unit}
     extra = {
         **described,
@@ -233,8 +215,8 @@ def write_lai(
 ) -> None:
     """Write the monthly leaf area index of a year, as bytes of 1/30 m² m⁻² like the Copernicus product.
 
-    The peak depends on class and rain, the season on a yearly cycle of temperature that grows with latitude. Ocean and
-    lakes are missing.
+    Class and rain set the peak; a yearly cycle of temperature, stronger at high latitudes, sets the season. Ocean and lakes
+    are missing.
     """
     lat, lon = centres(grid.fine)
     peak_of = np.zeros(256)

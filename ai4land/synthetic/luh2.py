@@ -1,7 +1,7 @@
 """States and static data of the synthetic planet as LUH2 v2h files.
 
-The quirks of the originals are kept, since readers have to live with them: years that no library decodes, 1e20 as missing
-value under a mis-cased attribute, latitudes from north to south.
+They keep the quirks of the originals that readers must handle: years that no library decodes, 1e20 as missing value under a
+mis-cased attribute, latitudes from north to south.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ai4land.grid import Grid, block_sum, cell_areas, centres
 from ai4land.synthetic.files import TITLE, PlanetPaths
 
 MISSING_VALUE = np.float32(1e20)
-"""What LUH2 writes where there is no land."""
+"""The value of LUH2 where there is no land."""
 
 STATES = {
     "primf": "forested primary land",
@@ -48,13 +48,13 @@ _CROP_TYPES = np.array(
 )
 """Shares of the five crop types in each climate zone."""
 _MANAGED = np.array([0.5, 0.1, 0.8, 0.6, 0.0])
-"""Share of pasture that is managed in each climate zone."""
+"""Share of managed pasture in each climate zone."""
 _BIOMASS = {44: 14.0, 55: 2.5, 66: 0.2}
-"""Carbon of natural vegetation in kg m-2."""
+"""Carbon of natural vegetation in kg m-2, by class code."""
 
 
 def _coarse_axes(file: Any, grid: Grid) -> None:
-    """Define the latitudes, from north to south, and the longitudes of an LUH2 file."""
+    """Define latitudes (from north to south) and longitudes in an LUH2 file."""
     names = (("lat", "latitude", "degrees_north", "Y"), ("lon", "longitude", "degrees_east", "X"))
     for (name, standard_name, units, axis), values in zip(names, centres(grid.coarse), strict=True):
         file.createDimension(name, len(values))
@@ -70,9 +70,9 @@ def _coarse_variable(file: Any, name: str, dims: tuple[str, ...], attrs: Mapping
 
 
 class StatesFile:
-    """The LUH2 states of a planet, filled year by year; a context manager.
+    """The LUH2 states of a planet, written year by year; a context manager.
 
-    A state is its area-weighted share of the whole coarse cell, so that the states of a cell sum to 1 − icwtr (ocean and
+    Each state is its area-weighted share of the whole coarse cell, so the states of a cell sum to 1 − icwtr (ocean and
     lakes). Natural land is primary until its first use.
     """
 
@@ -157,7 +157,7 @@ class StatesFile:
 
 
 def write_luh2_static(paths: PlanetPaths, natural: NDArray[np.uint8], *, grid: Grid, seed: int) -> None:
-    """Write potential biomass, potential forest, cell area, ice and water share and country codes."""
+    """Write potential biomass, potential forest, cell area, share of ice and water, and country codes."""
     areas = np.broadcast_to(grid.cell_areas()[:, None], grid.shape)
     whole = np.broadcast_to(cell_areas(grid.coarse)[:, None], grid.coarse.shape)
     biomass = np.select([natural == code for code in _BIOMASS], list(_BIOMASS.values()))

@@ -1,8 +1,8 @@
-"""A tiny planet, made from a seed, to try and test everything without any download.
+"""A tiny planet, made from a seed, to try and test everything without downloads.
 
-Terrain and climate come from :mod:`ai4land.synthetic.fields`; :func:`land_use` lets sixty years of land use spread where terrain and neighbours favour it, and :func:`make_planet` writes all of it in the formats of the real data
-(:mod:`ai4land.synthetic.files`). Nothing here is an observation; numbers of a score on this planet say nothing about
-the Earth.
+:mod:`ai4land.synthetic.fields` makes terrain and climate, :func:`land_use` spreads land use where terrain and neighbours
+favour it, and :func:`make_planet` writes all of it in the formats of the real data (:mod:`ai4land.synthetic.files`). Nothing
+here is an observation: scores on this planet say nothing about the Earth.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 REST_YEARS = 8
 """Years that a cell keeps its class after a change."""
 SWAP = 0.03
-"""Part of a net demand that is gained and lost once more in the same coarse cell."""
+"""Share of the demand (gain plus loss) that is also gained and lost again in the same coarse cell."""
 LAI_YEARS = 2
 
 
@@ -55,31 +55,22 @@ def make_planet(
     coarse_cell: float = 5.0,
     factor: int = 16,
 ) -> PlanetPaths:
-    """Write a small globe in the formats of the real data, or find the same one already there.
+    """Write a small globe in the formats of the real data, or return the same one if it exists.
 
     Parameters
     ----------
     folder
-        An empty or absent folder, or the folder of an earlier planet. A complete planet of the same parameters is
-        used as it is; any other planet is written anew.
-    seed
-        Seed of the terrain and of the land use.
+        An empty or absent folder, or the folder of an earlier planet, which is reused if complete and of the same parameters
+        and otherwise replaced.
     years
-        Consecutive years of land use.
-    coarse_cell
-        Side of a coarse cell in degrees; divides 180.
-    factor
-        Fine cells along one side of a coarse cell.
-
-    Returns
-    -------
-    PlanetPaths
-        Where everything lies. The last two years have LAI.
+        Consecutive years of land use; the last two get LAI.
+    coarse_cell, factor
+        Side of a coarse cell in degrees, which must divide 180, and fine cells along it.
 
     Raises
     ------
     ConfigError
-        If the years have gaps, the coarse cell does not divide 180, or the folder holds files of something else.
+        If a parameter is out of range, the years have gaps, or the folder holds files of something else.
     """
     wanted = [int(y) for y in years]
     if not wanted or wanted != list(range(wanted[0], wanted[-1] + 1)):
@@ -132,7 +123,7 @@ def _unblock(blocks: NDArray[Any], shape: tuple[int, int], factor: int) -> NDArr
 
 
 def _best(score: Float, allowed: NDArray[np.bool_], quota: NDArray[np.int64], factor: int) -> NDArray[np.bool_]:
-    """Mark in each coarse cell the ``quota`` allowed fine cells with the highest score."""
+    """Mark in each coarse cell the ``quota`` allowed fine cells with the highest scores."""
     candidates = _blocks(allowed, factor)
     count = np.minimum(quota, candidates.sum(axis=1))
     active = np.flatnonzero(count)
@@ -145,28 +136,25 @@ def _best(score: Float, allowed: NDArray[np.bool_], quota: NDArray[np.int64], fa
 
 
 def _near(mask: NDArray[np.bool_]) -> Float:
-    """Share of a class around each cell, within three cells, over the dateline."""
+    """Return the smoothed share of a class within three cells of each cell, across the dateline."""
     return ndimage.gaussian_filter(mask.astype(np.float32), 1.5, truncate=2.0, mode=("nearest", "wrap"))
 
 
 def land_use(
     fields: Fields, *, grid: Grid, years: Sequence[int], seed: int
 ) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.int16]]]:
-    """Let land use spread over a planet, year by year.
+    """Simulate the spread of land use over a planet; yield each year with its maps.
 
-    Smooth regional trends give every coarse cell a yearly demand for cropland, pasture and urban land: farming expands
-    up to a regional turning point and is abandoned afterwards, cities grow. In each coarse cell the fine cells change whose
-    score is best: static suitability, plus the share of the class around the cell in the year before, plus a little noise
-    that is fixed for each cell. Abandoned land returns to its natural vegetation. A cell that has changed rests for some years.
+    Smooth regional trends give every coarse cell a yearly demand for cropland, pasture and urban land: farming expands up to
+    a regional turning point and then retreats, cities grow. Within a coarse cell, the fine cells with the best scores
+    change. A score sums static suitability, the share of the class nearby in the year before, and a little noise fixed per
+    cell. Abandoned land returns to its natural vegetation. A changed cell then rests for some years.
 
     Yields
     ------
-    year
-        In ascending order.
-    codes
-        Class codes of ``hildaplus``, shape ``(rows, cols)``; a new array each year.
-    last_used
-        Last year of urban, crop or pasture use; years before ``years[0] - 1000`` mean never.
+    year, codes, last_used
+        Ascending years; class codes of ``hildaplus``, shape ``(rows, cols)``, a new array each year; last year of urban,
+        crop or pasture use, where years before ``years[0] - 1000`` mean never.
     """
     shape, factor = grid.shape, grid.factor
     cell = float(grid.fine.affine.a)

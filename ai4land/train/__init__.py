@@ -1,4 +1,4 @@
-"""Training: splits, patches, the loss with the coarse totals imposed, the loop, and groups of processes that train together.
+"""Training: splits, patches, the loss with coarse totals imposed, the loop, and groups of processes that train together.
 
 May import :mod:`ai4land.model`, :mod:`ai4land.constrain`, :mod:`ai4land.store` and what lies below them.
 

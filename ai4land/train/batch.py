@@ -1,8 +1,7 @@
 """From the analysis-ready store to batches of patches.
 
-The loader reads whole shards through xbatcher from the lazily opened store, in threads and ahead of their visit, and cuts
-patches from memory by xbatcher's selectors with a random origin. Its sequence depends on the seed and the step alone, so that
-training goes on exactly where it stopped.
+The loader reads whole shards ahead of time in threads, through xbatcher from the lazily opened store, and cuts patches at
+random origins from memory. Batches depend only on the seed and the step, so training resumes exactly where it stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from ai4land.train.normalise import trained
 _READERS = 2
 """Threads that read shards."""
 _LAYOUTS = 3
-"""Random layouts of patches over a shard that a visit draws from."""
+"""Random layouts of patches over each shard of a visit."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,13 @@ class Batch:
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
     def pinned(self) -> Batch:
-        """Copy into page-locked memory, of which PyTorch keeps and reuses the buffers, so that a CUDA device can fetch it while it works."""
+        """Copy into page-locked memory, from which a CUDA device can copy while it computes; PyTorch reuses the buffers."""
         return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """A shard in memory; ``maps`` holds class indices by year, ``scored`` the cells that may be a target, ``moving`` those of them that change."""
+    """A shard in memory: ``maps`` of class indices by year, ``scored`` (possible target) cells, and the ``moving`` ones."""
 
     window: Window
     static: NDArray[np.float16]
@@ -68,39 +67,32 @@ class _Tile:
 class PatchLoader:
     """Batches of random patches from the store.
 
-    A *visit* draws ``mix`` shards (with odds by the cells that may be targets), reads them, and cuts ``visit`` batches
-    from them, out of a few layouts of patches with a random origin. Patches lie within a shard; those with more cells to score
-    are drawn more often.
+    A *visit* draws ``mix`` shards with odds by their possible target cells, and cuts ``visit`` batches from a few layouts of
+    patches with random origins. Patches lie within a shard; those with more scored cells are drawn more often. Raises
+    DataError if no cell may be a target.
 
     Parameters
     ----------
     open_store
         Opens the store lazily, without Dask.
-    grid, legend, spec
-        Of the store and the model.
     cells
-        Coarse cells whose fine cells may be targets, bool.
+        Coarse cells whose fine cells may be targets, bool ``(coarse rows, coarse columns)``.
     pairs
         (reference year, year) to draw from.
     patch, batch
-        Fine cells along the side of a patch, and patches of a batch.
+        Side of a patch in fine cells, and patches per batch.
     mask_all, mask_some
-        Shares of patches that do not see the reference map, and that see it with holes.
+        Shares of patches without the reference map, and with holes in it.
     disturb
-        Share of the cells of a seen reference map that :func:`disturbed` changes, about.
+        Approximate share of the cells of a visible reference map that :func:`disturbed` changes.
     focus
-        Share of the patches that are drawn by their cells that change over the years, not by their cells to score.
+        Share of patches drawn by their cells that change over the years instead of by their scored cells.
     turn
-        Show patches mirrored and turned, in one of the eight ways that a square has, drawn at random.
+        Mirror and turn each patch at random, in one of the eight symmetries of a square.
     visit, mix, keep
-        Batches of a visit, shards of a visit, and shards that are kept in memory.
+        Batches per visit, shards per visit, and shards kept in memory.
     rank, world
         This process takes the patches ``rank::world`` of every batch.
-
-    Raises
-    ------
-    DataError
-        If no cell may be a target.
     """
 
     def __init__(
@@ -133,7 +125,7 @@ class PatchLoader:
         self.rank, self.world = rank, world
         self.years = sorted({year for pair in pairs for year in pair})
         store = open_store()
-        # A slice, not a list of years: Zarr reads a list by a selection that costs ten times the time and memory.
+        # A slice: selecting a list of years costs Zarr ten times the time and memory.
         observed = [int(y) for y in store["observed_year"].values]
         place = [observed.index(y) for y in self.years]
         ds = store[["static", "land_cover", "mask"]].isel(observed_year=slice(min(place), max(place) + 1))
@@ -156,7 +148,7 @@ class PatchLoader:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="shards")
 
     def _tile(self, index: int) -> _Tile:
-        """Give a shard from memory, or from the thread that reads it."""
+        """Return a shard from memory, or wait for the thread that reads it."""
         if index in self._cache:
             self._cache.move_to_end(index)
             return self._cache[index]
@@ -167,13 +159,13 @@ class PatchLoader:
         return tile
 
     def _read_ahead(self, shards: Iterable[int]) -> None:
-        """Have shards read in threads that are not in memory."""
+        """Start reading those shards in threads that are not in memory."""
         for index in shards:
             if index not in self._cache and index not in self._coming:
                 self._coming[index] = self._readers.submit(self._read, index)
 
     def _read(self, index: int) -> _Tile:
-        """Read a shard with xbatcher: all static maps and all years in one go."""
+        """Read a shard with xbatcher: all static maps and all years at once."""
         data, window = self._shards[index], self._windows[index]
         codes = data["land_cover"].sel(observed_year=self.years).transpose("observed_year", *FINE_DIMS).values
         maps = {year: self.legend.encode(m, source=f"map of {year}") for year, m in zip(self.years, codes, strict=True)}
@@ -187,13 +179,13 @@ class PatchLoader:
         )
 
     def _drawn(self, visit: int) -> tuple[list[int], np.random.Generator]:
-        """Draw the shards of a visit; the generator goes on to its patches."""
+        """Draw the shards of a visit; return them with the generator that also draws its patches."""
         rng = np.random.default_rng([self.seed, 1, visit])
         some = min(self.mix, int(np.count_nonzero(self._odds)))
         return rng.choice(len(self._windows), size=some, p=self._odds, replace=False).tolist(), rng
 
     def _patches(self, visit: int, *, last: bool) -> Iterator[tuple[_Tile, Window, tuple[int, int], np.random.Generator]]:
-        """Draw the patches of a visit, in order; the shards of the next are read meanwhile unless this is the last."""
+        """Draw the patches of a visit in order; unless it is the last, read the shards of the next visit meanwhile."""
         drawn, rng = self._drawn(visit)
         self._read_ahead(drawn)
         places: list[tuple[int, Window]] = []
@@ -205,7 +197,7 @@ class PatchLoader:
             inside = xr.Dataset({"scored": (FINE_DIMS, tile.scored)}).isel(
                 {d: slice(j, None) for d, j in zip(FINE_DIMS, jitter, strict=True)}
             )
-            # Not by bins: those come as one list under one key.
+            # Concatenated bins would put all selectors into one list under one key.
             layout = BatchSchema(inside, input_dims=dict.fromkeys(FINE_DIMS, self.patch), concat_input_bins=False)
             for selector in layout.selectors.values():
                 row, col = (selector[0][d].start + j for d, j in zip(FINE_DIMS, jitter, strict=True))
@@ -224,7 +216,7 @@ class PatchLoader:
             yield self._tile(index), place, pair, np.random.default_rng(rng.integers(2**63))
 
     def _cut(self, tile: _Tile, place: Window, pair: tuple[int, int], rng: np.random.Generator) -> tuple[Any, ...]:
-        """Cut one patch and make its input."""
+        """Cut one patch and make its model input."""
         year0, year = pair
         cut = place.slices
         seen = tile.maps[year0][cut]
@@ -254,7 +246,7 @@ class PatchLoader:
         return turned(patch, self.grid.factor, way=int(rng.integers(8))) if self.turn else patch
 
     def batches(self, first: int = 0, last: int | None = None) -> Iterator[Batch]:
-        """Yield the batches of steps ``first`` to ``last`` (exclusive; without end where None)."""
+        """Yield the batches of steps ``first`` to ``last`` (exclusive; None: without end)."""
         step = first
         while last is None or step < last:
             visit, skip = divmod(step, self.visit)
@@ -271,22 +263,16 @@ class PatchLoader:
 
 
 def _odds(counts: list[int]) -> NDArray[np.float64]:
-    """Odds in proportion to counts; equal ones where all are 0."""
+    """Return odds in proportion to counts, or equal odds if all counts are 0."""
     weights = np.array(counts, dtype=np.float64)
     return weights / weights.sum() if weights.any() else np.full(len(counts), 1 / len(counts))
 
 
 def turned(patch: tuple[Any, ...], factor: int, *, way: int) -> tuple[Any, ...]:
-    """Mirror and transpose a patch and the coarse cells around it.
+    """Mirror and transpose a patch (the fields of a :class:`Batch`, in order) together with the coarse cells around it.
 
-    Parameters
-    ----------
-    patch
-        Static channels, reference map, coarse channels, offset and target, as :class:`Batch` holds them.
-    factor
-        Fine cells along one side of a coarse cell.
-    way
-        0 to 7: 1 mirrors the rows, 2 the columns, 4 swaps rows and columns, and sums of these.
+    ``factor`` is the number of fine cells along one side of a coarse cell. ``way`` is the sum of 1 to mirror the rows, 2 to
+    mirror the columns, and 4 to swap rows and columns.
     """
     static, reference, coarse, offset, target = patch
     size, cells = target.shape, coarse.shape[-2:]
@@ -300,19 +286,12 @@ def turned(patch: tuple[Any, ...], factor: int, *, way: int) -> tuple[Any, ...]:
 
 
 def disturbed(index: NDArray[np.uint8], rng: np.random.Generator, *, share: float, n: int) -> NDArray[np.uint8]:
-    """Change small patches of a map to a class from close by, as if the map were of another year.
+    """Change about a ``share`` of a map's cells to one of ``n`` classes from nearby, as if the map were of another year.
 
-    From the changed map the network learns to find the true one, where no two years of maps are there to learn change
-    from. Patches are of 1 to 6 cells and take the class of a cell about 1 cell away; classes differ in how they spread.
-
-    Parameters
-    ----------
-    index
-        Class indices ``(rows, columns)``; ``MISSING`` cells stay.
-    share
-        Of the cells, to change; about, as patches overlap and many draw their own class.
-    n
-        Number of classes.
+    From the disturbed map the network learns to restore the true one, if there are no maps of two years to learn change
+    from. ``index`` holds class indices ``(rows, columns)``; ``MISSING`` cells stay. Changed patches are 1 to 6 cells large
+    and take the class of a cell about 1 cell away; some classes spread more than others. The share is approximate because
+    patches overlap and many draw their own class.
     """
     out = index.copy()
     rows, cols = index.shape
@@ -337,7 +316,7 @@ def disturbed(index: NDArray[np.uint8], rng: np.random.Generator, *, share: floa
 
 
 def holes(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Draw rectangular holes until they cover at least 30 % of a patch, as a mask of the missing cells."""
+    """Draw rectangular holes until they cover at least 30 % of a patch; return the mask of missing cells."""
     out = np.zeros(shape, dtype=bool)
     while out.mean() < 0.3:
         row, col = (int(rng.integers(0, n)) for n in shape)
@@ -347,7 +326,7 @@ def holes(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.bool_]
 
 
 def prefetched(batches: Iterator[Batch], *, depth: int = 4, pin: bool = False) -> Generator[Batch, None, None]:
-    """Make the batches in a thread, up to ``depth`` ahead and in page-locked memory if ``pin``; an error there is raised here."""
+    """Make batches in a thread, up to ``depth`` ahead, in page-locked memory if ``pin``; errors there are raised here."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 

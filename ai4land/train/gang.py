@@ -1,8 +1,8 @@
-"""Training on the workers of a Dask cluster: a process group that is formed anew, from the last saved state, whenever one of it fails.
+"""Training on the workers of a Dask cluster, in a process group that restarts from the last saved state after a failure.
 
-A *generation* is one long task on each of some workers, none of which can be done elsewhere or again. The first failure (a task that
-raises, a worker that is gone, a worker that keeps the others waiting) ends the generation; what does not end by itself is
-restarted, and the next generation goes on with the workers that are there. What makes no progress is not tried for ever.
+A *generation* is one long task per worker, fixed to it and never retried by Dask. The first failure (a task raises, a worker
+dies or keeps the others waiting) ends the generation. Workers that do not end their tasks are restarted, and the next
+generation continues with the available workers. After repeated failures without progress, training gives up.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ai4land.model.norm import Group
 from ai4land.train.group import ARRIVAL, joined, use_interface
 
 _STORES: dict[str, Any] = {}
-"""Key-value stores that this process serves, by the name of the generation."""
+"""Key-value stores that this process serves, by generation."""
 _TICK = 0.5
-"""Seconds between two looks at a generation."""
+"""Seconds between two checks of a generation."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """What a worker is told of its place in a generation: its number, how many there are, how many of them on its machine, and where they meet."""
+    """A worker's place in a generation: rank, number of workers and of those on its machine (``beside``), meeting point."""
 
     generation: str
     rank: int
@@ -46,7 +46,7 @@ class Member:
 
     @contextmanager
     def joined(self) -> Iterator[Group]:
-        """Join the others; to be called in the task of a worker."""
+        """Join the others; call this in the worker's task."""
         store = None
         if self.world > 1:
             use_interface(_host(get_worker().address))
@@ -60,14 +60,14 @@ class Member:
 
 
 def _serve(generation: str, host: str, world: int, timeout: float) -> int:
-    """Serve the store of a generation from this process; the port, which is a free one."""
+    """Serve the store of a generation from this process; return its free port."""
     store = TCPStore(host, 0, world, True, timedelta(seconds=timeout), wait_for_workers=False)
     _STORES[generation] = store
     return int(store.port)
 
 
 def _host(address: str) -> str:
-    """Host of a worker's address.
+    """Return the host of a worker's address.
 
     >>> _host("tls://10.0.0.1:4567")
     '10.0.0.1'
@@ -87,34 +87,30 @@ def gang(
     look: Callable[[], None] = lambda: None,
     restarts: int = 3,
 ) -> None:
-    """Do a task on some workers together until it is done.
+    """Run a task on several workers together until it succeeds.
 
     Parameters
     ----------
-    client
-        Of the cluster.
+    client, workers
+        Client of the cluster, and the number of workers to wait for.
     task
-        What each worker does; it joins the others by :meth:`Member.joined`, and goes on from its own saved state. It raises
-        ``Unfinished`` where the time of its worker's job is over: that worker then leaves the cluster.
-    workers
-        To wait for.
+        Runs on each worker, joins the others by :meth:`Member.joined` and continues from its own saved state. Raises
+        ``Unfinished`` when its job is about to end; the workers are then retired.
     timeout
         Seconds that a worker may keep the others waiting.
     patience
-        Seconds to wait for the rest of the workers once one is there.
+        Seconds to wait for the remaining workers once one has arrived.
     state
-        Tells the saved state: a failure counts as a further one only if it is the same as at the one before.
-    tell
-        Is told what happens.
-    look
-        Called twice a second meanwhile.
+        Returns the saved state; if it changed since the last failure, the count of failures starts again.
+    tell, look
+        Called with messages; called about twice a second during a generation.
     restarts
-        Failures in a row, without progress, that are tried again.
+        Failures in a row without progress that are tried again.
 
     Raises
     ------
     AI4LandError
-        What a task raised, but for ``Unfinished``: it would be raised again.
+        The error of a task, except ``Unfinished`` and WorkerError: a retry would raise it again.
     WorkerError
         If workers failed too often, or the scheduler is gone.
     """
@@ -145,19 +141,19 @@ def gang(
 
 
 def _workers(client: Client) -> dict[str, Any]:
-    """Ask for the workers that are there, by address."""
+    """Return what the scheduler knows of each connected worker, by address."""
     try:
         found: dict[str, Any] = client.scheduler_info(n_workers=-1)
     except OSError as error:
         raise WorkerError(f"the scheduler does not answer ({error})") from error
-    if client.status == "closed" or "workers" not in found:  # a client without a scheduler tells what was, or nothing
+    if client.status == "closed" or "workers" not in found:  # without a scheduler, a client answers with old data or none
         raise WorkerError("the scheduler is gone; run again to go on")
     workers: dict[str, Any] = found["workers"]
     return workers
 
 
 def _gathered(client: Client, workers: int, *, patience: float, left: set[str], tell: Callable[[str], None]) -> list[str]:
-    """Wait for workers; their addresses, those of a machine side by side."""
+    """Wait for workers; return their addresses, grouped by machine."""
     first, told = None, False
     while True:
         there = {a: w["name"] for a, w in _workers(client).items() if a not in left}
@@ -182,7 +178,7 @@ def _generation(
     left: set[str],
     look: Callable[[], None],
 ) -> None:
-    """Do the task once on workers with these addresses; add those that cannot be used any more to ``left``."""
+    """Run the task once on the workers with these addresses; add unusable ones to ``left``."""
     name, world, hosts = f"train-{uuid.uuid4().hex[:12]}", len(addresses), [_host(a) for a in addresses]
     host = hosts[0]
     fixed: dict[str, Any] = {"allow_other_workers": False, "pure": False, "retries": 0}
@@ -193,7 +189,7 @@ def _generation(
             serving = client.submit(_serve, name, host, world, timeout, workers=addresses[:1], key=f"{name}-store", **fixed)
             try:
                 port = serving.result(timeout=max(30.0, timeout))
-            except Exception as error:  # whatever a dying worker makes of it
+            except Exception as error:  # a dying worker may cause any kind
                 raise WorkerError(f"worker {addresses[0]} cannot be met ({error!r})") from error
         for rank, address in enumerate(addresses):
             member = Member(name, rank, world, hosts.count(hosts[rank]), host, port, timeout)
@@ -206,12 +202,12 @@ def _generation(
                 raise causes[0]
             raise WorkerError("; ".join(f"worker {a} failed: {e}" for a, e in errors.items()))
     finally:
-        with suppress(Exception):  # its kind differs: the tasks of a scheduler that is gone are gone with it
+        with suppress(Exception):  # any kind: a dead scheduler has lost its tasks anyway
             client.cancel(list(futures.values()), force=True)
 
 
 def _first_failure(client: Client, futures: dict[str, Future[Any]], look: Callable[[], None]) -> dict[str, BaseException]:
-    """Watch tasks until all are done or one failed; what failed, by worker."""
+    """Watch tasks until all are done or one fails; return the errors by worker."""
     while True:
         look()
         errors = _failed(client, futures)
@@ -236,7 +232,7 @@ def _failed(client: Client, futures: dict[str, Future[Any]]) -> dict[str, BaseEx
 def _ended(
     client: Client, futures: dict[str, Future[Any]], errors: dict[str, BaseException], *, grace: float, left: set[str]
 ) -> None:
-    """Wait until the rest of a failed generation ends by itself, then restart what does not."""
+    """Wait until the remaining tasks of a failed generation end, then kill and restart workers whose tasks do not."""
     end = time.monotonic() + grace
     while time.monotonic() < end:
         errors.update({a: e for a, e in _failed(client, futures).items() if a not in errors})
@@ -247,13 +243,13 @@ def _ended(
         if address not in errors and not future.done():
             errors[address] = WorkerError("it does not answer")
             left.add(address)
-            # Not by the client's restart_workers: a nanny that kills a worker as it starts does not start another one.
+            # Client.restart_workers would not do: a nanny that kills a starting worker does not start another one.
             Thread(
                 target=client.run, args=(_kill,), kwargs={"workers": [address], "nanny": True, "on_error": "ignore"}, daemon=True
             ).start()
 
 
 def _kill(dask_worker: Nanny) -> None:
-    """End the worker of a nanny, which then starts another one; it runs in the nanny, as a worker may be stopped."""
+    """Kill a nanny's worker, so that the nanny starts another; it runs in the nanny because the worker may be stopped."""
     if dask_worker.pid is not None:
         os.kill(dask_worker.pid, signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""Processes that train one network together, each on a part of every batch, with the result of one process that has it all.
+"""Several processes that train one network, each on a part of every batch, as one process would on the whole.
 
-Batch normalisation takes its statistics over the whole batch (:class:`ai4land.model.norm.Norm`), the loss is divided by the weight of the whole
-batch, and the gradients of all processes are added up in one buffer whose layout never changes. So the number of processes
-changes the weights by rounding only, and a training that resumes with as many processes as before gives the same bits.
+Batch normalisation uses the statistics of the whole batch (:class:`ai4land.model.norm.Norm`), the loss is divided by the
+weight of the whole batch, and gradients are added up in one buffer of fixed layout. The number of processes therefore
+changes the weights only by rounding, and training that resumes with the same number gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,23 +25,17 @@ from ai4land.model.norm import Group
 _log = logging.getLogger(__name__)
 
 TORCHRUN = "TORCHELASTIC_RUN_ID"
-"""Environment variable by which a process knows that torchrun started it."""
+"""Environment variable that torchrun sets in its processes."""
 ARRIVAL = 120.0
-"""Seconds, at least, within which all processes of a group have to arrive: their libraries may load slowly."""
+"""Least time in seconds for all processes of a group to arrive, because their libraries may load slowly."""
 
 
 @contextmanager
 def joined(store: Any, *, rank: int, world: int, timeout: float) -> Iterator[Group]:
-    """Join a group for the length of a ``with`` block.
+    """Join a group of processes for the length of a ``with`` block; ``rank`` and ``world`` are as in :class:`Group`.
 
-    Parameters
-    ----------
-    store
-        Key-value store that all processes of the group reach and that nobody else writes to.
-    rank, world
-        As of :class:`Group`.
-    timeout
-        Seconds that a process waits for the others in one operation, before a ``RuntimeError``.
+    All processes of the group, and no others, must use ``store``, a key-value store. A process that waits longer than
+    ``timeout`` seconds for the others in one operation raises RuntimeError.
     """
     if world == 1:
         yield Group()
@@ -56,12 +50,9 @@ def joined(store: Any, *, rank: int, world: int, timeout: float) -> Iterator[Gro
 
 @contextmanager
 def torchrun_group(*, timeout: float) -> Iterator[Group]:
-    """Join the group that torchrun started; without torchrun, a process is alone.
+    """Join the group that torchrun started; without torchrun, yield a group of one.
 
-    Raises
-    ------
-    ConfigError
-        If torchrun restarts processes that fail, and lets them find what the dead ones wrote to its key-value store.
+    Raises ConfigError if torchrun would let restarted processes see the key-value store of dead ones.
     """
     if TORCHRUN not in os.environ:
         yield Group()
@@ -77,7 +68,7 @@ def torchrun_group(*, timeout: float) -> Iterator[Group]:
 
 
 def use_interface(host: str) -> None:
-    """Make gloo and NCCL use the network interface with this address of the machine, unless the environment names one."""
+    """Make gloo and NCCL use the network interface with this address, unless the environment names one."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address == host for a in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -1,8 +1,8 @@
 """The training loop, for one process or for each process of a group.
 
-Batches depend only on the seed and the step, and the state is saved every few steps. A run that was killed therefore
-resumes to the same weights, bit for bit, given as many threads and processes. Of an exponential moving average of the weights,
-those with the lowest validation loss are kept.
+Batches depend only on the seed and the step, and the state is saved every few steps, so a killed run resumes to the same
+weights, bit for bit, given the same number of threads and processes. Validation scores an exponential moving average of the
+weights and keeps the best.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Schedule:
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """Learning rate: linear warm-up, then half a cosine down to 0."""
+        """Return the learning rate of a step: linear warm-up, then half a cosine down to 0."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         part = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -86,37 +86,31 @@ def fit(
     device: torch.device | None = None,
     progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Trained:
-    """Train a network, from the start or from its last saved state.
+    """Train a network in place, from the start or from its last saved state.
 
     Parameters
     ----------
-    model
-        The network; trained in place.
     batches
-        Makes the batches from a given step on; in a group, this process's part of each.
+        Returns the batches from a given step on; in a group, this process's part of each.
     validation
         Batches, or parts of them, that are scored every ``validate_every`` steps.
     weights
         Class weights of the loss, ``(class,)``.
-    schedule
-        How long and how.
-    folder
-        Where ``metrics.jsonl`` and ``resume.pt`` are kept.
-    fingerprint
-        Of all settings and data that the result depends on; a saved state with another one is refused.
+    folder, fingerprint
+        Folder of ``metrics.jsonl`` and ``resume.pt``, and fingerprint of all settings and data that determine the result.
     group
-        Processes that train together; the first of them writes to the folder.
+        Processes that train together; rank 0 writes to the folder.
     until
-        Time, in seconds since 1970, at which training saves its state and stops, at the end of a step.
+        Time, in seconds since 1970, after which training finishes its step, saves its state and stops.
     device
-        Default: that of :func:`ai4land.model.device.device`.
+        Default: :func:`ai4land.model.device.device`.
     progress
-        Called by the first process after each step, with the step and its row of metrics.
+        Called by rank 0 after each step, with the step and its row of metrics.
 
     Raises
     ------
     MismatchError
-        If ``resume.pt`` belongs to another configuration.
+        If ``resume.pt`` has another fingerprint.
     DataError
         If a loss is not finite.
     Unfinished
@@ -144,7 +138,7 @@ def fit(
             if leads and (training.step % schedule.checkpoint_every == 0 or training.ended or stops):
                 training.save(resume, fingerprint)
             if stops:
-                group.sum(torch.zeros((), device=device))  # no process stops before the state is on disk
+                group.sum(torch.zeros((), device=device))  # a barrier: no process stops before the state is on disk
                 raise Unfinished(
                     f"training in {folder} stopped at step {training.step} of {schedule.steps} because the time of its job runs out; "
                     "run it again to resume"
@@ -162,7 +156,7 @@ def fit(
 
 
 class _Training:
-    """The state of a training: network, optimiser, moving average and best weights; ``stale`` counts validations without improvement."""
+    """The state of a training; ``stale`` counts validations without improvement."""
 
     def __init__(
         self, model: UNet, validation: list[Batch], weights: Tensor, schedule: Schedule, group: Group, device: torch.device
@@ -185,7 +179,7 @@ class _Training:
         return self.step >= self.schedule.steps or self.stale >= self.schedule.patience
 
     def load(self, path: Path, fingerprint: str) -> None:
-        """Resume from a saved state of the same configuration."""
+        """Load a saved state of the same configuration."""
         state = load_state(path)
         if state["fingerprint"] != fingerprint:
             raise MismatchError(
@@ -210,7 +204,7 @@ class _Training:
         save_state(path, {**tensors, **numbers, "fingerprint": fingerprint})
 
     def advance(self, source: Iterator[Batch], until: float | None) -> tuple[dict[str, float], bool]:
-        """Take one step, and validate when it is due; return its row of metrics, and whether any process has reached the time ``until``."""
+        """Take one step, and validate when due; return the metrics, and whether any process has reached ``until``."""
         began = time.perf_counter()
         batch = next(source).to(self.device)
         arrived = time.perf_counter()
@@ -232,7 +226,7 @@ class _Training:
         return row, over
 
     def _learn(self, batch: Batch, rate: float, until: float | None) -> tuple[float, float, bool]:
-        """Change the weights by one batch; return the loss and the norm of the gradient of the whole batch, and whether the time is over."""
+        """Train on one batch; return loss and gradient norm of the whole batch, and whether any process is out of time."""
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = rate
         self.model.train()
@@ -260,7 +254,7 @@ class _Training:
 
     @torch.no_grad()
     def _score(self, parameters: dict[str, Tensor]) -> dict[str, float]:
-        """Score weights on the validation batches: loss, and accuracy and Figure of Merit of the most likely class."""
+        """Score weights on the validation batches: loss, accuracy and Figure of Merit of the most likely class."""
         own = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.model.load_state_dict(parameters)
         self.model.eval()
@@ -291,7 +285,7 @@ class _Training:
         return logits
 
     def _wholes(self, batches: list[Batch]) -> list[Tensor | None]:
-        """Weight of each whole batch, of which this process has a part; None where it has the whole."""
+        """Return the weight of each whole batch, or None if this process has all of it."""
         if self.group.world == 1 or not batches:
             return [None] * len(batches)
         change = self.schedule.change_weight
@@ -299,7 +293,7 @@ class _Training:
         return list(self.group.sum(torch.stack(own)))
 
     def _loss(self, logits: Tensor, batch: Batch, whole: Tensor | None) -> Tensor:
-        """Loss with and without the totals imposed, mixed by their shares; in a group, this process's part of it."""
+        """Mix the losses with and without the totals imposed, by their shares; in a group, this process's part."""
         change, share = self.schedule.change_weight, self.schedule.totals_share
         part = partial(change_loss, logits, batch.target, batch.reference, self.weights, change_weight=change, whole=whole)
         total = torch.zeros((), device=logits.device)
@@ -309,7 +303,7 @@ class _Training:
 
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Weight decay for the kernels of convolutions only, not for biases, normalisation and embeddings."""
+    """Apply weight decay to convolution kernels only, not to biases, normalisation and embeddings."""
     kernels = [p for p in model.parameters() if p.ndim == 4]
     others = [p for p in model.parameters() if p.ndim != 4]
     return [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
@@ -328,7 +322,7 @@ def _average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None
 class _Rows:
     """``metrics.jsonl``, a row per step; rows after the step that training resumes from are dropped.
 
-    The file stays open, so that rows never end up in a file that replaces it, as when the training resumes elsewhere.
+    The file stays open: if training resumes elsewhere and replaces the file, rows never end up in the new one.
     """
 
     def __init__(self, path: Path, *, keep: int) -> None:
@@ -345,7 +339,7 @@ class _Rows:
 
 
 def _kept(path: Path, keep: int) -> Iterator[str]:
-    """Rows up to a step; an incomplete row and all after it are dropped."""
+    """Yield the rows up to a step, ending at the first incomplete row."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() and keep else []:
         try:
             if json.loads(line)["step"] <= keep:

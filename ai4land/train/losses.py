@@ -1,13 +1,12 @@
-"""What the network minimises: cross-entropy of the cells, with and without the coarse totals imposed.
+"""The training loss: cross-entropy per cell, with and without the coarse totals imposed.
 
-With the totals imposed, the logits of each coarse cell get one *price* a class, so that the expected class totals are those
-of the target. The prices are the ones that minimise the cross-entropy of the coarse cell, so its gradient with respect to
-them is 0, and they may be taken as constants when differentiating (envelope theorem). What the network then learns is where
-in a coarse cell a class lies, which is what the constraint needs, and not how much there is of it, which the scenario says.
+To impose totals, each coarse cell adds one *price* per class to its logits, so that the expected class totals match those of
+the target. These prices minimise the coarse cell's cross-entropy, so its gradient with respect to them is 0 and they count
+as constants when differentiating (envelope theorem). The network thus learns where in a coarse cell a class lies; how much
+of it there is, the scenario says.
 
-Cells that change are rare. They weigh more, and the logits of a change are raised by the logarithm of that weight while
-training: the minimum is then at the true probabilities, whatever the weight (logit adjustment, Menon et al. 2021,
-arXiv:2007.07314).
+Changed cells are rare. They weigh more, and in training the logits of a change are raised by the logarithm of that weight,
+so the minimum stays at the true probabilities (logit adjustment, Menon et al. 2021, arXiv:2007.07314).
 """
 
 from __future__ import annotations
@@ -24,18 +23,14 @@ from ai4land.constrain.project import FLOOR, solve
 from ai4land.legend import MISSING
 
 _LIMIT = 15.0
-"""Largest price: a class that a coarse cell does not have is e^-15 times as likely."""
+"""Largest absolute price; a class absent from a coarse cell gets the price -15."""
 
 
 def class_weights(counts: NDArray[np.int64], *, power: float) -> NDArray[np.float32]:
-    """Weight classes by their frequency to the minus ``power``, scaled so that the mean weight of a cell is 1.
+    """Weight classes by frequency to the power of minus ``power``, scaled so that the mean weight of a cell is 1.
 
-    Parameters
-    ----------
-    counts
-        Training cells of each class, ``(class,)``. A class without cells gets weight 0.
-    power
-        0 weights every cell alike, 1 every class alike.
+    ``counts`` holds the training cells of each class, ``(class,)``; a class without cells gets weight 0. A ``power`` of 0
+    gives cells equal weights, 1 gives classes equal weights.
 
     >>> class_weights(np.array([3, 1, 0]), power=1.0).tolist()
     [0.6666666865348816, 2.0, 0.0]
@@ -57,29 +52,22 @@ def change_loss(
     factor: int = 1,
     whole: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy over the cells that have a target, as a weighted mean.
+    """Compute the weighted mean cross-entropy of the cells that have a target; a scalar, 0 if there are none.
 
     Parameters
     ----------
-    logits
-        ``(batch, class, rows, columns)``.
+    logits, weights
+        ``(batch, class, rows, columns)``, and class weights ``(class,)``.
     target, reference
         Class indices ``(batch, rows, columns)``; a target of ``MISSING`` is not scored.
-    weights
-        Weight of each class, ``(class,)``.
     change_weight
         Factor for cells whose reference is known and differs from the target.
     offset, factor
-        Row and column of the first cell in fine cells from the corner of a coarse cell ``(batch, 2)``, and fine cells along
-        one side of a coarse cell: given the offset, the totals of the target are imposed on each coarse cell, or on the part
-        of it that the patch holds.
+        Row and column of the first cell, in fine cells from the corner of a coarse cell ``(batch, 2)``, and fine cells along
+        one side of a coarse cell. With an offset, the totals of the target are imposed on each coarse cell, or on the part
+        of it inside the patch.
     whole
-        What to divide by: the sum of :func:`cell_weights` over the whole batch, of which these may be a part; default: their own.
-
-    Returns
-    -------
-    Tensor
-        Scalar; 0 where no cell has a target.
+        Divisor: the sum of :func:`cell_weights` over the whole batch, if this is a part of it; default: over this batch.
     """
     wanted = torch.where(target != MISSING, target, 0).long()
     known = reference != MISSING
@@ -95,14 +83,14 @@ def change_loss(
 
 
 def cell_weights(target: Tensor, reference: Tensor, weights: Tensor, *, change_weight: float) -> Tensor:
-    """Weight of each cell in :func:`change_loss`, ``(batch, rows, columns)``; 0 where there is no target."""
+    """Return the weight of each cell in :func:`change_loss`, ``(batch, rows, columns)``; 0 where there is no target."""
     scored = target != MISSING
     weight = weights[torch.where(scored, target, 0).long()] * scored
     return torch.where((reference != MISSING) & (reference != target), weight * change_weight, weight)
 
 
 def coarse_parts(offset: Tensor, *, size: tuple[int, int], factor: int) -> Tensor:
-    """Number the coarse cells of a batch, ``(batch, rows, columns)``: cells of one coarse cell have one number.
+    """Number the coarse cells of a batch, ``(batch, rows, columns)``; fine cells in the same coarse cell share a number.
 
     >>> coarse_parts(torch.tensor([[1, 0]]), size=(3, 2), factor=2).tolist()
     [[[0, 0], [2, 2], [2, 2]]]
@@ -117,10 +105,7 @@ def coarse_parts(offset: Tensor, *, size: tuple[int, int], factor: int) -> Tenso
 
 
 def impose_totals(logits: Tensor, target: Tensor, *, offset: Tensor, factor: int) -> Tensor:
-    """Add the prices of :func:`total_prices` to the logits, ``(batch, class, rows, columns)``; parameters as of :func:`change_loss`.
-
-    The prices count as constants when differentiating.
-    """
+    """Add :func:`total_prices`, as constants, to logits ``(batch, class, rows, columns)``; see :func:`change_loss`."""
     part = coarse_parts(offset, size=(target.shape[1], target.shape[2]), factor=factor)
     prices = total_prices(logits.detach(), target, part)
     return logits + prices.T[:, part].transpose(0, 1)
@@ -128,26 +113,20 @@ def impose_totals(logits: Tensor, target: Tensor, *, offset: Tensor, factor: int
 
 @torch.no_grad()
 def total_prices(logits: Tensor, target: Tensor, part: Tensor, *, steps: int = 10, tolerance: float = 2e-4) -> Tensor:
-    """Find what to add to the logits of each class and part so that the expected totals are those of the target.
+    """Find what to add to the logits of each class and part so that expected totals match those of the target.
 
-    By the Newton steps of :func:`ai4land.constrain.project.solve`, parts of like size side by side; a few steps suffice, as the gradient
-    of the loss tolerates an error.
+    Uses the Newton steps of :func:`ai4land.constrain.project.solve` on groups of parts of similar size. A few steps suffice,
+    because the gradient of the loss tolerates an error. Returns ``(part, class)``, between -15 and 15.
 
     Parameters
     ----------
-    logits
-        ``(batch, class, rows, columns)``.
-    target
-        Class indices ``(batch, rows, columns)``; cells of ``MISSING`` do not count.
+    logits, target
+        ``(batch, class, rows, columns)``, and class indices ``(batch, rows, columns)``, where ``MISSING`` cells do not
+        count.
     part
-        From :func:`coarse_parts`.
+        Numbers from :func:`coarse_parts`.
     steps, tolerance
-        Newton steps at most, and the largest error of a class that is let pass, as a share of the part.
-
-    Returns
-    -------
-    Tensor
-        ``(part, class)``, between -15 and 15.
+        Maximum number of Newton steps, and largest accepted error of a class, as a share of the part.
     """
     n = logits.shape[1]
     flat, wanted = part.flatten(), target.flatten()
@@ -172,7 +151,7 @@ def total_prices(logits: Tensor, target: Tensor, part: Tensor, *, steps: int = 1
 
 
 def _alike(sizes: Tensor) -> list[Tensor]:
-    """Group parts so that the largest of a group has at most half as many cells again as the smallest; empty parts are in none."""
+    """Group parts whose largest size is at most 1.5 times the smallest; omit empty parts."""
     order = torch.argsort(sizes, descending=True)
     groups: list[list[int]] = []
     largest = math.inf

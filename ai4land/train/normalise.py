@@ -1,4 +1,4 @@
-"""Fit the normalisation of the model input to the training cells and years of an analysis-ready store, shard by shard."""
+"""Fit the normalisation of the model input to the training cells and years of a store, shard by shard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ai4land.model.features import Feature, FeatureSpec
 
 @dataclass
 class _Sums:
-    """Mean and sum of squared deviations of values that come in pieces (Chan, Golub & LeVeque 1983), or their codes."""
+    """Running mean, sum of squared deviations (Chan, Golub & LeVeque 1983) and, if categorical, codes."""
 
     count: int = 0
     mean: float = 0.0
@@ -37,7 +37,7 @@ class _Sums:
 
 
 def training_tiles(store: xr.Dataset, cells: NDArray[np.bool_], factor: int) -> Iterator[Window]:
-    """Windows of the size of a shard, of whole coarse cells, that have coarse cells of training: what is read at once of a store."""
+    """Yield shard-sized windows, made of whole coarse cells, that contain training cells."""
     shape = store["mask"].shape
     shards = store["mask"].encoding.get("shards")
     side = int(shards[0]) if shards else factor * max(1, 1024 // factor)
@@ -47,7 +47,7 @@ def training_tiles(store: xr.Dataset, cells: NDArray[np.bool_], factor: int) -> 
 
 
 def trained(store: xr.Dataset, w: Window, cells: NDArray[np.bool_], factor: int) -> NDArray[np.bool_]:
-    """Mapped fine cells of a window in coarse cells of training."""
+    """Return the mask of a window's mapped fine cells in coarse training cells."""
     inside = np.kron(cells[coarse_slices(w, factor)], np.ones((factor, factor), dtype=bool))
     return np.asarray(store["mask"][w.slices].values.astype(bool) & inside)
 
@@ -61,22 +61,16 @@ def fit_spec(
     factor: int,
     position: tuple[float, ...] = (),
 ) -> FeatureSpec:
-    """Fit the normalisation on the training cells and training years alone.
+    """Fit the normalisation on the training cells and training years only.
 
     Parameters
     ----------
-    store
-        The analysis-ready store, opened lazily.
-    cells
-        Coarse cells of training, bool.
-    pairs
-        (reference year, year) of training.
-    codes
-        Class codes in the order of their indices.
-    factor
-        Fine cells along one side of a coarse cell.
-    position
-        Wavelengths of the place that the network sees.
+    store, cells
+        The analysis-ready store, opened lazily, and the mask of its coarse training cells ``(coarse rows, coarse columns)``.
+    pairs, codes
+        (reference year, year) of training; class codes in the order of their indices.
+    factor, position
+        Fine cells along one side of a coarse cell; wavelengths of :class:`ai4land.model.features.FeatureSpec`.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""Training, validation and test: by blocks of coarse cells and by years, with a buffer, saved with a hash.
+"""Split blocks of coarse cells and years into training, validation and test, with a buffer, saved with a fingerprint.
 
-A cell-year is *scored* by at most one of the three. Without a split in space all cells share the years, so the years of
-the three must differ; with one, held-out blocks (and a buffer around them) may share years with training: their cells are
-never a target of training, whatever the year.
+At most one of the three *scores* a cell in a year. Without a split in space, all cells share the years, so the three must
+use different years. With one, held-out blocks (and the buffer around them) may share years with training, because their
+cells are never a training target.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRAIN, VALIDATION, TEST, BUFFER = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class Scored:
-    """Years that are scored, and the year of the map that they are predicted from; None: without a reference map."""
+    """Scored years, and the year of the reference map they are predicted from (None: no reference map)."""
 
     reference: int | None
     years: tuple[int, ...]
@@ -33,17 +33,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Split:
-    """Who may see and score what.
+    """What training may see, and what validation and test score (None: nothing).
 
-    Attributes
-    ----------
-    roles
-        Role of each coarse cell, uint8 ``(coarse rows, coarse columns)``: TRAIN, VALIDATION, TEST or BUFFER. Without a
-        split in space all are TRAIN.
-    pairs
-        Training samples as (reference year, year).
-    validation, test
-        What is scored; None where nothing is.
+    ``roles`` holds TRAIN, VALIDATION, TEST or BUFFER for each coarse cell, uint8 ``(coarse rows, coarse columns)``; without
+    a split in space all are TRAIN. ``pairs`` holds the training samples as (reference year, year).
     """
 
     roles: NDArray[np.uint8]
@@ -57,7 +50,7 @@ class Split:
         return bool((self.roles != TRAIN).any())
 
     def cells(self, role: int) -> NDArray[np.bool_]:
-        """Coarse cells that a role scores: its own blocks, or all of them where no cells are held out for it."""
+        """Return the mask of coarse cells that a role scores: its own blocks, or all training cells if it has none."""
         own = self.roles == role
         return own if own.any() else self.roles == TRAIN
 
@@ -80,20 +73,15 @@ class Split:
         }
 
     def save(self, path: Path) -> None:
-        """Write ``splits.json``."""
+        """Write the split, with its fingerprint, as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"hash": self.hash, **self._values()}, indent=1), encoding="utf-8")
 
 
 def load_split(path: Path) -> Split:
-    """Read what :meth:`Split.save` wrote, and check its hash.
+    """Read a split that :meth:`Split.save` wrote.
 
-    Raises
-    ------
-    DataError
-        If the file does not hold a split.
-    MismatchError
-        If the split is not the one that was saved.
+    Raises DataError if the file does not hold a split, MismatchError if it was edited since it was saved.
     """
 
     def scored(item: Any) -> Scored | None:
@@ -116,7 +104,9 @@ def load_split(path: Path) -> Split:
 
 
 def training_pairs(years: Iterable[int], *, max_lead: int, backward: bool) -> tuple[tuple[int, int], ...]:
-    """List (reference year, year) within ``years``, with leads of 1 to ``max_lead`` years, or each year with itself.
+    """List pairs (reference year, year) with leads of 1 to ``max_lead`` years; with 0, each year is paired with itself.
+
+    With ``backward``, the year may also precede its reference. Raises ConfigError if there are no pairs.
 
     >>> training_pairs([1992, 1993, 1995], max_lead=2, backward=False)
     ((1992, 1993), (1993, 1995))
@@ -135,28 +125,19 @@ def training_pairs(years: Iterable[int], *, max_lead: int, backward: bool) -> tu
 def block_roles(
     shape: tuple[int, int], *, block: int, validation: float, test: float, buffer: int, seed: int, wraps: bool = False
 ) -> NDArray[np.uint8]:
-    """Give whole blocks of coarse cells to validation and test at random, and ring them with a buffer.
+    """Assign random blocks of coarse cells to validation and test, and ring them with a buffer; return uint8 roles.
 
     Parameters
     ----------
-    shape
-        Coarse rows and columns.
-    block
-        Coarse cells along the side of a block.
+    shape, block
+        Coarse rows and columns (also of the result), and coarse cells along the side of a block.
     validation, test
         Shares of the blocks.
     buffer
-        Width of the ring of coarse cells around held-out blocks that is left out of training; a ring of a validation
-        block never takes cells of a test block, and the other way round: those cells become buffer as well.
-    seed
-        Of the draw.
+        Width in coarse cells of the ring around held-out blocks that training leaves out. Validation cells near a test block
+        become buffer, too; test cells always stay.
     wraps
         Whether the west and the east edge touch.
-
-    Returns
-    -------
-    ndarray
-        Roles, uint8, of the given shape.
     """
     rows, cols = -(-shape[0] // block), -(-shape[1] // block)
     order = np.random.default_rng([seed, 7]).permutation(rows * cols)
@@ -192,26 +173,18 @@ def make_split(
     seed: int = 0,
     wraps: bool = False,
 ) -> Split:
-    """Make the split of a run and refuse one that leaks.
+    """Make the split of a run, and refuse one that leaks.
 
-    Parameters
-    ----------
-    shape
-        Coarse rows and columns.
-    train, max_lead, backward
-        As in :func:`training_pairs`.
-    validation, test
-        What is scored.
-    space
-        Arguments ``block``, ``validation``, ``test`` and ``buffer`` of :func:`block_roles`, or None.
-    seed, wraps
-        As in :func:`block_roles`.
+    ``train``, ``max_lead`` and ``backward`` are as in :func:`training_pairs`. ``space`` holds the arguments ``block``,
+    ``validation``, ``test`` and ``buffer`` of :func:`block_roles`, which also takes ``shape``, ``seed`` and ``wraps``; None
+    holds no cells out.
 
     Raises
     ------
     ConfigError
-        If years of training, validation and test overlap where their cells do, or a reference map is one of the
-        maps that are scored against it.
+        If scored years overlap each other or the training years on shared cells, if a reference year is also scored against
+        its own map, if space leaves no training cell, or if, without test blocks, training or validation uses maps within
+        the test years.
     """
     pairs = training_pairs(train, max_lead=max_lead, backward=backward)
     roles = np.full(shape, TRAIN, dtype=np.uint8)

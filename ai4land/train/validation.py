@@ -1,4 +1,4 @@
-"""What held-out batches say of a trained ensemble: how sharp its probabilities should be, and whether it can run in bfloat16."""
+"""Tune an ensemble on held-out batches: how sharp its probabilities should be, and whether it can run in bfloat16."""
 
 from __future__ import annotations
 
@@ -14,28 +14,15 @@ from ai4land.train.batch import Batch
 from ai4land.train.losses import change_loss, impose_totals
 
 _RANGE = (0.25, 2.0)
-"""Between which the sharpness is sought."""
+"""Bounds of the sharpness."""
 
 
 @torch.inference_mode()
 def fit_sharpness(model: Ensemble, batches: Iterable[Batch], *, totals: bool) -> float:
-    """Find the sharpness that makes the targets most likely.
+    """Find the sharpness, between 0.25 and 2, that makes the targets most likely; 1 if no cell has a target.
 
-    It is as good as the batches are: those of disturbed maps say how sure the network is of these, not of change that happens.
-
-    Parameters
-    ----------
-    model
-        Its own sharpness does not count.
-    batches
-        That training has not seen.
-    totals
-        Whether the coarse totals of the targets are imposed on the probabilities, as in training.
-
-    Returns
-    -------
-    float
-        Between 0.25 and 2; 1 where no cell has a target.
+    The batches must be new to the ensemble, whose own sharpness is ignored. If ``totals``, the coarse totals of the targets
+    are imposed, as in training. Batches of disturbed maps calibrate for disturbances, not for real change.
     """
     model.eval()
     seen: list[tuple[Tensor, Batch]] = []
@@ -64,28 +51,17 @@ def fit_sharpness(model: Ensemble, batches: Iterable[Batch], *, totals: bool) ->
 
     if not loss(1.0):
         return 1.0
-    from scipy.optimize import minimize_scalar  # here, as SciPy loads slowly
+    from scipy.optimize import minimize_scalar  # here because SciPy loads slowly
 
     return float(minimize_scalar(loss, bounds=_RANGE, method="bounded", options={"xatol": 0.01}).x)
 
 
 @torch.inference_mode()
 def gate(model: Ensemble, batches: Iterable[Batch], *, totals: bool) -> dict[str, float]:
-    """Measure what bfloat16 costs on held-out batches.
+    """Measure what bfloat16 costs on held-out batches, for an ensemble in evaluation mode.
 
-    Parameters
-    ----------
-    model
-        In evaluation mode.
-    batches
-        That training has not seen.
-    totals
-        Whether the coarse totals of the targets are imposed before the most likely class is taken.
-
-    Returns
-    -------
-    dict
-        ``agreement``: share of cells with the most likely class of float32; ``accuracy_lost``: of float32 less that of bfloat16.
+    If ``totals``, the coarse totals of the targets are imposed first. The result holds ``agreement``, the share of cells
+    whose most likely class is that of float32, and ``accuracy_lost``, the accuracy of float32 minus that of bfloat16.
     """
     arms = [folded(model, dtype) for dtype in (torch.float32, torch.bfloat16)]
     cells, same, right = 0, 0, [0, 0]

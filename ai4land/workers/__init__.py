@@ -1,4 +1,4 @@
-"""Where work runs: Dask clusters on this machine, on SLURM jobs or inside an allocation, and tasks that outlive their workers.
+"""Where work runs: Dask clusters on this machine, on SLURM jobs or in an allocation, and tasks that survive their workers.
 
 May import the modules at the top of :mod:`ai4land`. Knows nothing of land cover.
 

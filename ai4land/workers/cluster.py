@@ -1,7 +1,7 @@
-"""Where blocks are computed: from one word of the run file to a Dask client with its workers.
+"""From one word of the run file to a Dask client with its workers.
 
-``local`` starts workers on this machine, ``slurm`` submits them as jobs (:mod:`ai4land.workers.slurm`), ``allocation`` finds them among the tasks of
-the same srun (:mod:`ai4land.workers.srun`), and an address (``tcp://…``, ``tls://…``) joins a cluster that is there already.
+``local`` starts workers on this machine, ``slurm`` submits them as jobs (:mod:`ai4land.workers.slurm`), ``allocation`` uses
+the tasks of the same srun (:mod:`ai4land.workers.srun`), and an address (``tcp://…``, ``tls://…``) joins a running cluster.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ SETTINGS = {
     "distributed.scheduler.worker-saturation": 1.0,
     "distributed.scheduler.allowed-failures": 0,
 }
-"""Dask's own settings are for tasks of milliseconds; a block takes seconds to minutes. Workers leave it to the C library when to give
-memory back, as a year asks for the sizes of the year before (in one arena, so that what is kept stays small), and are looked at twice a
-second in place of a hundred times. What both gain is ``worker_settings`` of the benchmarks. They hold no data of Dask's that it could put aside: a worker that it
-paused for its memory would wait for ever, so memory is left to SLURM and the kernel. A worker gets no block before it has a thread for it, so that one that dies takes
-along what it had in hand and no more; whether that is tried again is up to who submitted it, not to the scheduler."""
+"""Dask configuration for blocks that take seconds to minutes, not the milliseconds that Dask's defaults assume.
+
+Workers let malloc keep freed memory, because every year allocates the same sizes again; a single arena keeps that memory
+small. Workers are profiled twice a second instead of a hundred times. The ``worker_settings`` benchmark measures both gains.
+SLURM and the kernel limit memory: a worker holds no Dask data to spill, and one paused for its memory would wait for ever. A
+worker gets no block before it has a free thread, so a dying worker loses only its running blocks. The caller, not the
+scheduler, decides whether to try those again.
+"""
 
 
 @contextmanager
@@ -51,27 +54,25 @@ def connect(
     tell: Callable[[str], None],
     lasting: bool = False,
 ) -> Iterator[Client]:
-    """Get workers of a cluster for a while.
+    """Connect to a cluster, with its workers, for the length of a ``with`` block.
 
     Parameters
     ----------
     where
         ``local``, ``slurm``, ``allocation``, or the address of a scheduler.
     workers
-        How many; of no use where they are there already.
+        How many to start; ignored for ``allocation`` and an address.
     threads, cores, memory
-        Of a worker: tasks in hand, and on SLURM the cores and bytes that it asks for.
-    folder
-        Of the run.
-    tell
-        Is told where the dashboard is.
+        Per worker: concurrent tasks and, on SLURM, the cores and bytes to request.
+    folder, tell
+        Folder of the run; called with messages, such as the address of the dashboard.
     lasting
-        Whether jobs are to be used up to the end of their walltime, for work that cannot move from one worker to another.
+        Use each job to the end of its walltime, for work that cannot move from one worker to another.
 
     Raises
     ------
     ConfigError
-        If the cluster cannot be had.
+        If the cluster cannot be started or reached.
     """
     if where == "local":
         with local(workers, threads=threads) as client:
@@ -88,14 +89,14 @@ def connect(
                 "cluster is allocation, but no scheduler is there; start the command with srun: srun -n 4 ai4land ..."
             )
         try:
-            # Not the default: one that cannot connect would leave Dask's settings with a scheduler that is not there.
+            # Not the default client: a failed connection would leave a dead scheduler in Dask's configuration.
             client = Client(address, timeout=30, set_as_default=False)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"cluster is {where!r}, expected local, slurm, allocation or the address of a Dask scheduler: {error}"
             ) from error
         with client:
-            if where != "allocation":  # there it has been told
+            if where != "allocation":  # whose own module has already told it
                 tell(f"Dask dashboard: {client.dashboard_link}")
             yield client
 
@@ -104,18 +105,10 @@ def connect(
 def local(
     workers: int, *, threads: int = 1, dashboard: bool = True, settings: Mapping[str, object] = SETTINGS
 ) -> Iterator[Client]:
-    """Start workers on this machine, each a process, reached on the loopback only, and stop them at the end.
+    """Start worker processes on this machine, reachable on the loopback only, and stop them at the end.
 
-    Parameters
-    ----------
-    workers
-        Processes.
-    threads
-        Of each: tasks that it has in hand.
-    dashboard
-        Whether Dask's dashboard is served (``client.dashboard_link``).
-    settings
-        Of Dask, that scheduler and workers start with.
+    Each worker runs ``threads`` tasks at a time. ``dashboard`` serves Dask's dashboard at ``client.dashboard_link``.
+    Scheduler and workers start with the Dask configuration ``settings``.
     """
     with dask.config.set(settings):
         cluster = LocalCluster(
@@ -124,8 +117,8 @@ def local(
             processes=True,
             dashboard_address="127.0.0.1:0" if dashboard else None,
             host="127.0.0.1",
-            security=True,  # certificates of this run: other users of the machine reach its loopback, too
-            config=deepcopy(dask.config.config),  # a worker that is started again needs them, too
+            security=True,  # certificates of this run: other users of the machine can reach its loopback
+            config=deepcopy(dask.config.config),  # restarted workers need the settings, too
         )
     with dask.config.set(PATIENT), cluster, Client(cluster) as client:
         yield client

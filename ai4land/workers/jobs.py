@@ -1,8 +1,7 @@
-"""Keeps a number of SLURM jobs alive as Dask workers: replaces those that end, and has more or fewer of them while a run goes on.
+"""Keep a number of SLURM jobs alive as Dask workers.
 
-dask-jobqueue does not replace a job that ends. :class:`Keeper` asks SLURM which jobs live, forgets the others, has new ones submitted, says
-why jobs wait, and ends the run where jobs end again and again before they become workers. How many there are to be is in a file, which
-an operator changes.
+dask-jobqueue does not replace jobs that end. :class:`Keeper` replaces them, reports why jobs wait, and stops the run if jobs
+repeatedly end before they become workers. An operator may change the wanted number of jobs in a file.
 """
 
 from __future__ import annotations
@@ -23,23 +22,17 @@ from ai4land.errors import ConfigError
 _log = logging.getLogger(__name__)
 
 _PATIENCE = 30.0
-"""Seconds that a command of SLURM may take."""
+"""Timeout of a SLURM command in seconds."""
 _LIVE = "PENDING,RUNNING,CONFIGURING,SUSPENDED"
-"""States of jobs that are or will be workers; one that completes is none."""
+"""States of jobs that are or will become workers; a completing job will not."""
 _IN_VAIN = 5
-"""Times in a row that jobs may end before they are workers, while there are no others."""
+"""Failures in a row before giving up, if jobs end before they become workers and no workers exist."""
 _LONGEST = 300.0
-"""Seconds at most between two such times."""
+"""Longest delay between two such failures in seconds."""
 
 
 def ask(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command of SLURM.
-
-    Raises
-    ------
-    ConfigError
-        If it does not answer.
-    """
+    """Run a SLURM command; raise ConfigError if it times out."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)  # noqa: S603
     except subprocess.TimeoutExpired as error:
@@ -49,7 +42,7 @@ def ask(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def queue(form: str = "%T|%r") -> dict[str, list[str]]:
-    """Ask SLURM for this user's live jobs: what a format of ``squeue`` says (state and reason), by job id."""
+    """Return the fields that an ``squeue`` format gives (default: state and reason) for this user's live jobs, by job id."""
     done = ask(["squeue", "--me", "-h", "-t", _LIVE, "-o", f"%i|{form}"])
     if done.returncode:
         raise ConfigError(f"squeue failed: {done.stderr.strip()}")
@@ -57,7 +50,7 @@ def queue(form: str = "%T|%r") -> dict[str, list[str]]:
 
 
 def job_of_worker(name: Any) -> Any:
-    """Name of the job of a worker that is one of several in it; dask-jobqueue numbers them.
+    """Return the job name of a worker in a job of several workers, as dask-jobqueue numbers them.
 
     >>> job_of_worker("SLURMCluster-3-1")
     'SLURMCluster-3'
@@ -66,34 +59,30 @@ def job_of_worker(name: Any) -> Any:
 
 
 class Arrivals(SchedulerPlugin):
-    """Remembers the names of all workers that ever came, and of their jobs, however short they stayed."""
+    """Record the names of all workers that ever connected, and of their jobs."""
 
     def __init__(self) -> None:
         self.names: set[Any] = set()
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
-        """Note a worker's name."""
+        """Record a worker's name."""
         name = scheduler.workers[worker].name
         self.names |= {name, job_of_worker(name)}
 
 
 class Keeper:
-    """Keeps a number of jobs alive while the block runs, and says why jobs wait.
+    """Keep a number of jobs alive during a ``with`` block, and report why jobs wait.
 
     Parameters
     ----------
-    cluster
-        A ``SLURMCluster``.
-    jobs
-        How many, until :meth:`scale` or an operator says otherwise.
+    cluster, jobs
+        A ``SLURMCluster``, and the initial number of jobs; :meth:`scale` or an operator may change it.
     folder
-        Of the logs of the jobs, and of the file ``jobs`` that says how many there are to be.
-    tell
-        Is told what changed.
-    give_up
-        Is called when jobs are refused or end before they are workers, again and again; why is in :attr:`failed`.
+        Holds the logs of the jobs and the file ``jobs`` with their wanted number.
+    tell, give_up
+        Called with a message when something changed; called after repeated failures, with the reason in :attr:`failed`.
     every
-        Seconds between two looks.
+        Seconds between two checks.
     """
 
     failed: str | None = None
@@ -130,9 +119,9 @@ class Keeper:
         self._file.unlink(missing_ok=True)
 
     def scale(self, jobs: int) -> None:
-        """Have another number of jobs from the next look on; none: all work waits.
+        """Set the number of jobs from the next check on, as writing it into the file does; with 0, all work waits.
 
-        What the fewest jobs have in hand is computed again by the others. The same as writing the number into the file.
+        As few jobs as possible are stopped while they run tasks; other workers compute those tasks again.
         """
         self._file.write_text(f"{jobs}\n", encoding="utf-8")
 
@@ -140,19 +129,19 @@ class Keeper:
         while not self._over.wait(self._every):
             try:
                 self.look()
-            except ConfigError as error:  # the controller may be away for a while
+            except ConfigError as error:  # the controller may be down for a while
                 _log.warning("%s", error)
             if self.failed:
                 self._give_up()
                 return
 
     def look(self) -> None:
-        """Look once: forget jobs that ended, submit as many anew, have more or fewer, say what waits."""
+        """Check once: replace jobs that ended, adjust their number, and report why jobs wait."""
         wanted = self._wanted()
         if wanted != self._jobs:
             self._tell(f"{wanted} jobs are wanted in place of {self._jobs}")
             self._jobs = wanted
-        # Before the queue is asked: what is submitted meanwhile has not ended.
+        # Must precede the query: a job submitted after it would seem to have ended.
         ours, refused, working = self._cluster.sync(self._known)
         live = queue()
         fresh = self._arrivals.names - self._came
@@ -188,7 +177,7 @@ class Keeper:
         return int(text) if text.isdecimal() else self._jobs
 
     def _hesitate(self, why: str, *, working: bool) -> None:
-        """Wait longer each time before jobs are submitted that may come to nothing, too; give up if that goes on."""
+        """Delay further submissions longer after each failure; give up after several failures without a worker."""
         self._in_vain += 1
         self._not_before = time.monotonic() + min(self._every * 2**self._in_vain, _LONGEST)
         if self._in_vain >= _IN_VAIN and not working:
@@ -208,7 +197,7 @@ class Keeper:
         return f"job {job} left no log in {self._folder}"
 
     async def _known(self) -> tuple[dict[Any, str], list[tuple[Any, str]], bool]:
-        """Id of each job by name; names of those that SLURM did not take, and why; whether any is a worker now."""
+        """Return each job's id by name, the jobs that SLURM refused with reasons, and whether any worker is connected."""
         jobs = {name: job for name, job in self._cluster.workers.items() if name in self._cluster.worker_spec}
         submitted = {name: str(job.job_id) for name, job in jobs.items() if job.job_id}
         refused = [(name, str(getattr(job, "refused", "no job id"))) for name, job in jobs.items() if not job.job_id]
@@ -217,16 +206,16 @@ class Keeper:
     async def _mend(self, ended: list[Any]) -> None:
         cluster = self._cluster
         for name in ended:
-            # Left to Dask, the worker would first be retired, which does not end if it is on its way out.
+            # Dask would first retire the worker, and that hangs if the worker is already closing.
             cluster.worker_spec.pop(name, None)
             cluster.workers.pop(name).status = Status.closed
         less = len(cluster.worker_spec) - self._jobs
         if less > 0:
             here = [w.name for w in cluster.scheduler.workers.values()]
             working = {*here, *map(job_of_worker, here)}
-            leave = sorted(cluster.worker_spec, key=working.__contains__)[:less]  # those that wait are the first to leave
+            leave = sorted(cluster.worker_spec, key=working.__contains__)[:less]  # waiting jobs leave first
             names = [name for name in here if name in leave or job_of_worker(name) in leave]
-            # Workers that leave by themselves do not count as dead, so that nothing is held against what they had in hand.
+            # A retired worker does not count as dead, so its tasks get no death on their record.
             await cluster.scheduler.retire_workers(names=names, close_workers=True)
             for name in leave:
                 cluster.worker_spec.pop(name, None)

@@ -1,9 +1,9 @@
-"""Dask workers as SLURM jobs: refused before they wait for nothing, replaced when they end, none left behind.
+"""Dask workers as SLURM jobs: bad requests are refused at once, ended jobs are replaced, and no job stays behind.
 
-dask-jobqueue submits them; the shape of a job (queue, account, walltime, GPUs) is in Dask's own configuration under ``jobqueue.slurm``.
-:mod:`ai4land.workers.jobs` keeps their number. All connections are encrypted with certificates of this run, and the dashboard listens on the
-loopback alone. Each job's comment says of which folder and scheduler it is, so that the jobs of a client that was killed are
-found and cancelled by the next one.
+dask-jobqueue submits the jobs; their shape (queue, account, walltime, GPUs) is in Dask's configuration under
+``jobqueue.slurm``. :mod:`ai4land.workers.jobs` keeps their number. All connections are encrypted with certificates of this
+run, and the dashboard listens on the loopback only. Each job's comment names its folder and scheduler, so the next client
+can find and cancel the jobs of one that was killed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from ai4land.workers.jobs import Keeper, ask, queue
 _log = logging.getLogger(__name__)
 
 PATIENT = {"distributed.deploy.lost-worker-timeout": "5 minutes"}
-"""Of Dask, as long as a cluster is there: a worker that died has minutes to start anew. Dask's 15 s would end one for good that is just starting,
-from slow storage, or because it died once more."""
+"""Dask configuration for the life of a cluster: a lost worker has minutes to restart.
+
+Dask's default of 15 s would remove a worker for good that is still starting from slow storage, or that died a second time.
+"""
 _CLEARING = 120.0
-"""Seconds that jobs may take to end once they are cancelled; SLURM kills after 30 as it comes."""
+"""Seconds that cancelled jobs may take to end; by default SLURM kills them after 30."""
 
 
 @contextmanager
@@ -53,35 +55,30 @@ def slurm(
     every: float = 5.0,
     lasting: bool = False,
 ) -> Iterator[Client]:
-    """Submit workers, one a job or ``jobqueue.slurm.processes``, keep their number, and cancel them at the end.
+    """Submit jobs of ``jobqueue.slurm.processes`` workers each (default 1), keep their number, and cancel them at the end.
 
     Parameters
     ----------
-    workers
-        How many.
-    threads
-        Of a worker: tasks that it has in hand.
-    cores
-        Of a worker, unless ``jobqueue.slurm.job-cpu`` says those of a job.
-    memory
-        Of a worker, bytes, unless ``jobqueue.slurm.memory`` says that of a job.
+    workers, threads
+        Number of workers, and concurrent tasks of each.
+    cores, memory
+        Per worker; memory in bytes. ``jobqueue.slurm.job-cpu`` and ``jobqueue.slurm.memory``, both per job, take precedence.
     folder
-        That all nodes see; logs and certificates go into it.
+        Folder of the run on a file system that all nodes share; logs and certificates go into it.
     settings
-        Of Dask, that scheduler and workers start with.
+        Dask configuration that scheduler and workers start with.
     tell
-        Is told where the dashboard is and why jobs wait.
+        Called with the address of the dashboard and with the reasons why jobs wait.
     every
-        Seconds between two looks at the queue.
+        Seconds between two checks of the queue.
     lasting
-        Whether workers stay until SLURM ends them, as for work that cannot move to others; else they leave before their
-        walltime is over (:func:`lifetime`).
+        Keep workers until SLURM ends them, for work that cannot move; otherwise they leave earlier (:func:`lifetime`).
 
     Raises
     ------
     ConfigError
-        If SLURM is not there or would never run such a job (the error names the directive), if another client runs jobs for
-        the same folder, or if jobs end before they are workers.
+        If SLURM is missing or would never run such a job (the error names the directive), if another client runs jobs for
+        the same folder, or if jobs end before they become workers.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError("cluster is slurm, but sbatch is not on the path; run on a login node, or set cluster=local")
@@ -94,7 +91,7 @@ def slurm(
     clear(place, tell=tell)
 
     class Job(SLURMJob):
-        """One that says of which folder and scheduler it is, and remembers why SLURM did not take it."""
+        """A job that names its folder and scheduler in its comment, and records why SLURM refused it."""
 
         def __init__(self, scheduler: str | None = None, name: str | None = None, **options: Any) -> None:
             super().__init__(scheduler, name, **options)
@@ -148,12 +145,9 @@ def slurm(
 
 
 def private(folder: Path) -> None:
-    """Make a folder that this user alone can enter, or take the rights of others from one that is there.
+    """Make a folder that only this user can enter, or remove the rights of others from an existing one.
 
-    Raises
-    ------
-    ConfigError
-        If it is another user's, or not a folder.
+    Raises ConfigError if it belongs to another user or is not a folder.
     """
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700, parents=True)
@@ -176,7 +170,7 @@ def private(folder: Path) -> None:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[Callable[[], None]]:
-    """Have SIGTERM end the block as an exception does, so that its jobs are cancelled; gives what does so from another thread."""
+    """Let SIGTERM end the block like an exception, so that jobs are cancelled; yield what sends it from another thread."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
@@ -189,12 +183,9 @@ def _ended_by_sigterm() -> Iterator[Callable[[], None]]:
 
 
 def clear(place: Path, *, tell: Callable[[str], None]) -> None:
-    """Cancel the jobs of a client that ended without doing so, and wait for their end.
+    """Cancel the jobs that a killed client left behind, and wait for their end.
 
-    Raises
-    ------
-    ConfigError
-        If that client is alive, or jobs do not end.
+    Raises ConfigError if that client is alive, or the jobs do not end.
     """
     ours: dict[str, str] = {}
     for job, comment in queue("%k").items():
@@ -219,7 +210,7 @@ def clear(place: Path, *, tell: Callable[[str], None]) -> None:
 
 
 def _answers(scheduler: str) -> bool:
-    """Tell whether something listens at the address of a scheduler."""
+    """Whether something listens at the address of a scheduler."""
     host, _, port = scheduler.rpartition("/")[2].rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
@@ -229,9 +220,10 @@ def _answers(scheduler: str) -> bool:
 
 
 def lifetime(walltime: str | None) -> list[str]:
-    """Write the options by which workers leave, not all at once, before their walltime ends.
+    """Return the options that make workers leave before their walltime ends, not all at once.
 
-    What a worker has in hand when it leaves is computed again by others and does not count as a failure, as it would if SLURM ended the worker.
+    Other workers compute the tasks of a leaving worker again, and no task counts as failed, as it would if SLURM killed the
+    worker.
 
     >>> lifetime("02:00:00")
     ['--lifetime', '6780s', '--lifetime-stagger', '300s']
@@ -245,7 +237,7 @@ def lifetime(walltime: str | None) -> list[str]:
 
 
 def seconds(walltime: str) -> int:
-    """Read a time of SLURM: minutes, minutes:seconds, hours:minutes:seconds, or days before a dash and hours after it.
+    """Parse a SLURM time: minutes, minutes:seconds, hours:minutes:seconds, or days-hours with optional minutes and seconds.
 
     >>> [seconds(t) for t in ("90", "90:30", "01:30:00", "2-12", "1-00:30", "1-00:00:01")]
     [5400, 5430, 5400, 216000, 88200, 86401]
@@ -257,25 +249,25 @@ def seconds(walltime: str) -> int:
 
 
 def dashboard(client: Client, host: str) -> str:
-    """Say where the dashboard of a scheduler on a host is, which listens on the loopback of that host alone."""
+    """Describe where the dashboard of a scheduler is, which listens only on the loopback of ``host``."""
     port = client.scheduler_info()["services"].get("dashboard")
     return f"Dask dashboard: http://127.0.0.1:{port}/status on {host}; from elsewhere: {tunnel(port, host)}"
 
 
 def cores_of_worker(cores: int) -> int:
-    """Cores that a worker has in its job: its share of ``jobqueue.slurm.job-cpu`` where that is set, else as many as are asked for."""
+    """Return the cores of a worker: its share of ``jobqueue.slurm.job-cpu`` if that is set, else ``cores``."""
     return max(1, int(dask.config.get("jobqueue.slurm.job-cpu", None) or cores * _processes()) // _processes())
 
 
 def _processes() -> int:
-    """Workers of a job: one, or those of ``jobqueue.slurm.processes``, as many as a node has GPUs."""
+    """Return the workers per job: ``jobqueue.slurm.processes`` (such as the GPUs of a node), 1 by default."""
     with suppress(ImportError):
-        importlib.import_module("dask_jobqueue")  # with which its configuration comes
+        importlib.import_module("dask_jobqueue")  # which loads its configuration
     return int(dask.config.get("jobqueue.slurm.processes", None) or 1)
 
 
 def tunnel(port: int, host: str) -> str:
-    """Write the command that makes a dashboard on a host's loopback visible on another machine.
+    """Return the command that forwards a dashboard on the loopback of ``host`` to another machine.
 
     >>> tunnel(8787, "login1").startswith("ssh -N -L 8787:127.0.0.1:8787 ")
     True
@@ -284,13 +276,7 @@ def tunnel(port: int, host: str) -> str:
 
 
 def check(script: str, folder: Path) -> None:
-    """Have SLURM look at a job without submitting it.
-
-    Raises
-    ------
-    ConfigError
-        If it would not run it, with the directives without which it would.
-    """
+    """Have SLURM test a job script without submitting it; if refused, raise ConfigError naming the directives to blame."""
     refused = _refused(script, folder)
     if refused is None:
         return
@@ -311,7 +297,7 @@ def _refused(script: str, folder: Path) -> str | None:
 
 
 def job_end() -> float | None:
-    """Ask SLURM when the job of this process ends, in seconds since 1970; None outside a job or without a time limit."""
+    """Return when SLURM will end this process's job, in seconds since 1970; None outside a job or if the time is unknown."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None

@@ -1,8 +1,8 @@
-"""A run inside one SLURM allocation, ``srun -n 6 ai4land run RUN.yaml cluster=allocation``: every task of the step has a part in it.
+"""A run inside one SLURM allocation: ``srun -n 6 ai4land run RUN.yaml cluster=allocation``.
 
-The first task is Dask's scheduler, the second does the command, and the others are its workers, by dask-jobqueue's ``SLURMRunner``. The
-connections are encrypted with certificates of this step, which the first task leaves to the others in a folder of the run that nobody
-else can read. The scheduler ends with the task that does the command, however that ends, and the workers with the scheduler.
+The first task of the step is Dask's scheduler, the second runs the command, and the others are workers, through
+dask-jobqueue's ``SLURMRunner``. Connections are encrypted with certificates of this step: the first task writes them to a
+private folder of the run. The scheduler ends whenever the command's task ends, and the workers end with the scheduler.
 """
 
 from __future__ import annotations
@@ -38,25 +38,21 @@ _KEYS = ("ca_file", "client_cert", "client_key", "worker_cert", "worker_key", "s
 
 @contextmanager
 def allocation(*, folder: Path, threads: int, settings: Mapping[str, object], tell: Callable[[str], None]) -> Iterator[None]:
-    """Take this task's part in the step; in the second task the block is done, the process of all others ends here.
+    """Play this task's role in the step: the second task enters the block, all other processes end here.
 
-    In the block, ``ai4land.workers.cluster.connect("allocation", ...)`` gives a client of the scheduler.
+    In the block, ``ai4land.workers.cluster.connect("allocation", ...)`` yields a client of the scheduler.
 
     Parameters
     ----------
-    folder
-        Of the run; all nodes see it.
-    threads
-        Of a worker: tasks that it has in hand.
-    settings
-        Of Dask, that scheduler and workers start with.
-    tell
-        Is told where the dashboard is.
+    folder, tell
+        Folder of the run on a file system that all nodes share; called with the address of the dashboard.
+    threads, settings
+        Concurrent tasks per worker, and the Dask configuration that scheduler and workers start with.
 
     Raises
     ------
     ConfigError
-        If this is not a task of srun, or of too few.
+        If this process is not a task of srun, or srun has fewer than three tasks.
     """
     try:
         from dask_jobqueue.slurm import SLURMRunner
@@ -72,7 +68,7 @@ def allocation(*, folder: Path, threads: int, settings: Mapping[str, object], te
     security = Security(require_encryption=True, **{f"tls_{key}": file for key, file in files.items()})
 
     class Runner(SLURMRunner):
-        """One whose scheduler ends with its client, and whose client can end an encrypted scheduler, or one that is gone."""
+        """A runner whose scheduler ends with its client, and whose client can end an encrypted or a dead scheduler."""
 
         async def on_scheduler_start(self, scheduler: Scheduler) -> None:
             self._watch = asyncio.create_task(_end_with_client(scheduler))
@@ -95,7 +91,7 @@ def allocation(*, folder: Path, threads: int, settings: Mapping[str, object], te
         if rank > 0:
             _wait(place / "scheduler.json", holds=_is_json)
         try:
-            runner = Runner(  # which ends the process of all tasks but the second
+            runner = Runner(  # ends the process of every task but the second
                 scheduler_file=str(place / "scheduler.json"),
                 scheduler_options={**there, "dashboard_address": "127.0.0.1:0"},
                 worker_class="distributed.Nanny",
@@ -110,7 +106,7 @@ def allocation(*, folder: Path, threads: int, settings: Mapping[str, object], te
             with (
                 runner,
                 dask.config.set({"scheduler-address": address}),
-                Client(address, set_as_default=False) as client,  # by which the scheduler sees that this task lives
+                Client(address, set_as_default=False) as client,  # shows the scheduler that this task is alive
             ):
                 tell(dashboard(client, (place / "host").read_text(encoding="utf-8").strip()))
                 yield
@@ -121,12 +117,12 @@ def allocation(*, folder: Path, threads: int, settings: Mapping[str, object], te
 
 
 def _leave(dask_worker: Any) -> None:
-    """End a worker and the nanny that it runs under, in order, once this has been answered."""
+    """Close a worker and its nanny in an orderly way, after this call has been answered."""
     dask_worker.loop.call_later(0.1, dask_worker.close)
 
 
 def _task() -> tuple[int, str]:
-    """Number of this task in its step, and a name of the step that no other has."""
+    """Return this task's number in its step, and a unique name of the step."""
     names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID", "SLURM_STEP_ID")
     rank, tasks, job, step = (os.environ.get(name) for name in names)
     if None in (rank, tasks, job, step):
@@ -136,7 +132,7 @@ def _task() -> tuple[int, str]:
         )
     if int(tasks or 0) < 3:
         if rank != "0":
-            sys.exit(1)  # one of them says it
+            sys.exit(1)  # the first task reports it
         raise ConfigError(
             f"cluster is allocation, but srun has {tasks} tasks, expected 3 or more: the scheduler, the command, and a worker or more; "
             "srun -n N with N two more than the workers"
@@ -145,7 +141,7 @@ def _task() -> tuple[int, str]:
 
 
 def _write(place: Path) -> None:
-    """Leave certificates to the other tasks, and then the name of this node, by which they know that all is there."""
+    """Write certificates for the other tasks, then this node's name, which signals that everything is ready."""
     private(place.parent)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(mode=0o700)
@@ -175,7 +171,7 @@ def _is_json(path: Path) -> bool:
 
 
 async def _end_with_client(scheduler: Any) -> None:
-    """Close the scheduler once its client is gone, or if none comes."""
+    """Close the scheduler once its client is gone, or if none connects."""
     left = _PATIENCE
     while left > 0:
         await asyncio.sleep(0.5)

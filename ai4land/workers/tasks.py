@@ -1,4 +1,4 @@
-"""Tasks on workers that come and go: what fails is tried again, and nothing is given up for what another task did to its worker."""
+"""Tasks on workers that come and go: failures are retried, and no task fails for what another did to its worker."""
 
 from __future__ import annotations
 
@@ -18,34 +18,31 @@ _log = logging.getLogger(__name__)
 TRIES = 3
 """Times that a task may raise an error before it counts as failed."""
 _SHARED = 2
-"""Workers that may die with a task and others in hand before it is tried alone."""
+"""Worker deaths that a task may share with others before it is tried alone."""
 _ALONE = 2
-"""Workers that may die with nothing but a task in hand before it counts as failed; one may die by chance."""
+"""Workers that may die while running only one task before it counts as failed; a single one may die by chance."""
 _HOPELESS = 10
-"""Tasks that lose their workers again and again before any one succeeds, until all are given up."""
+"""Tasks that may be set aside after worker deaths before any task succeeds; then all are given up."""
 
 T = TypeVar("T", bound=Hashable)
 Item = TypeVar("Item")
 
 
 def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]], *, client: Client) -> Iterator[tuple[T, Any]]:
-    """Give each task as it ends, with what it came to: its result, or the last exception.
+    """Yield each task as it ends, with its result or its last exception.
 
-    A task whose worker died is submitted again. All that a worker has in hand dies with it, begun or not, so a death says little of any one
-    task: one that has seen two is set aside until all others are done. It is then tried alone and fails when two more workers die on it.
-    The scheduler is to report each death (``distributed.scheduler.allowed-failures`` 0, as in :data:`ai4land.workers.cluster.SETTINGS`).
+    A task whose worker died is submitted again. A dying worker takes all its tasks along, so one death proves little. A task
+    present at two deaths waits until the others are done; it is then tried alone, and fails if two more workers die on it.
+    The scheduler must report each death (``distributed.scheduler.allowed-failures`` 0, as in
+    :data:`ai4land.workers.cluster.SETTINGS`).
 
-    Parameters
-    ----------
-    futures
-        What each future is to come to; submitted with ``retries`` of ``TRIES - 1``.
-    again
-        Submits one of them anew, best before the others, so that what is hopeless shows early.
+    ``futures`` gives the task of each future, submitted with ``retries=TRIES - 1``. ``again`` submits a task again, best
+    with a higher priority, so that hopeless tasks show early.
 
     Raises
     ------
     WorkerError
-        If workers die so that nothing succeeds at all (what is left is cancelled), or if the scheduler is gone.
+        If workers keep dying before any task succeeds (remaining tasks are cancelled), or if the scheduler is gone.
     """
     place = {future.key: task for future, task in futures.items()}
     ended = as_completed(futures, loop=client.loop)
@@ -61,7 +58,7 @@ def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]]
     for future in ended:
         task, outcome = place.pop(future.key), None
         try:
-            outcome = future.result()  # waits where a worker took a result along that nobody had fetched
+            outcome = future.result()  # may block: a dead worker's unfetched result is computed again
             succeeded = True
         except KilledWorker:
             deaths[task] += 1
@@ -94,23 +91,17 @@ def outcomes(futures: Mapping[Future[Any], T], again: Callable[[T], Future[Any]]
 def each(
     task: Callable[[Item], Any], items: Sequence[Item], *, what: str = "item", client: Client | None = None
 ) -> Iterator[tuple[Item, Any]]:
-    """Do a task for every item and give each with its result, as they end.
+    """Run a task for every item, and yield each item with its result as they end.
 
-    Parameters
-    ----------
-    task, items
-        Picklable where there are workers. A task may be done twice.
-    what
-        An item is called in errors.
-    client
-        Of the workers; this process does one item after the other if None.
+    With a ``client``, task and items must be picklable, and a task may run twice for an item. Without one, this process runs
+    them one after another. Error messages call an item ``what``.
 
     Raises
     ------
     AI4LandError
-        The first that a task raises; what is left is cancelled, though tasks that have begun go on to their end.
+        The first one that a task raises; remaining tasks are cancelled, but running ones continue to their end.
     WorkerError
-        If an item fails three times, with its name: because workers die, or for an error that is not ours.
+        If an item fails because its workers die, or raises another error three times; the message names the item.
     """
     if client is None:
         for item in items:
@@ -136,7 +127,7 @@ def each(
 
 
 def _caught(task: Callable[[Item], Any], item: Item) -> tuple[AI4LandError | None, Any]:
-    """Give an error of ours beside the result, so that Dask does not try again what no other try would mend."""
+    """Return an AI4LandError instead of raising it, so that Dask does not retry what no retry can mend."""
     try:
         return None, task(item)
     except AI4LandError as error:
