@@ -182,7 +182,7 @@ def lock(path: Path, *, wait: bool = False) -> IO[str]:
     Raises
     ------
     BlockingIOError
-        If another process, or another open file of this process, holds the lock and ``wait`` is False.
+        If another process, or another open file of this one, holds the lock and ``wait`` is False.
     Unlockable
         If the file system has no locks.
     StoreError
@@ -227,7 +227,6 @@ def _mark(path: Path) -> str:
 
 
 def _to_disk(folder: Path) -> None:
-    """Sync the file names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -269,13 +268,7 @@ def names(place: Place, prefix: str = "") -> list[str]:
 
 @contextmanager
 def writing(place: Place) -> Iterator[None]:
-    """Turn a failed write into a :class:`~ai4land.errors.StoreError` that names the place and the remedy.
-
-    Raises
-    ------
-    StoreError
-        If the file system or the object store raises an error.
-    """
+    """Turn an error of the file system or object store into a :class:`StoreError` that names the place and the remedy."""
     try:
         yield
     except StoreError:
