@@ -32,21 +32,14 @@ _STALE = 40.0  # seconds without renewal before a takeover: longer than the stor
 
 @contextmanager
 def claim(place: Place, *, held: str | None = None, tell: Callable[[str], None] = lambda _: None) -> Iterator[str]:
-    """Hold the claim on a cube while the ``with`` block runs.
+    """Hold the claim on a cube while the ``with`` block runs; yield its token for :func:`check_claim`.
 
     Parameters
     ----------
-    place
-        The cube.
     held
         Token of a claim that the caller already holds: it is checked, used and left with the caller. None: take the claim.
     tell
         Called with a message when waiting for the claim of another run.
-
-    Yields
-    ------
-    str
-        The token of the claim, for :func:`check_claim`.
 
     Raises
     ------

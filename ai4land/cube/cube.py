@@ -166,9 +166,6 @@ def template_of(place: Place) -> dict[str, Any]:
     return template
 
 
-# -- visible years ------------------------------------------------------------------------------------------------------
-
-
 def whole_years(place: Place, *, done: Iterable[ledger.Key] | None = None) -> list[int]:
     """List the leading years that every shard with cells to map has; ``done``: what is recorded (None: read the ledger)."""
     template = template_of(place)

@@ -41,12 +41,10 @@ class Map:
     ----------
     id, part
         Id of the STAC collection; name of the child group, or empty.
-    path
-        Of the Zarr group with the variables.
     years
         Visible years, in the order of the time axis.
-    box, bbox
-        The grid; west, south, east, north in degrees.
+    bbox
+        West, south, east, north in degrees.
     flags, fill
         Classes of ``land_cover`` including the fill; code of the fill.
     variables

@@ -55,14 +55,8 @@ class Book:
     def enter(self, *, years: Iterable[int], files: Mapping[str, str | None], notes: Mapping[str, Any] | None = None) -> None:
         """Record the shard over some years, durably.
 
-        Parameters
-        ----------
-        years
-            Years that it holds.
-        files
-            Checksum of each object by its name in the cube; None if the object would be all fill and is not stored.
-        notes
-            Plain values about the result.
+        ``files`` gives the checksum of each object by its name in the cube, None for one that would be all fill and is not
+        stored. ``notes`` are plain values about the result.
         """
         shard = {"row": self._row, "col": self._col, "years": list(years)}
         entry = {"at": time.time(), **shard, "files": dict(files), **(notes or {})}

@@ -5,22 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-SCALE = 250
-"""Units per 1 of stored confidences and change probabilities."""
-
-
-EMPTY = 255
-"""Stored confidence and change probability of a cell without one."""
-
-
+SCALE = 250  # units per 1 of stored confidences and change probabilities
+EMPTY = 255  # stored confidence and change probability of a cell without one
 FRACTION_SCALE = 65000
 """Units per 1 of stored fractions: with 25 or more fine cells along a coarse one, totals stay within about 1e-6."""
-
-
-FRACTION_EMPTY = 65535
-"""Stored fraction of a cell that is not mapped."""
-
-
+FRACTION_EMPTY = 65535  # stored fraction of a cell that is not mapped
 _GOLDEN = 0.6180339887498949  # golden ratio minus 1
 
 

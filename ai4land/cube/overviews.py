@@ -52,14 +52,8 @@ def level_factors(shard: int) -> list[int]:
 def reduce_classes(index: NDArray[np.uint8], *, classes: int, factors: list[int]) -> Iterator[NDArray[np.uint8]]:
     """Yield each level of a map: the most frequent class per cell, or ``MISSING`` if over half of its fine cells have none.
 
-    Parameters
-    ----------
-    index
-        Class indices ``(rows, columns)``, ``MISSING`` where there is no class.
-    classes
-        Number of classes. A tie goes to the first class.
-    factors
-        Fine cells along a cell of each level, each a multiple of the previous one.
+    ``index`` holds class indices ``(rows, columns)`` or ``MISSING``; ``factors`` are the fine cells along a cell of each
+    level, each a multiple of the previous one. A tie goes to the first class.
 
     >>> [a.tolist() for a in reduce_classes(np.array([[0, 1], [1, 255]], np.uint8), classes=2, factors=[2])]
     [[[1]]]

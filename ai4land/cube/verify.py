@@ -21,7 +21,7 @@ _READERS = 8
 class Damage:
     """One missing, damaged or unexpected object, or a shard missing from the ledger.
 
-    ``keys`` are the shards and years to make again; metadata have none, because they are simply rewritten.
+    ``keys`` are the shards and years to make again; empty for metadata, which are simply rewritten.
     """
 
     name: str
@@ -37,8 +37,6 @@ def verify(place: Place, *, progress: Callable[[int, int], None] | None = None) 
 
     Parameters
     ----------
-    place
-        The cube or part.
     progress
         Called with the number of objects read and their total.
 
@@ -105,13 +103,7 @@ def _lacking(place: Place, template: dict[str, object], there: set[str]) -> Iter
 
 
 def strike(place: Place, damages: list[Damage]) -> set[ledger.Key]:
-    """Remove damaged objects from ledger and cube, so that they are made again; no task may be writing.
-
-    Returns
-    -------
-    set
-        Row, column and year of the shards to make again.
-    """
+    """Remove damaged objects from ledger and cube; return the shards and years to make again. No task may be writing."""
     keys = {key for damage in damages for key in damage.keys}
     ledger.strike(place, keys)
     for damage in damages:

@@ -1,8 +1,7 @@
 """Keep an Icechunk repository of a cube: one commit per year, without copying a shard.
 
-The repository holds the cube's metadata and a reference to the file or object of every shard (a virtual chunk), so it is
-tiny beside the cube. Readers see whole commits and can return to any; the time axis of a snapshot ends with its year. The
-shards stay where they are: a cube that is moved needs a new repository.
+The repository holds the cube's metadata and a reference to the file or object of every shard (a virtual chunk). The time
+axis of a snapshot ends with its year. The shards stay where they are: a cube that is moved needs a new repository.
 
 A reference carries the modification time of its file, or the ETag of its object. Reading a shard that was remade since
 raises an error instead of returning other cells; the next commit refers to the current shards. An object remade with the
@@ -60,7 +59,7 @@ def commit(place: Place, *, to: Place | None = None, progress: Callable[[int, in
     Returns
     -------
     list of int
-        Newly committed years.
+        Newly committed years. Remade shards of earlier years get one commit more.
 
     Raises
     ------
@@ -176,13 +175,7 @@ def _objects(place: Place) -> dict[str, tuple[int, dict[str, Any]]]:
 def _refer(
     session: icechunk.Session, place: Place, files: dict[str, str], objects: dict[str, tuple[int, dict[str, Any]]]
 ) -> None:
-    """Set references from chunks to the files or objects that hold them.
-
-    Raises
-    ------
-    DataError
-        If one is missing or its size differs from the ledger.
-    """
+    """Reference chunks in their files or objects; DataError if one is missing or its size differs from the ledger."""
     import icechunk
 
     specs: dict[str, list[icechunk.VirtualChunkSpec]] = {}
@@ -200,13 +193,7 @@ def _refer(
 
 
 def _prefix(place: Place) -> str:
-    """Return the URL under which the objects of a cube lie.
-
-    Raises
-    ------
-    ConfigError
-        If it has characters with which Icechunk finds no chunk and silently returns fill values.
-    """
+    """URL of the cube's objects; ConfigError if Icechunk would find no chunk there and silently return fill values."""
     folder = folder_of(place)
     prefix = f"{str(place).rstrip('/')}/" if folder is None else f"file://{folder.resolve()}/"
     if quote(prefix, safe=":/") != prefix:

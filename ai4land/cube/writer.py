@@ -26,15 +26,7 @@ class Writer:
     """Write the years of one shard; nothing else writes cells into a cube.
 
     Each year waits in memory for the other years of its shard. A shard is recorded once all its variables are written.
-
-    Parameters
-    ----------
-    place
-        The cube.
-    window
-        A whole shard.
-    token
-        Token of the claim on the cube (:mod:`ai4land.cube.claim`); None: unclaimed.
+    ``token`` is that of the claim on the cube (:mod:`ai4land.cube.claim`); None: unclaimed.
 
     Raises
     ------
@@ -65,8 +57,6 @@ class Writer:
 
         Parameters
         ----------
-        year
-            A year of the cube.
         arrays
             Stored numbers of every variable, ``([class,] rows, columns)``: codes in ``land_cover`` and ``most_likely``,
             scaled numbers in ``fraction``, ``confidence`` and ``change_probability``.
