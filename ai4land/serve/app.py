@@ -43,12 +43,10 @@ from ai4land.places import folder_of
 from ai4land.serve import tiles
 from ai4land.serve.atlas import Atlas, Part, open_atlas, remote, version_of
 
-THREADS = 4
-"""Tiles drawn at once."""
-KEPT = 4096
-"""Tiles cached in memory, a few kB each."""
+THREADS = 4  # reads of the cube at once
+KEPT = 4096  # tiles cached in memory, a few kB each
 CUBE_FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*(?:zarr\.json|c(?:/[0-9]+)*)")
-"""Files of a cube that are served: metadata and shards only."""
+"""Served files of a cube: metadata and shards only."""
 TILE = re.compile(r"([0-9]{1,4})/([0-9]{1,2})/([0-9]{1,8})/([0-9]{1,8})\.png")
 CATALOGUE_TYPES = {
     ".json": "application/json",
@@ -59,7 +57,7 @@ CATALOGUE_TYPES = {
     ".jpg": "image/jpeg",
     ".webp": "image/webp",
 }
-"""Types of catalogue files that are served: none that a browser would run."""
+"""Served types of catalogue files: none that a browser would run."""
 MODEL_FILE = re.compile(r"model\.(?:json|safetensors)")
 """Files of the model to which a catalogue next to the cube refers."""
 PAGE_TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -148,20 +146,10 @@ class _Secure:
 
 
 def folder_endpoint(folder: Path, allowed: re.Pattern[str], types: dict[str, str], index: str | None = None) -> Endpoint:
-    """Serve the allowed files of a folder: GET and HEAD, one range, ETag, no listing.
+    """Serve the files of a folder whose whole relative path matches ``allowed``: GET and HEAD, one range, ETag, no listing.
 
-    Starlette's ``StaticFiles`` resolves the path and refuses files outside the folder, also through symbolic links.
-
-    Parameters
-    ----------
-    folder
-        The folder.
-    allowed
-        Pattern for the whole path of a file within the folder.
-    types
-        Media types by suffix; other files keep the type that Starlette guesses.
-    index
-        File for the empty path.
+    Starlette's ``StaticFiles`` refuses files outside the folder, also through symbolic links. ``types`` gives media types by
+    suffix; other files keep the type that Starlette guesses. ``index`` is the file for the empty path.
     """
     static = StaticFiles(directory=folder)
 
@@ -340,6 +328,5 @@ def describe(atlas: Atlas, *, catalogue: Path | None = None) -> dict[str, Any]:
 
 
 def _side(part: Part) -> str:
-    """Format the cell size with its unit."""
     side = part.levels[0].cell
     return f"{side:.4g}°" if part.crs.is_geographic else f"{side:g} m"

@@ -25,19 +25,13 @@ from ai4land.errors import DataError
 from ai4land.grid import FINE_DIMS
 from ai4land.places import folder_of, open_place
 
-WORLD = CRS.from_epsg(4326)
-"""Longitude and latitude in degrees."""
-EQUATOR = 360 / 256
-"""Degrees per pixel at the equator at zoom 0."""
+WORLD = CRS.from_epsg(4326)  # longitude and latitude in degrees
+EQUATOR = 360 / 256  # degrees per pixel at the equator at zoom 0
 MAX_ZOOM = 22
-MOST_CELLS = 40_000_000
-"""Most cells that a tile may read; sets the first zoom of a cube without overviews."""
-PATIENCE = dt.timedelta(seconds=5)
-"""Limit for a request to a remote cube, including retries: a visitor is waiting."""
-SHARES = ("confidence", "change_probability")
-"""Variables that give the certainty of a class."""
-METRES = 111_320.0
-"""Metres per degree along the equator."""
+MOST_CELLS = 40_000_000  # most cells that a tile may read; sets the first zoom of a cube without overviews
+PATIENCE = dt.timedelta(seconds=5)  # limit for a request to a remote cube, including retries: a visitor is waiting
+SHARES = ("confidence", "change_probability")  # variables that give the certainty of a class
+METRES = 111_320.0  # metres per degree along the equator
 _OVERVIEW = re.compile(r"[A-Za-z0-9_]+(?:/[A-Za-z0-9_]+)*/land_cover")
 _MAKE = "make one with: ai4land reconstruct RUN.yaml"
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
@@ -65,8 +59,6 @@ class Part:
     ----------
     name
         Of the group in the cube; empty for a cube without parts.
-    attrs
-        Attributes of the group.
     years
         Visible years, ascending.
     legend, fill

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from ai4land.errors import ConfigError
 
-CONNECTIONS = 200
-"""Maximum concurrent requests; further ones get status 503."""
+CONNECTIONS = 200  # maximum concurrent requests; further ones get status 503
 
 
 def serve(
@@ -26,12 +25,10 @@ def serve(
     cors: bool = False,
     tell: Callable[[str], None] = print,
 ) -> None:
-    """Serve a cube until interrupted (Ctrl-C, SIGTERM).
+    """Serve a cube (folder or URL) until interrupted (Ctrl-C, SIGTERM).
 
     Parameters
     ----------
-    path
-        Folder or URL of the cube.
     host, port
         Where to listen; port 0 takes a free one.
     catalogue

@@ -27,12 +27,7 @@ SIDE = 256
 
 
 def tile(part: Part, *, year: int, z: int, x: int, y: int) -> bytes:
-    """Draw a tile in the colours of the legend, transparent where nothing is mapped.
-
-    Returns
-    -------
-    bytes
-        A PNG image of 256 x 256 pixels with a palette; the pixel values are class codes.
+    """Draw a tile, transparent where nothing is mapped: a 256 x 256 PNG of class codes with the legend as palette.
 
     Raises
     ------
