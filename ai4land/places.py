@@ -1,8 +1,8 @@
-"""Where cubes lie: a folder, or a URL of an object store, by the same few operations.
+"""Read and write folders and object stores through the same few operations.
 
-A folder goes through zarr's ``LocalStore``; ``s3://``, ``gs://``, ``az://`` and ``http(s)://`` through obstore, with timeouts and retries that
-outlast half a minute without an answer; any other URL, such as ``memory://``, through fsspec. A write is atomic: on a disk the content is
-written under another name, synced and renamed; an object store does the same by itself.
+Folders use zarr's ``LocalStore``; ``s3://``, ``gs://``, ``az://`` and ``http(s)://`` use obstore, with timeouts and retries;
+other URLs, such as ``memory://``, use fsspec. Writes are atomic: a file is written under another name, synced and renamed;
+object stores do this themselves.
 """
 
 from __future__ import annotations
@@ -27,33 +27,31 @@ import psutil
 
 from ai4land.errors import ConfigError, StoreError
 
-if TYPE_CHECKING:  # zarr is imported where a place is opened: locks and files are for modules that run without it
+if TYPE_CHECKING:  # zarr is imported lazily: modules without zarr also use locks and files
     from zarr.abc.store import Store
 
 Place = str | Path
-"""A folder, by path or ``file://`` URL, or the URL of one in an object store."""
+"""A folder (path or ``file://`` URL), or the URL of a folder in an object store."""
 
 _OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "http", "https")
 
 
 class Unlockable(StoreError):
-    """A file system without locks, such as Lustre mounted without ``flock``."""
+    """The file system has no locks, such as Lustre mounted without ``flock``."""
 
 
-_REQUEST = dt.timedelta(seconds=15)
-"""What one request may take before it is tried anew."""
-_GIVE_UP = dt.timedelta(seconds=180)
-"""What all tries of a request may take."""
+_REQUEST = dt.timedelta(seconds=15)  # timeout of one request before it is retried
+_GIVE_UP = dt.timedelta(seconds=180)  # timeout of a request with all its retries
 
 
 def shipped(name: str) -> Path:
-    """Folder at the top of the repository, such as ``pipelines``; an installed package holds it inside."""
+    """Find a shipped folder, such as ``pipelines``: in the installed package, or at the top of the repository."""
     package = Path(str(files("ai4land")))
     return package / name if (package / name).is_dir() else package.parent / name
 
 
 def folder_of(place: Place) -> Path | None:
-    """Path of a place on this machine's file system; None for a URL of another kind.
+    """Return the path of a place on the local file system; None for any other URL.
 
     >>> folder_of("file:///data/cube.zarr"), folder_of("s3://bucket/cube.zarr")
     (PosixPath('/data/cube.zarr'), None)
@@ -64,7 +62,7 @@ def folder_of(place: Place) -> Path | None:
 
 
 def inside(place: Place, name: str) -> Place:
-    """Name a place within a place.
+    """Join a name to a place.
 
     >>> inside("s3://bucket/runs/", "a/cube.zarr"), inside(Path("runs"), "a")
     ('s3://bucket/runs/a/cube.zarr', PosixPath('runs/a'))
@@ -74,14 +72,14 @@ def inside(place: Place, name: str) -> Place:
 
 
 def open_place(place: Place, *, read_only: bool = False, give_up: dt.timedelta = _GIVE_UP) -> Store:
-    """Open a place as a Zarr store; all tries of a request together take no longer than ``give_up``.
+    """Open a place as a Zarr store; ``give_up`` limits the time of one request with all its retries.
 
-    The credentials, region and endpoint of an object store come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, …).
+    Credentials, region and endpoint come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, …).
 
     Raises
     ------
     ConfigError
-        If the URL is of no known kind, or what reads it is not installed.
+        If the kind of URL is unknown or its library is not installed.
     """
     from zarr.storage import LocalStore
 
@@ -126,7 +124,7 @@ def _remote(url: str, read_only: bool, give_up: dt.timedelta) -> Store:
 
 
 def read(place: Place, name: str) -> bytes | None:
-    """Read an object; None if there is none."""
+    """Read an object; None if it does not exist."""
     folder = folder_of(place)
     if folder is not None:
         try:
@@ -141,12 +139,12 @@ def read(place: Place, name: str) -> bytes | None:
 
 
 def write(place: Place, name: str, data: bytes) -> None:
-    """Write an object, whole and durably; one that is there is replaced at once.
+    """Write an object atomically and durably, replacing any existing one.
 
     Raises
     ------
     StoreError
-        If it cannot be written; what was there before is still there.
+        If the write fails; the previous content remains.
     """
     folder = folder_of(place)
     with writing(place):
@@ -160,7 +158,7 @@ def write(place: Place, name: str, data: bytes) -> None:
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:
-    """Write a file so that a reader sees the old or the new content, never half of it, even after a crash of the machine."""
+    """Write a file so that readers see the old or the new content, never a mixture, even after a system crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
@@ -177,24 +175,14 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:
 
 
 def lock(path: Path, *, wait: bool = False) -> IO[str]:
-    """Lock a file until it is closed or this process ends, however it ends; it and its folder are made if need be.
+    """Lock a file until it is closed or this process ends; create it and its folder if necessary.
 
-    Parameters
-    ----------
-    path
-        Of the file; a symbolic link is refused. Its content stays.
-    wait
-        Wait until it is free.
-
-    Returns
-    -------
-    file
-        The open file.
+    Its content is kept. Symbolic links are refused.
 
     Raises
     ------
     BlockingIOError
-        If another process, or another open file of this one, has the lock.
+        If another process, or another open file of this one, holds the lock and ``wait`` is False.
     Unlockable
         If the file system has no locks.
     StoreError
@@ -217,7 +205,7 @@ def lock(path: Path, *, wait: bool = False) -> IO[str]:
 
 
 def beside(path: Path, kind: str) -> Path:
-    """Name a folder of this process beside a path: where it is made before it is moved there, or put aside.
+    """Name a temporary folder of this process next to a path: for a result under construction, or an old one set aside.
 
     >>> beside(Path("runs/store.zarr"), "part").name.startswith(".store.zarr.")
     True
@@ -226,7 +214,7 @@ def beside(path: Path, kind: str) -> Path:
 
 
 def sweep(path: Path) -> None:
-    """Remove what this process, and those of this machine that are dead, have left beside a path."""
+    """Remove the temporary folders next to a path made by this process or by dead processes of this machine."""
     mark = _mark(path)
     for left in path.parent.glob(f"{glob.escape(mark)}*"):
         pid = left.name.removeprefix(mark).partition(".")[0]
@@ -239,7 +227,6 @@ def _mark(path: Path) -> str:
 
 
 def _to_disk(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -248,7 +235,7 @@ def _to_disk(folder: Path) -> None:
 
 
 def delete(place: Place, name: str) -> None:
-    """Delete an object, if it is there."""
+    """Delete an object if it exists."""
     folder = folder_of(place)
     with writing(place):
         if folder is not None:
@@ -260,7 +247,7 @@ def delete(place: Place, name: str) -> None:
 
 
 def names(place: Place, prefix: str = "") -> list[str]:
-    """List the objects of a place whose names begin with a prefix, sorted; files that are being written are left out."""
+    """List the objects whose names begin with a prefix, sorted, without unfinished files."""
     folder = folder_of(place)
     inner, slash, start = prefix.rpartition("/")
     if folder is not None:
@@ -272,7 +259,7 @@ def names(place: Place, prefix: str = "") -> list[str]:
 
     from zarr.core.sync import sync
 
-    async def listed(store: Store) -> list[str]:  # object stores list by whole segments of a path, not by characters
+    async def listed(store: Store) -> list[str]:  # object stores list whole path segments, not character prefixes
         return [key async for key in store.list_prefix(inner + slash) if key.startswith(prefix)]
 
     store = open_place(place, read_only=True)
@@ -281,13 +268,7 @@ def names(place: Place, prefix: str = "") -> list[str]:
 
 @contextmanager
 def writing(place: Place) -> Iterator[None]:
-    """Say of what cannot be written where it was to go and what to do.
-
-    Raises
-    ------
-    StoreError
-        For an error of the file system or of the object store.
-    """
+    """Turn an error of the file system or object store into a :class:`StoreError` that names the place and the remedy."""
     try:
         yield
     except StoreError:

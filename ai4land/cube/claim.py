@@ -1,8 +1,8 @@
-"""One run at a time on a cube: who makes it holds its claim, and every task looks before it writes whether its run still does.
+"""Let only one run at a time write a cube: the run holds a claim, and every task checks it before writing.
 
-On a disk the claim is a lock of the file system, which is free again when its holder dies. In an object store (and where the file system has
-no locks) it is an object that its holder renews every few seconds; one that is not renewed is taken over. The tasks of a run whose claim
-was taken over, on workers that outlived their client, write no more.
+On a file system the claim is a lock, which the system releases when its holder dies. In an object store, and on file systems
+without locks, it is an object that its holder renews every few seconds; another run may take over a stale one. Tasks that
+outlive their run then stop writing.
 """
 
 from __future__ import annotations
@@ -26,34 +26,25 @@ from ai4land.cube.ledger import CLAIM, ledger_path
 from ai4land.errors import MismatchError, StoreError
 from ai4land.places import Place, Unlockable, delete, folder_of, lock, open_place, read, write, writing
 
-_BEAT = 5.0
-"""Seconds between two renewals of a claim in an object store."""
-_STALE = 40.0
-"""Seconds without a renewal after which it is taken over: more than an object store may be away between two of them."""
+_BEAT = 5.0  # seconds between renewals of a claim
+_STALE = 40.0  # seconds without renewal before a takeover: longer than the store may be unavailable
 
 
 @contextmanager
 def claim(place: Place, *, held: str | None = None, tell: Callable[[str], None] = lambda _: None) -> Iterator[str]:
-    """Hold a cube while the block runs.
+    """Hold the claim on a cube while the ``with`` block runs; yield its token for :func:`check_claim`.
 
     Parameters
     ----------
-    place
-        Of the cube.
     held
-        Token of a claim on this cube that the caller holds: it is checked and used, and stays with the caller. None: take the claim.
+        Token of a claim that the caller already holds: it is checked, used and left with the caller. None: take the claim.
     tell
-        Called with a line if the claim of another run must be waited for.
-
-    Yields
-    ------
-    str
-        The token of this claim, for :func:`check_claim`.
+        Called with a message when waiting for the claim of another run.
 
     Raises
     ------
     MismatchError
-        If another run holds it.
+        If another run holds the claim.
     """
     if held is not None:
         check_claim(place, held)
@@ -77,7 +68,7 @@ def claim(place: Place, *, held: str | None = None, tell: Callable[[str], None] 
             try:
                 yield token
             finally:
-                file.truncate(0)  # tasks that outlive this run write no more
+                file.truncate(0)  # tasks that outlive this run stop writing
         return
     _take(beside, place, who, tell)
     over = threading.Event()
@@ -99,7 +90,7 @@ def check_claim(place: Place, token: str) -> None:
     Raises
     ------
     MismatchError
-        If another run has taken it.
+        If it no longer does.
     """
     if _held(ledger_path(place)).get("token") != token:
         raise MismatchError(
@@ -112,7 +103,7 @@ def _held(beside: Place) -> dict[str, Any]:
 
 
 def _holder(content: bytes) -> dict[str, Any]:
-    """Read who holds a claim; nobody if it is damaged."""
+    """Parse the holder of a claim; empty if the claim is damaged."""
     try:
         found: Any = json.loads(content)
     except ValueError:
@@ -128,7 +119,7 @@ def _refuse(place: Place, who: dict[str, Any]) -> MismatchError:
 
 
 def _lock(folder: Path, place: Place) -> IO[str] | None:
-    """Lock the claim's file; None where the file system has no locks."""
+    """Lock the claim's file; None if the file system has no locks."""
     try:
         return lock(folder / CLAIM)
     except Unlockable:
@@ -169,7 +160,7 @@ def _beat(beside: Place, who: dict[str, Any], over: threading.Event) -> None:
     beat = 0
     while not over.wait(_BEAT):
         beat += 1
-        with suppress(Exception):  # the store may be away for a while
+        with suppress(Exception):  # the store may be unavailable for a while
             if _held(beside).get("token") not in (who["token"], None):
                 return
             write(beside, CLAIM, json.dumps({**who, "beat": beat}).encode())

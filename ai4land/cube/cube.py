@@ -1,8 +1,8 @@
-"""The output store: its template, its one writer, which years of it are to be seen, and its opener.
+"""Create, extend and open the output store.
 
-The template comes first and holds metadata alone. Whole shards are then written, by one checked writer, and recorded in the ledger
-(:mod:`ai4land.cube.ledger`) after they are there. A cube tells of the years from its first one on that are whole, everywhere and in every
-variable: its time axis grows by writing small metadata anew, the consolidated ones of the group last.
+:func:`create` writes a template of metadata only. The checked writer (:mod:`ai4land.cube.writer`) then writes whole shards
+and records each in the ledger (:mod:`ai4land.cube.ledger`). A cube shows its leading complete years: its time axis grows by
+rewriting small metadata, the group's consolidated metadata last.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ai4land.places import Place, inside, names, open_place, read, write
 
 @dataclass(frozen=True)
 class Block:
-    """What one task writes: a shard over some years."""
+    """The work of one task: one shard over some years."""
 
     window: Window
     years: tuple[int, ...]
@@ -36,7 +36,7 @@ class Block:
 
 
 def time_shards(years: Iterable[int], *, years_a_shard: int = YEARS_A_SHARD) -> list[tuple[int, ...]]:
-    """Group the years of a cube as its shards do.
+    """Group the years of a cube by shard.
 
     >>> time_shards(range(2000, 2005), years_a_shard=2)
     [(2000, 2001), (2002, 2003), (2004,)]
@@ -59,34 +59,31 @@ def create(
     years_a_shard: int = YEARS_A_SHARD,
     attrs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the template of a cube, or check that the one that is there is the same.
+    """Write the template of a cube, or check that the existing one is the same.
 
     Parameters
     ----------
     place
-        Of the Zarr group, a folder or a URL; a name below a ``….zarr`` is a part of that cube. The ledger lies beside it.
-    grid, legend
-        Of the cube.
+        Folder or URL of the Zarr group; a name below ``….zarr`` is a part of that cube. The ledger is next to the cube.
     years
-        Years of the cube, ascending.
+        Ascending.
     identity
-        What makes this cube this cube (model checksum, store, reference year, settings): plain values. A cube with
-        another identity is refused.
+        What the cube is made from (model checksum, store, reference year, settings) as plain values.
     title, source
-        For the metadata.
+        Text for the metadata.
     totals
-        How the scenario's totals were imposed, in words, for the metadata.
+        Description for the metadata of how the scenario totals were imposed.
     land
-        Shards that have cells to map; None: all.
+        Shards with cells to map; None: all.
     years_a_shard
-        Years in one shard; 1 or an even number.
+        Years per shard; 1 or an even number.
     attrs
         Further attributes of the group, such as ``license``.
 
     Raises
     ------
     MismatchError
-        If the place holds another cube.
+        If the place holds a cube with another identity, or shards whose metadata and ledger cannot be read.
     """
     years = list(years)
     about = {**identity, "grid": grid.to_dict(), "legend": legend.name, "years": years, "years_a_shard": years_a_shard}
@@ -114,7 +111,7 @@ def create(
         "Conventions": "CF-1.11",
         "title": title,
         "source": source,
-        # What the ledger says counts before what the cube says: it has a checksum.
+        # The ledger takes precedence over the cube: it has a checksum.
         "history": history(identity.get("model"))
         if found is None
         else (kept["documents"][""] if kept else found)["attributes"]["history"],
@@ -140,7 +137,7 @@ def create(
 
 
 def _document(place: Place) -> dict[str, Any] | None:
-    """Read the metadata of a group; None if there are none or they are damaged."""
+    """Read the metadata of a group; None if missing or damaged."""
     try:
         found: Any = json.loads(read(place, "zarr.json") or b"")
     except ValueError:
@@ -154,12 +151,12 @@ def _holds(place: Place) -> bool:
 
 
 def template_of(place: Place) -> dict[str, Any]:
-    """Read the whole template of a cube.
+    """Read the template of a cube, with all years.
 
     Raises
     ------
     DataError
-        If the ledger has none.
+        If the ledger has no readable template.
     """
     template = ledger.load_template(place)
     if template is None:
@@ -169,19 +166,8 @@ def template_of(place: Place) -> dict[str, Any]:
     return template
 
 
-# -- what is to be seen -------------------------------------------------------------------------------------------------
-
-
 def whole_years(place: Place, *, done: Iterable[ledger.Key] | None = None) -> list[int]:
-    """List the years, from the first one on, that every shard with cells to map has.
-
-    Parameters
-    ----------
-    place
-        Of the cube.
-    done
-        What is recorded; None: it is read.
-    """
+    """List the leading years that every shard with cells to map has; ``done``: what is recorded (None: read the ledger)."""
     template = template_of(place)
     have = set(ledger.recorded(place) if done is None else done)
     found = []
@@ -193,20 +179,14 @@ def whole_years(place: Place, *, done: Iterable[ledger.Key] | None = None) -> li
 
 
 def show(place: Place) -> list[int]:
-    """Have the cube tell of the years that are whole; of a part, its root too.
-
-    Returns
-    -------
-    list of int
-        These years.
-    """
+    """Extend the cube's metadata to its complete years, for a part also the root's; return these years."""
     template, years = template_of(place), whole_years(place)
     _tell(place, template, len(years))
     return years
 
 
 def visible(document: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Cut the metadata of an array to its first years."""
+    """Cut the metadata of an array to its first ``count`` years."""
     made = deepcopy(dict(document))
     dims = made.get("dimension_names") or []
     if "time" in dims:
@@ -215,7 +195,7 @@ def visible(document: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def public_documents(template: Mapping[str, Any], count: int) -> dict[str, dict[str, Any]]:
-    """Make the metadata that a cube shows, by node: with its first years, those of the group with all others in them."""
+    """Build the metadata that a cube shows with its first ``count`` years, by node; the group's are consolidated."""
     made = {name: visible(d, count) if d["node_type"] == "array" else dict(d) for name, d in template["documents"].items()}
     return {**made, "": {**made[""], "consolidated_metadata": _consolidated({k: v for k, v in made.items() if k})}}
 
@@ -239,14 +219,14 @@ def _tell(place: Place, template: Mapping[str, Any], count: int) -> None:
 
 
 def encode(document: Mapping[str, Any]) -> bytes:
-    """Write metadata as they are stored."""
+    """Encode metadata as stored."""
     return json.dumps(document, indent=1).encode()
 
 
 def _tell_root(root: Place) -> None:
-    """Write the metadata of the root of a cube in parts, of all parts that can be read; other runs may be doing the same.
+    """Write the root metadata of a cube in parts, and repeat until stable: other runs may do the same.
 
-    A part whose own metadata are missing or damaged comes back when it is shown again (:func:`show`).
+    A part whose own metadata are missing or damaged is left out until :func:`show` restores it.
     """
     while True:
         inner: dict[str, Any] = {}
@@ -269,17 +249,14 @@ def _tell_root(root: Place) -> None:
 
 
 def open_cube(place: Place) -> xr.Dataset:
-    """Open a cube lazily: codes as they are, fractions and confidence as numbers of 0..1 with NaN where not mapped.
+    """Open a cube, or one part of it, lazily.
 
-    Parameters
-    ----------
-    place
-        Folder or URL of a cube, or of a part of one.
+    Class codes stay integers; fractions, confidence and change probability become numbers in 0..1, NaN where not mapped.
 
     Raises
     ------
     DataError
-        If there is no cube at the place, or it is one of parts.
+        If there is no cube at the place, or it is a cube in parts.
     """
     store = open_place(place, read_only=True)
     times = xr.coders.CFDatetimeCoder(time_unit="s")

@@ -1,4 +1,4 @@
-"""What a cube says about itself: its years, grid, classes and variables, read from its metadata for whoever presents it."""
+"""Read a cube's years, grid, classes and variables from its metadata."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_group(place: Place) -> zarr.Group:
 
 @dataclass(frozen=True)
 class Flag:
-    """One class of a map: its code, its name and its colour as ``#rrggbb``."""
+    """One class of a map; ``colour`` is ``#rrggbb``."""
 
     code: int
     name: str
@@ -35,28 +35,24 @@ class Flag:
 
 @dataclass(frozen=True)
 class Map:
-    """What a catalogue says about one cube, or about one part of a cube.
+    """Description of a cube, or of one part of a cube.
 
     Attributes
     ----------
     id, part
-        Of the collection; of the child group, or empty.
-    path
-        Of the Zarr group with the variables.
-    title
-        In words.
+        Id of the STAC collection; name of the child group, or empty.
     years
-        Years that a reader sees, as positions on the time axis.
-    box, bbox
-        The grid, and west, south, east, north in degrees.
+        Visible years, in the order of the time axis.
+    bbox
+        West, south, east, north in degrees.
     flags, fill
-        Classes of ``land_cover`` with the fill, and the code of the fill.
+        Classes of ``land_cover`` including the fill; code of the fill.
     variables
         By name: ``data_type``, ``dims``, ``fill`` and the attributes of the array.
     attrs
         Attributes of the group.
     consolidated
-        Whether the group opens with one read.
+        Whether the group has consolidated metadata.
     """
 
     id: str
@@ -79,17 +75,17 @@ class Map:
 
     @property
     def version(self) -> str:
-        """Fingerprint of what the cube is made from."""
+        """Fingerprint of the cube's identity."""
         return digest(self.attrs.get("ai4land_identity", {}))
 
 
 def read_map(path: Place, *, id: str, title: str, part: str = "") -> Map:
-    """Read from its metadata what a catalogue says about a cube.
+    """Read the description of a cube from its metadata.
 
     Raises
     ------
     DataError
-        If the group is no cube, or its classes or its grid can not be read.
+        If the group is not a cube, or its classes or grid cannot be read.
     """
     group = open_group(path)
     arrays = {str(name): array for name, array in group.arrays()}

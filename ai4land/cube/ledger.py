@@ -1,7 +1,7 @@
-"""What is done of a cube: a place beside it with the cube's whole template and a record of every shard, with the checksum of every object.
+"""Record what is finished in a cube: a folder next to it with its template and a record of every shard, with checksums.
 
-A record is written after what it tells of: an all-fill shard leaves no object, so objects cannot tell what is done. Each task has a file
-of its own, to which it adds a line; a line whose checksum is wrong, torn or damaged, counts for nothing.
+A record is written after its objects. A shard that is all fill leaves no object, so objects alone cannot show what is
+finished. Each task appends to a file of its own; lines with a wrong checksum, torn or damaged, are ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Key = tuple[int, int, int]
 
 
 def ledger_path(place: Place) -> Place:
-    """Place of the ledger of a cube or of a part of one.
+    """Locate the ledger of a cube or of a part of one.
 
     >>> ledger_path("s3://bucket/cube.zarr"), ledger_path("s3://bucket/cube.zarr/ssp126")
     ('s3://bucket/cube.ledger', 's3://bucket/cube.ledger/ssp126')
@@ -40,20 +40,12 @@ def ledger_path(place: Place) -> Place:
 
 
 def checksum(data: bytes) -> str:
-    """Checksum of an object, as the ledger holds it: its size and BLAKE2b of 16 bytes."""
+    """Compute the checksum of an object: its size and 16-byte BLAKE2b hash."""
     return f"{len(data)}:{hashlib.blake2b(data, digest_size=16).hexdigest()}"
 
 
 class Book:
-    """The ledger's file of one task, which adds to it what it did of one shard.
-
-    Parameters
-    ----------
-    place
-        Of the cube.
-    row, col
-        Of the shard's first cell.
-    """
+    """Ledger file of one task for one shard, given by the row and column of its first cell."""
 
     def __init__(self, place: Place, *, row: int, col: int) -> None:
         self._place, self._row, self._col = ledger_path(place), row, col
@@ -61,16 +53,10 @@ class Book:
         self._lines: list[str] = []
 
     def enter(self, *, years: Iterable[int], files: Mapping[str, str | None], notes: Mapping[str, Any] | None = None) -> None:
-        """Enter the shard over some years, durably.
+        """Record the shard over some years, durably.
 
-        Parameters
-        ----------
-        years
-            That it holds.
-        files
-            Checksum of each object by its name in the cube; None for one that is not there, as it would be all fill.
-        notes
-            Plain values on how it came out.
+        ``files`` gives the checksum of each object by its name in the cube, None for one that would be all fill and is not
+        stored. ``notes`` are plain values about the result.
         """
         shard = {"row": self._row, "col": self._col, "years": list(years)}
         entry = {"at": time.time(), **shard, "files": dict(files), **(notes or {})}
@@ -94,7 +80,7 @@ def _prefix(row: int, col: int) -> str:
 
 
 def _files(place: Place, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Lines of each file of a ledger; of its own files, not of those of parts below it."""
+    """Read the lines of each file of a ledger, without those of its parts."""
     beside = ledger_path(place)
     for name in names(beside, prefix):
         if name.endswith(_SUFFIX) and "/" not in name:
@@ -112,27 +98,27 @@ def _entry(line: str) -> dict[str, Any] | None:
 
 
 def entries(place: Place, *, prefix: str = "") -> list[dict[str, Any]]:
-    """Read the ledger, oldest first; a line that is torn or damaged counts for nothing."""
+    """Read the ledger, oldest entry first; torn or damaged lines are ignored."""
     every = (_entry(line) for _, lines in _files(place, prefix) for line in lines if line)
     return sorted((entry for entry in every if entry is not None), key=lambda entry: entry["at"])
 
 
 def recorded(place: Place) -> dict[Key, str]:
-    """Read the ledger: a digest of the objects of each finished (row, column, year) of shards."""
+    """Read the ledger: one checksum over the objects of each finished (row, column, year)."""
     found: dict[Key, str] = {}
-    for e in entries(place):  # what was done again counts as it came out last
+    for e in entries(place):  # the latest entry counts
         digest = hashlib.blake2b(json.dumps(e["files"], sort_keys=True).encode(), digest_size=16).hexdigest()
         found.update({(e["row"], e["col"], year): digest for year in e["years"]})
     return found
 
 
 def years_of(place: Place, *, row: int, col: int) -> set[int]:
-    """List the finished years of one shard, from its own files alone."""
+    """List the finished years of one shard, reading only its own files."""
     return {year for entry in entries(place, prefix=_prefix(row, col)) for year in entry["years"]}
 
 
 def strike(place: Place, keys: Iterable[Key]) -> None:
-    """Take shards out of the ledger, and lines that count for nothing; nobody may be writing."""
+    """Remove from the ledger every entry that covers one of the keys, and damaged lines; no task may be writing."""
     gone = set(keys)
     for name, lines in _files(place):
         kept = []
@@ -145,13 +131,13 @@ def strike(place: Place, keys: Iterable[Key]) -> None:
 
 
 def save_template(place: Place, template: Mapping[str, Any]) -> None:
-    """Write the whole template of a cube, with its checksum."""
+    """Write the template of a cube, with its checksum."""
     body = json.dumps(template, sort_keys=True)
     write(ledger_path(place), TEMPLATE, json.dumps({"crc": zlib.crc32(body.encode()), "template": template}).encode())
 
 
 def load_template(place: Place) -> dict[str, Any] | None:
-    """Read the whole template of a cube; None if there is none or it is damaged."""
+    """Read the template of a cube; None if missing or damaged."""
     try:
         whole = json.loads(read(ledger_path(place), TEMPLATE) or b"")
         template: dict[str, Any] = whole["template"]
@@ -162,7 +148,7 @@ def load_template(place: Place) -> dict[str, Any] | None:
 
 
 def wipe(place: Place) -> None:
-    """Delete the records of a cube that is no more; who holds it stays."""
+    """Delete the records of a cube; its claim and the ledgers of its parts stay."""
     beside = ledger_path(place)
     for name in names(beside):
         if name != CLAIM and "/" not in name:
@@ -170,13 +156,13 @@ def wipe(place: Place) -> None:
 
 
 def part_names(root: Place) -> list[str]:
-    """Name the parts of a cube."""
+    """List the parts of a cube."""
     beside = ledger_path(root)
     return sorted(name.removesuffix(f"/{TEMPLATE}") for name in names(beside) if name.endswith(f"/{TEMPLATE}"))
 
 
 def part_of(place: Place) -> tuple[Place, str] | None:
-    """Root and name of a part; None for a whole cube.
+    """Split the place of a part into root and name; None for a whole cube.
 
     >>> part_of("s3://bucket/cube.zarr/ssp126"), part_of("s3://bucket/cube.zarr")
     (('s3://bucket/cube.zarr', 'ssp126'), None)
@@ -188,5 +174,5 @@ def part_of(place: Place) -> tuple[Place, str] | None:
 
 
 def part(place: Place, name: str | None) -> Place:
-    """Place of a part of a cube, or of the cube itself."""
+    """Locate a part of a cube; the cube itself if ``name`` is None."""
     return place if name is None else inside(place, name)

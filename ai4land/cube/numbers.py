@@ -1,48 +1,36 @@
-"""How fractions and confidences are stored as whole numbers."""
+"""Store fractions and confidences as whole numbers."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-SCALE = 250
-"""Confidences and probabilities of change are stored as whole numbers of 1/250."""
-
-
-EMPTY = 255
-"""Stored confidence and probability of change of a cell that has none."""
-
-
+SCALE = 250  # units per 1 of stored confidences and change probabilities
+EMPTY = 255  # stored confidence and change probability of a cell without one
 FRACTION_SCALE = 65000
-"""Fractions are stored as whole numbers of 1/65000: where 25 or more fine cells lie along a coarse one, the totals stay within about a millionth."""
-
-
-FRACTION_EMPTY = 65535
-"""Stored fraction of a cell that is not mapped."""
-
-
-_GOLDEN = 0.6180339887498949
-"""The golden ratio less 1."""
+"""Units per 1 of stored fractions: with 25 or more fine cells along a coarse one, totals stay within about 1e-6."""
+FRACTION_EMPTY = 65535  # stored fraction of a cell that is not mapped
+_GOLDEN = 0.6180339887498949  # golden ratio minus 1
 
 
 def quantise(probabilities: NDArray[np.float32], *, scale: int = FRACTION_SCALE) -> NDArray[np.uint16]:
     """Round probabilities to multiples of 1/``scale`` that sum to exactly 1 in every cell.
 
-    The running sum over the classes plus an offset of the cell is rounded down and differenced. So the error of a class is
-    below one unit, and a class of probability 0 stays 0. The offsets (multiples of the golden ratio, modulo 1) fill 0..1 evenly
-    over neighbouring cells, so that errors average out even for a class that has a fraction of a unit everywhere.
+    The running sum over the classes plus an offset per cell is rounded down, then differenced. The error of a class is thus
+    below one unit, and a class of probability 0 stays 0. The offsets (multiples of the golden ratio, modulo 1) fill 0..1
+    evenly over neighbouring cells, so errors average out even for a class with a fraction of a unit everywhere.
 
     Parameters
     ----------
     probabilities
         ``(class, rows, columns)``, summing to 1.
     scale
-        Units in 1.
+        Units per 1.
 
     Returns
     -------
     numpy.ndarray
-        Whole numbers of units, uint16 ``(class, rows, columns)``.
+        Units, uint16 ``(class, rows, columns)``.
 
     >>> quantise(np.full((3, 1, 2), 1 / 3, np.float32), scale=250)[:, 0].tolist()
     [[83, 83], [83, 84], [84, 83]]

@@ -1,7 +1,7 @@
-"""Coarser views of a class map, for looking at it from afar: in each cell the class that most of its fine cells have.
+"""Make overviews of a class map: each coarser cell has the most frequent class of its fine cells.
 
-Shares of classes are carried from level to level, never codes, so that every level is the majority of the finest one. A level's cells
-nest in the shards of the map: what writes a shard writes its part of all levels.
+Class counts, not codes, pass from level to level, so every level is the majority of the finest. Cells of all levels nest in
+the shards of the map: the writer of a shard also writes its part of every level.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from ai4land.grid import Grid
 from ai4land.legend import MISSING
 
 _STEPS = (4, 3, 2, 5)
-_LEAST = 16
-"""Cells along the side of a shard's part of the coarsest level, at least."""
+_LEAST = 16  # minimum cells along a shard's side at the coarsest level
 
 CONVENTIONS = [
     {
@@ -34,11 +33,11 @@ CONVENTIONS = [
         ("proj", "f17cb550-5864-4468-aeb7-f3180cfb622f", "Coordinate reference system information for geospatial data"),
     )
 ]
-"""The GeoZarr conventions that a cube keeps, as an entry each of ``zarr_conventions``."""
+"""GeoZarr conventions of a cube, as entries of ``zarr_conventions``."""
 
 
 def level_factors(shard: int) -> list[int]:
-    """Say how many fine cells lie along a cell of each level.
+    """Return the number of fine cells along a cell of each level, for a shard of ``shard`` cells a side.
 
     >>> level_factors(1200), level_factors(3600), level_factors(24)
     ([4, 16, 48], [4, 16, 48, 144], [])
@@ -51,21 +50,10 @@ def level_factors(shard: int) -> list[int]:
 
 
 def reduce_classes(index: NDArray[np.uint8], *, classes: int, factors: list[int]) -> Iterator[NDArray[np.uint8]]:
-    """Make the levels of a map: in each cell the class of most fine cells, ``MISSING`` where more than half have none.
+    """Yield each level of a map: the most frequent class per cell, or ``MISSING`` if over half of its fine cells have none.
 
-    Parameters
-    ----------
-    index
-        Class indices ``(rows, columns)``, ``MISSING`` where there is no class.
-    classes
-        Their number. Of classes that are alike the first one is taken.
-    factors
-        Fine cells along a cell of each level, each a multiple of the one before.
-
-    Yields
-    ------
-    ndarray
-        Class indices of each level.
+    ``index`` holds class indices ``(rows, columns)`` or ``MISSING``; ``factors`` are the fine cells along a cell of each
+    level, each a multiple of the previous one. A tie goes to the first class.
 
     >>> [a.tolist() for a in reduce_classes(np.array([[0, 1], [1, 255]], np.uint8), classes=2, factors=[2])]
     [[[1]]]
@@ -84,7 +72,7 @@ def reduce_classes(index: NDArray[np.uint8], *, classes: int, factors: list[int]
 
 
 def _sums(values: NDArray[Any], step: int) -> NDArray[np.int32]:
-    """Sums over blocks of cells."""
+    """Sum over blocks of ``step`` x ``step`` cells."""
     rows, cols = values.shape
     total = np.zeros((rows // step, cols // step), dtype=np.int32)
     for i in range(step):
@@ -94,7 +82,7 @@ def _sums(values: NDArray[Any], step: int) -> NDArray[np.int32]:
 
 
 def multiscales(grid: Grid, factors: list[int], *, variable: str = "land_cover") -> dict[str, Any]:
-    """Describe place and levels of a map in the attributes that GeoZarr's conventions ask for."""
+    """Describe the position and levels of a map as GeoZarr attributes."""
     crs = grid.fine.crs
     code = None if crs is None else crs.epsg
     west, south, east, north = grid.bounds
@@ -111,7 +99,7 @@ def multiscales(grid: Grid, factors: list[int], *, variable: str = "land_cover")
     for before, factor in zip([1, *factors], factors, strict=False):
         step = factor / before
         made = level(f"overviews/{factors.index(factor) + 1}/{variable}", factor)
-        # In cells of the level before, the centre of the first cell lies so far from that of its first cell.
+        # Distance between the centres of the two levels' first cells, in cells of the previous level.
         moved = {"scale": [step, step], "translation": [(step - 1) / 2] * 2}
         layout.append({**made, "derived_from": layout[-1]["asset"], "transform": moved})
     return {

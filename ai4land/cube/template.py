@@ -1,8 +1,8 @@
-"""The template of a cube: every array, coordinate and attribute of it, made before any cell is written.
+"""Make the template of a cube: every array, coordinate and attribute, before any cell is written.
 
-It is made whole in memory, with all years, and kept in the ledger; what the cube's own metadata tell is the same with the years that are
-whole (:func:`ai4land.cube.cube.show`). Codes lie some years deep in a chunk, as they change little from year to year; a shard holds years too, so that
-there are few objects.
+The template holds all years and is kept in the ledger; the cube's own metadata show only the complete years
+(:func:`ai4land.cube.cube.show`). Chunks of class codes span several years because codes change little; shards span years
+too, to keep the number of objects low.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from ai4land.grid import DEEP, FINE_DIMS, Grid, Window, centres, chunk_side, spa
 from ai4land.legend import Legend
 
 VARIABLES = ("land_cover", "most_likely", "fraction", "confidence", "change_probability")
-"""What a cube holds for every year."""
+"""Variables of a cube."""
 YEARS_A_SHARD = 10
-"""Years in a shard of the cube, unless asked for otherwise."""
-_FRACTION_YEARS = 2
-"""Years in a shard of the fractions, which are an array a class."""
+"""Default number of years per shard."""
+_FRACTION_YEARS = 2  # years per shard of the fractions, which have one array plane per class
 
 
 def depths(years: int, years_a_shard: int) -> tuple[int, int]:
-    """Say how many years lie in a shard, and in one of the fractions, of a cube of some years.
+    """Return the years per shard of a cube of ``years`` years, and those per shard of its fractions.
 
     >>> depths(100, 10), depths(3, 10), depths(1, 10)
     ((10, 2), (4, 2), (1, 1))
@@ -52,27 +51,14 @@ def make_template(
     totals: str,
     land: Iterable[Window] | None = None,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Make the template of a cube.
-
-    Parameters
-    ----------
-    grid, legend, years
-        Of the cube; years ascending.
-    years_a_shard
-        Years that lie in one shard; 1 or an even number.
-    attrs
-        Attributes of the group.
-    totals
-        How the scenario's totals were imposed, in words.
-    land
-        Shards that have cells to map; None: all.
+    """Make the template of a cube; parameters as in :func:`ai4land.cube.cube.create`.
 
     Returns
     -------
     template : dict
-        Plain values: ``documents``, the Zarr metadata by node, ``years`` and ``shards``.
+        Plain values: ``documents`` (Zarr metadata by node), ``years``, ``years_a_shard`` and ``shards`` (row and column).
     objects : dict of str to bytes
-        The coordinates, as they are stored, by name.
+        The stored coordinates by name.
     """
     held: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(store_dict=held), zarr_format=3)
@@ -148,7 +134,7 @@ def make_template(
 
 
 def history(model: str | None) -> str:
-    """Write the line of the ``history`` attribute: when, by what version, with which model's weights."""
+    """Write the ``history`` attribute: time, version and the checksum of the model's weights."""
     weights = "" if model is None else f" with a model whose weights have the SHA-256 {model}"
     return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ} created by ai4land {ai4land.__version__}{weights}"
 
@@ -158,7 +144,7 @@ def _metadata(held: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _scaled(scale: int, empty: int) -> dict[str, Any]:
-    """Attributes of shares that are stored as whole numbers."""
+    """Attributes of shares stored as whole numbers."""
     return {"units": "1", "scale_factor": 1 / scale, "_FillValue": empty, "valid_range": [0, scale]}
 
 
@@ -183,13 +169,13 @@ def _array(
         fill_value=fill,
         dimension_names=dims,
         attributes={**attrs, "grid_mapping": "spatial_ref", "coordinates": "year"},
-        # Each frame ends with a checksum, which every reader's decoder compares.
+        # Each frame ends with a checksum, which every decoder verifies.
         compressors=ZstdCodec(level=1, checksum=True),
     )
 
 
 def days_since_1970(year: int, month: int = 1, day: int = 1) -> int:
-    """Days from 1970-01-01 to a date of the proleptic Gregorian calendar.
+    """Count the days from 1970-01-01 to a date of the proleptic Gregorian calendar.
 
     >>> days_since_1970(1970, 7, 2)
     182
@@ -231,7 +217,7 @@ def _coordinates(group: zarr.Group, grid: Grid, legend: Legend, years: list[int]
         array[...] = data
     reference = spatial_ref(grid.fine if box is None else box)
     array = group.create_array("spatial_ref", shape=(), dtype="int32", attributes=_plain(reference.attrs))
-    array[...] = 1  # 0 would be the fill value, and not stored
+    array[...] = 1  # 0 is the fill value and would not be stored
 
 
 def _plain(attrs: dict[str, Any]) -> dict[str, Any]:

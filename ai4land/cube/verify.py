@@ -1,6 +1,6 @@
-"""Look whether a cube still is what its ledger says: every object of it is read again and compared with its checksum.
+"""Verify a cube against its ledger: read every object again and compare checksums.
 
-What is missing or damaged is named, and can be struck from the ledger, so that the reconstruction does it again, with the same bytes.
+Missing and damaged objects are listed and can be struck from the ledger, so that reconstruction makes them again.
 """
 
 from __future__ import annotations
@@ -19,16 +19,9 @@ _READERS = 8
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is not as it should be.
+    """One missing, damaged or unexpected object, or a shard missing from the ledger.
 
-    Attributes
-    ----------
-    name
-        Of the object in the cube, or of the shard that the ledger lacks.
-    what
-        Is wrong with it.
-    keys
-        Shards and years to be done again; none: the metadata, which are written again.
+    ``keys`` are the shards and years to make again; empty for metadata, which are simply rewritten.
     """
 
     name: str
@@ -40,24 +33,22 @@ class Damage:
 
 
 def verify(place: Place, *, progress: Callable[[int, int], None] | None = None) -> list[Damage]:
-    """Read every object of a cube and compare it with the ledger.
+    """Read every object of a cube, or of a part of one, and compare it with the ledger.
 
     Parameters
     ----------
-    place
-        Of the cube or of a part of one.
     progress
-        Told how many of all objects are read.
+        Called with the number of objects read and their total.
 
     Returns
     -------
     list of Damage
-        None for a cube that is as it was made. Years that are not to be seen yet may lack shards.
+        Empty for an intact cube. Years that are not visible yet may lack shards.
 
     Raises
     ------
     DataError
-        If the ledger has no template, without which nothing can be told.
+        If the ledger has no readable template.
     """
     template = template_of(place)
     there = set(names(place))
@@ -92,7 +83,7 @@ def verify(place: Place, *, progress: Callable[[int, int], None] | None = None) 
 
 
 def _lacking(place: Place, template: dict[str, object], there: set[str]) -> Iterator[Damage]:
-    """Compare the metadata, and what is to be seen with what the ledger has."""
+    """Compare the metadata and the visible years with the ledger."""
     years: list[int] = template["years"]  # type: ignore[assignment]
     shards: list[list[int]] = template["shards"]  # type: ignore[assignment]
     done = set(ledger.recorded(place))
@@ -112,13 +103,7 @@ def _lacking(place: Place, template: dict[str, object], there: set[str]) -> Iter
 
 
 def strike(place: Place, damages: list[Damage]) -> set[ledger.Key]:
-    """Take what is damaged from the ledger and out of the cube, metadata too, so that it is done again; nobody may be writing.
-
-    Returns
-    -------
-    set
-        Row, column and year of what is to be done.
-    """
+    """Remove damaged objects from ledger and cube; return the shards and years to make again. No task may be writing."""
     keys = {key for damage in damages for key in damage.keys}
     ledger.strike(place, keys)
     for damage in damages:

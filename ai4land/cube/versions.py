@@ -1,12 +1,11 @@
-"""An Icechunk repository over a cube: a commit a year, and no byte of a shard copied.
+"""Keep an Icechunk repository of a cube: one commit per year, without copying a shard.
 
-The repository holds the cube's metadata and a reference to the file or object of every shard (a virtual chunk), so it costs next to nothing
-beside the cube. A reader sees whole commits only and can go back to each: the time axis of a snapshot ends with its year. The shards stay
-where they are: a cube that is moved needs a new repository.
+The repository holds the cube's metadata and a reference to the file or object of every shard (a virtual chunk). The time
+axis of a snapshot ends with its year. The shards stay where they are: a cube that is moved needs a new repository.
 
-A reference carries the modification time of its file, or the ETag of its object. Reading a shard that was made again since raises an error
-instead of giving other cells; the next commit refers to the shards as they are now. An object that was made again with the same bytes keeps
-its ETag and stays readable in all commits.
+A reference carries the modification time of its file, or the ETag of its object. Reading a shard that was remade since
+raises an error instead of returning other cells; the next commit refers to the current shards. An object remade with the
+same bytes keeps its ETag and stays readable in all commits.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _BRANCH = "main"
 
 
 def repository_path(place: Place) -> Place:
-    """Place of the repository of a cube, beside it.
+    """Locate the repository of a cube, next to it.
 
     >>> repository_path("s3://bucket/cube.zarr"), repository_path("s3://bucket/cube.zarr/ssp126")
     ('s3://bucket/cube.icechunk', 's3://bucket/cube.icechunk/ssp126')
@@ -46,30 +45,30 @@ def repository_path(place: Place) -> Place:
 
 
 def commit(place: Place, *, to: Place | None = None, progress: Callable[[int, int, str], None] | None = None) -> list[int]:
-    """Bring a repository up to the years that a cube shows, a commit a year; one process at a time.
+    """Commit the complete years of a cube that its repository lacks, one commit per year; one process at a time.
 
     Parameters
     ----------
     place
-        Folder or ``s3://`` URL of a cube, or of a part of one, with its ledger beside it.
+        Folder or ``s3://`` URL of a cube, or of a part of one, with its ledger next to it.
     to
-        Folder or ``s3://`` URL of the repository; made if it is not there. Default: beside the cube.
+        Folder or ``s3://`` URL of the repository, created if missing. Default: next to the cube.
     progress
-        Told of each commit how many there are by now and will be, and the year.
+        Called after each commit with the number of committed years, their final number and the year.
 
     Returns
     -------
     list of int
-        Years that were committed: none if all were there.
+        Newly committed years. Remade shards of earlier years get one commit more.
 
     Raises
     ------
     DataError
-        If the cube has no ledger, or a shard is not as the ledger says.
+        If the cube has no ledger, or a shard does not match it.
     MismatchError
-        If the repository is another cube's.
+        If the repository belongs to another cube.
     ConfigError
-        If Icechunk is not installed, or a URL is of another kind.
+        If Icechunk is not installed, or the kind of URL is not supported.
     """
     template = template_of(place)
     years = whole_years(place)
@@ -98,7 +97,7 @@ def commit(place: Place, *, to: Place | None = None, progress: Callable[[int, in
     def save(count: int, parts: list[int], before: dict[str, Any]) -> None:
         session = repository.writable_session(_BRANCH)
         for name, document in public_documents(template, count).items():
-            document.pop("consolidated_metadata", None)  # Icechunk has all of a snapshot's metadata in one object
+            document.pop("consolidated_metadata", None)  # Icechunk keeps a snapshot's metadata in one object
             if before.get(name) != document:
                 sync(session.store.set(f"{name}/zarr.json".lstrip("/"), cpu.Buffer.from_bytes(encode(document))))
         for part in parts:
@@ -116,12 +115,12 @@ def commit(place: Place, *, to: Place | None = None, progress: Callable[[int, in
 
 
 def _records(entries: list[dict[str, Any]], years: list[int]) -> str:
-    """Fingerprint of the records of some years; another one after a shard of theirs was made again."""
+    """Fingerprint of the ledger entries of some years; it changes when one of their shards is remade."""
     return digest([[e["row"], e["col"], e["at"]] for e in entries if not set(years).isdisjoint(e["years"])])
 
 
 def open_version(to: Place, *, year: int | None = None) -> xr.Dataset:
-    """Open a repository as of its last commit, or as of that of a year.
+    """Open a repository at its last commit, or at the commit of a year.
 
     Raises
     ------
@@ -142,7 +141,7 @@ def open_version(to: Place, *, year: int | None = None) -> xr.Dataset:
 
 
 def _chunk(name: str) -> tuple[str, list[int]]:
-    """Array and index of a chunk, by the name of its object.
+    """Split the name of an object into its array and chunk index.
 
     >>> _chunk("overviews/1/land_cover/c/0/2/3"), _chunk("spatial_ref/c")
     (('overviews/1/land_cover', [0, 2, 3]), ('spatial_ref', []))
@@ -152,7 +151,7 @@ def _chunk(name: str) -> tuple[str, list[int]]:
 
 
 def _begins(name: str, documents: dict[str, Any]) -> int:
-    """Number of the first year that an object holds; 0 if it holds no years."""
+    """Position of the first year that an object holds; 0 if it has no time axis."""
     array, index = _chunk(name)
     dims = documents[array].get("dimension_names") or []
     depths = documents[array]["chunk_grid"]["configuration"]["chunk_shape"]
@@ -160,7 +159,7 @@ def _begins(name: str, documents: dict[str, Any]) -> int:
 
 
 def _objects(place: Place) -> dict[str, tuple[int, dict[str, Any]]]:
-    """Size of every object of a cube, and what Icechunk tells by that it has changed, by name."""
+    """Return the size of every object of a cube and the stamp by which Icechunk notices a change, by name."""
     folder = folder_of(place)
     if folder is None:
         store: Any = open_place(place, read_only=True)
@@ -176,13 +175,7 @@ def _objects(place: Place) -> dict[str, tuple[int, dict[str, Any]]]:
 def _refer(
     session: icechunk.Session, place: Place, files: dict[str, str], objects: dict[str, tuple[int, dict[str, Any]]]
 ) -> None:
-    """Refer chunks to the files or objects that hold them.
-
-    Raises
-    ------
-    DataError
-        If one is not there, or has another size than in the ledger.
-    """
+    """Reference chunks in their files or objects; DataError if one is missing or its size differs from the ledger."""
     import icechunk
 
     specs: dict[str, list[icechunk.VirtualChunkSpec]] = {}
@@ -200,13 +193,7 @@ def _refer(
 
 
 def _prefix(place: Place) -> str:
-    """URL below which the objects of a cube lie.
-
-    Raises
-    ------
-    ConfigError
-        If Icechunk would find nothing there, and give fill values without a word.
-    """
+    """URL of the cube's objects; ConfigError if Icechunk would find no chunk there and silently return fill values."""
     folder = folder_of(place)
     prefix = f"{str(place).rstrip('/')}/" if folder is None else f"file://{folder.resolve()}/"
     if quote(prefix, safe=":/") != prefix:
@@ -217,14 +204,14 @@ def _prefix(place: Place) -> str:
 
 
 def _repository(to: Place, *, cube: Place | None) -> icechunk.Repository:
-    """Open a repository, or make it for a cube."""
+    """Open a repository; create it for ``cube`` if it does not exist."""
     try:
         import icechunk
     except ImportError as error:
         raise ConfigError(
             'commits need icechunk, which is not installed; install it with: pip install "ai4land[icechunk]"'
         ) from error
-    icechunk.set_logs_filter("error")  # it warns of every folder that two commits at once would be unsafe in it
+    icechunk.set_logs_filter("error")  # it warns that concurrent commits to a folder are unsafe
     for place in (to, cube):
         if place is not None and folder_of(place) is None and not str(place).startswith("s3://"):
             raise ConfigError(f"{place} is at a URL that Icechunk is not used with here, expected a folder or s3://; choose one")
@@ -264,7 +251,7 @@ def _none(to: Place) -> DataError:
 
 
 def _access(prefixes: list[str]) -> Any:
-    """Credentials for the shards of a cube: the environment's for an object store, none for a folder."""
+    """Return the credentials for the shards of a cube: from the environment for an object store, None for a folder."""
     import icechunk
 
     given = {p: icechunk.s3_from_env_credentials() if p.startswith("s3://") else None for p in prefixes}

@@ -1,4 +1,4 @@
-"""The only thing that writes cells into a cube: whole shards, encoded in memory, put in their place and then recorded."""
+"""Write cells into a cube: encode whole shards in memory, store them, then record them in the ledger."""
 
 from __future__ import annotations
 
@@ -23,18 +23,10 @@ from ai4land.places import Place, delete, write
 
 
 class Writer:
-    """Writes the years of one shard: the only thing that writes cells into a cube.
+    """Write the years of one shard; nothing else writes cells into a cube.
 
-    A year waits in memory for the others of its shard; a shard is recorded when all its variables are written.
-
-    Parameters
-    ----------
-    place
-        Of the cube.
-    window
-        A whole shard.
-    token
-        Of the claim under which it writes (:mod:`ai4land.cube.claim`); None: unclaimed.
+    Each year waits in memory for the other years of its shard. A shard is recorded once all its variables are written.
+    ``token`` is that of the claim on the cube (:mod:`ai4land.cube.claim`); None: unclaimed.
 
     Raises
     ------
@@ -61,24 +53,24 @@ class Writer:
         self._book = ledger.Book(place, row=w.row, col=w.col)
 
     def add(self, year: int, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any] | None = None) -> None:
-        """Add a year; what is whole with it is written and recorded.
+        """Add a year; write and record every shard that it completes.
 
         Parameters
         ----------
-        year
-            Of the cube.
         arrays
-            Stored numbers of every variable, ``([class,] rows, columns)``: codes in ``land_cover`` and ``most_likely``, shares in
-            ``fraction``, ``confidence`` and ``change_probability``.
+            Stored numbers of every variable, ``([class,] rows, columns)``: codes in ``land_cover`` and ``most_likely``,
+            scaled numbers in ``fraction``, ``confidence`` and ``change_probability``.
         notes
-            Plain values for the ledger, on how the year came out.
+            Plain values for the ledger about the result of the year.
 
         Raises
         ------
         ValueError
-            If an array lacks, or has another shape or type than the cube.
-        DataError
-            If it cannot be written.
+            If an array is missing, or its shape or type is not the cube's.
+        StoreError
+            If a shard cannot be written.
+        MismatchError
+            If another run has taken the claim.
         """
         w, time = self._window, self._years.index(year)
         if set(arrays) != set(VARIABLES):
@@ -110,7 +102,7 @@ class Writer:
             self._book.enter(years=years, files=self._files.pop(group), notes={"notes": said})
 
     def _write(self, name: str, first: int, data: NDArray[Any], files: dict[str, str | None]) -> None:
-        """Encode a shard of one variable in memory, and put it in its place whole."""
+        """Encode a shard of one variable in memory and store it whole."""
         held: dict[str, Any] = {}
         metadata = ArrayV3Metadata.from_dict(self._documents[name])
         array: Any = zarr.Array(AsyncArray(metadata=metadata, store_path=StorePath(MemoryStore(store_dict=held), name)))

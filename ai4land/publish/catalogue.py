@@ -1,8 +1,8 @@
 """Publish a cube and its model as a static STAC catalogue, with maps in other formats.
 
-A cube is one collection with an item for every year. Each part of a cube in parts is a collection of its own, so that a search in
-one never mixes scenarios. The catalogue is made beside its folder and moved there when it is whole; it replaces an older one of the
-same run only. Links and hrefs are relative: the folder of a run can be moved, or served as it is.
+A cube is one collection with an item per year. In a cube in parts each part is a collection, so that a search never mixes
+scenarios. The catalogue is built next to its folder and moved there when complete, replacing only an older one of the same
+run. Links are relative: the folder of a run can be moved or served as it is.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ai4land.publish.credits import LICENCE, Credit
 
 Tell = Callable[[str], None]
 _log = logging.getLogger(__name__)
+# Folder and name of every file of a catalogue.
 _OURS = re.compile(r"^(.+/(catalog\.json|collection\.json|items\.parquet|thumbnail\.png)|(.+)/\3\.(json|tif))$")
-"""Folder and name of the files that a catalogue is made of."""
 _NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 
 
 @dataclass(frozen=True)
 class _About:
-    """What all objects of a catalogue have in common; ``base`` is its address with a slash at the end, or empty."""
+    """What all objects of a catalogue share; ``base`` is the catalogue's URL with a final slash, or empty."""
 
     name: str
     title: str
@@ -68,41 +68,32 @@ def publish(
     cog: Sequence[int] = (),
     tell: Tell = _log.info,
 ) -> Path:
-    """Publish a cube and the model that made it as a static STAC catalogue.
+    """Publish a cube and the model that made it as a static STAC catalogue; return the path of its ``catalog.json``.
 
     Parameters
     ----------
     cube
-        Folder or URL of a cube; of a part of one, the whole cube is published.
+        Folder or URL of a cube; given a part, the whole cube is published.
     to
-        Folder of the catalogue.
+        Folder of the catalogue, on the local file system.
     name, title
-        Of the run: only the catalogue of a run of the same name is replaced. Default of the title: the name.
+        Of the run; only a catalogue with the same name is replaced. Default title: the name.
     model
         Folder with the model card and the weights; None: the catalogue has no model.
-    credits
-        Of the inputs.
     licence
-        Of the catalogue; None: that in the cube's metadata, or ``other``.
+        Licence of the catalogue; None: from the cube's metadata, or ``other``.
     base_url
-        Address that the folder will have. With it objects say where they are (``self``), and the index has addresses
-        instead of hrefs relative to itself.
+        Future URL of the folder. With it objects get a ``self`` link, and the index has URLs instead of relative hrefs.
     cog
         Years to export as cloud-optimised GeoTIFF.
-    tell
-        Called with lines of progress.
-
-    Returns
-    -------
-    pathlib.Path
-        Of the ``catalog.json``.
 
     Raises
     ------
     DataError
         If there is no cube, or it has no finished year.
     ConfigError
-        If a year to export is not in the cube, or the folder holds something else.
+        If a year to export is not in the cube, the folder is remote, in use or not apart from the cube, ``base_url`` is not
+        a URL, or rustac is not installed.
     """
     if base_url and not urlparse(base_url).netloc:
         raise ConfigError(f"base URL is {base_url!r}, expected an address such as https://example.org/maps/stac/")
@@ -142,7 +133,7 @@ def publish(
 
 
 def root_of(place: Place) -> Place:
-    """Name the whole cube, given the place of that or of one of its parts; a folder as an absolute path.
+    """Return the place of the whole cube, given the cube or one of its parts; a folder becomes an absolute path.
 
     >>> root_of("s3://bucket/globe.zarr/ssp126"), root_of("s3://bucket/globe.zarr")
     ('s3://bucket/globe.zarr', 's3://bucket/globe.zarr')
@@ -163,12 +154,12 @@ def identifier(text: str) -> str:
 
 
 def maps_of(cube: Place, *, id: str, title: str) -> list[Map]:
-    """List what a cube holds: one map, or one for each of its parts.
+    """List the maps of a cube that have finished years: one, or one per part.
 
     Raises
     ------
     DataError
-        If there is no cube, or no year of it is finished.
+        If there is no cube, no year of it is finished, or its parts have unusable names.
     """
     try:
         group = open_group(cube)
@@ -198,11 +189,8 @@ def maps_of(cube: Place, *, id: str, title: str) -> list[Map]:
     return [m for m in maps if m.years]
 
 
-# -- writing --------------------------------------------------------------------------------------------------------------
-
-
 def _write(about: _About, maps: Sequence[Map], folder: Path, *, cube: Place, cog: Sequence[int]) -> None:
-    """Write the whole catalogue into ``folder``, as it will be at its target."""
+    """Write the whole catalogue into ``folder``, with links relative to its target."""
     collections, items, target = [], [], about.target
     for m in maps:
         group = open_group(m.path)
@@ -249,7 +237,7 @@ def _item(m: Map, year: int, group: zarr.Group, folder: Path, *, target: Path, e
 
 
 def _model(about: _About, maps: Sequence[Map], folder: Path) -> dict[str, str]:
-    """Write the collection and the item of the model; return its href from each collection that it made."""
+    """Write the collection and the item of the model; return the item's href from each collection that the model made."""
     if about.model is None or not (about.model / CARD).is_file():
         about.tell(f"no model in {about.model}: the catalogue describes the cube alone")
         return {}
@@ -270,7 +258,7 @@ def _model(about: _About, maps: Sequence[Map], folder: Path) -> dict[str, str]:
 
 
 def _made(m: Map, card: Card) -> bool:
-    """Whether the cube says that this model made it, or does not say which one did."""
+    """Whether the cube names this model as its maker, or names none."""
     identity = m.attrs.get("ai4land_identity")
     return (identity.get("model") if isinstance(identity, dict) else None) in (None, card.weights)
 
@@ -284,7 +272,7 @@ def _place(item: dict[str, Any]) -> str:
 
 
 def _save(value: dict[str, Any], folder: Path, place: str, base: str) -> None:
-    """Write an object; collections get the links to their root, and with a base URL every object says where it is."""
+    """Write an object; add root and parent links to collections and, with a base URL, a ``self`` link."""
     links = list(value["links"])
     if value["type"] == "Collection":
         links = [stac.link("root", "../catalog.json"), stac.link("parent", "../catalog.json"), *links]
@@ -298,7 +286,7 @@ def _save(value: dict[str, Any], folder: Path, place: str, base: str) -> None:
 
 
 def _from_root(item: dict[str, Any], base: str) -> dict[str, Any]:
-    """Give the item for the index: hrefs from the folder of the catalogue, or addresses."""
+    """Rewrite the hrefs of an item for the index: relative to the catalogue's folder, or absolute."""
     above = Path(_place(item)).parent
 
     def moved(href: str) -> str:
@@ -312,14 +300,13 @@ def _from_root(item: dict[str, Any], base: str) -> dict[str, Any]:
 
 
 def _index(items: list[dict[str, Any]], path: Path) -> None:
-    """Write the items as stac-geoparquet."""
     import rustac
 
     rustac.write_sync(str(path), items)
 
 
 def _check_target(target: Path, name: str) -> None:
-    """Refuse to replace what is not the catalogue of this run."""
+    """Raise unless the target is free or holds a catalogue of this run and nothing else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     try:
@@ -340,7 +327,6 @@ def _check_target(target: Path, name: str) -> None:
 
 
 def _move(part: Path, target: Path) -> None:
-    """Put the new catalogue in the place of the old one."""
     old = beside(target, "old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -352,6 +338,3 @@ def _move(part: Path, target: Path) -> None:
             old.replace(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-# -- of a run (for run/publish.py) -----------------------------------------------------------------------------------------

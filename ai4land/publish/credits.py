@@ -1,4 +1,4 @@
-"""Credits of a map: licences, producers and citations of its inputs, from the known sources and from STAC collections."""
+"""Collect licences, producers and citations of a map's inputs from the known sources and STAC collections."""
 
 from __future__ import annotations
 
@@ -23,16 +23,12 @@ class Credit:
 
     Attributes
     ----------
-    title
-        Of the input.
     licence, licence_url
-        SPDX identifier or a name, and where it can be read.
-    citation, doi
-        How to cite the input.
+        SPDX identifier or a name; where to read it.
     providers
         STAC provider objects.
     url, rel
-        Public address of its description, or empty; ``rel`` is ``derived_from`` if that is a STAC object.
+        Public URL of its description, or empty; ``rel`` is ``derived_from`` if that is a STAC object.
     """
 
     title: str
@@ -55,14 +51,14 @@ def credits_of(
     names
         Ids of sources (:mod:`ai4land.sources.known`).
     collections
-        Catalogue and id of STAC collections; those that are among ``names`` are left out.
+        Catalogue and id of STAC collections; those among ``names`` are skipped.
     tell
-        Called with a line for each collection that cannot be read: it gets a credit without a licence.
+        Called with a message for each collection that cannot be read; its credit has no licence.
 
     Raises
     ------
     ConfigError
-        If a source is not known.
+        If a source is unknown.
     """
     found = [
         Credit(
@@ -88,7 +84,7 @@ def credits_of(
 
 
 def _credit_of(catalog: str, collection: str) -> Credit:
-    """Read the collection that an input comes from."""
+    """Read the credit of an input from its STAC collection."""
     said = find_collection(catalog, collection=collection)
     public = {str(e["rel"]): str(e["href"]) for e in said.get("links", []) if e.get("rel") and _web(e.get("href"))}
     return Credit(

@@ -1,6 +1,6 @@
-"""Maps of a cube in other formats: a small picture and a cloud-optimised GeoTIFF.
+"""Export maps of a cube as thumbnails and cloud-optimised GeoTIFFs.
 
-Both read a Zarr array ``(time, rows, columns)`` of class codes piece by piece: the map of a globe is never in memory.
+Both read a Zarr array ``(time, rows, columns)`` of class codes piece by piece; a global map is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -24,29 +24,16 @@ from rasterio.windows import Window
 
 from ai4land.cube.describe import Flag
 
-SIDE = 1024
-"""Longest side of a picture in pixels."""
-_CACHE = 128
-"""Megabytes of blocks that GDAL keeps."""
+SIDE = 1024  # longest side of a thumbnail in pixels
+_CACHE = 128  # MB of GDAL's block cache
 
 
 def thumbnail(group: zarr.Group, *, year: int, box: GeoBox, flags: Sequence[Flag], path: Path) -> Path:
-    """Draw the land cover of a year in its colours, every piece of land as large as it is.
+    """Draw the land cover of a year as a PNG with true relative areas.
 
-    The codes come from the coarsest overview that still fills the picture, or are every n-th of the map; they are never
-    averaged. A map in degrees is drawn in a cylindrical equal-area projection whose scale is true at the mean latitude of
-    the map (33° for the globe; Snyder 1987, USGS Professional Paper 1395, p. 76).
-
-    Parameters
-    ----------
-    group
-        Of the cube.
-    year
-        One of its years.
-    box, flags
-        Grid and classes of the cube.
-    path
-        Of the PNG to write.
+    The codes come from the coarsest overview that fills the picture, or are every n-th of the map; they are never averaged.
+    A map in degrees is drawn in a cylindrical equal-area projection, true to scale at the area-weighted mean of the absolute
+    latitude of the map (33° for the globe; Snyder 1987, USGS Professional Paper 1395, p. 76).
     """
     codes = _small(group, year)
     rows, cols = equal_area(box, codes.shape, side=min(SIDE, max(SIDE // 2, *codes.shape)))
@@ -59,7 +46,7 @@ def thumbnail(group: zarr.Group, *, year: int, box: GeoBox, flags: Sequence[Flag
 
 
 def _small(group: zarr.Group, year: int) -> NDArray[np.uint8]:
-    """Class codes of a year, thinned to about the size of a picture."""
+    """Read the class codes of a year, thinned to about the size of a thumbnail."""
     found: list[tuple[int, str]] = []
     layout = dict(group.attrs).get("multiscales", {})
     for entry in layout.get("layout", []) if isinstance(layout, dict) else []:
@@ -81,16 +68,9 @@ def _array(group: zarr.Group, name: str) -> Any:
 
 
 def equal_area(box: GeoBox, shape: tuple[int, ...], *, side: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Choose the rows and the columns of a map that make a picture in which areas are true.
+    """Choose the rows and columns of a map thinned to ``shape`` that make an equal-area picture.
 
-    Parameters
-    ----------
-    box
-        Grid of the map; where it is not in degrees, its cells are taken as they are.
-    shape
-        Rows and columns that the map is thinned to.
-    side
-        Longest side of the picture in pixels.
+    ``side`` is the longest side of the picture in pixels. Cells of a grid that is not in degrees count as equal.
 
     >>> globe = GeoBox((180, 360), Affine(1, 0, -180, 0, -1, 90), "EPSG:4326")
     >>> rows, cols = equal_area(globe, (180, 360), side=360)
@@ -128,22 +108,8 @@ def write_cog(
 ) -> Path:
     """Write one year of class codes as a cloud-optimised GeoTIFF with a colour table and overviews by majority.
 
-    The map is copied block by block into a tiled file beside its place, from which GDAL makes the COG.
-
-    Parameters
-    ----------
-    array
-        Zarr array of codes, uint8 ``(time, rows, columns)``.
-    time
-        Position along time.
-    box
-        Grid of the map.
-    flags, fill
-        Classes, and the code of cells that are not mapped.
-    path
-        To write.
-    name
-        Of the band.
+    ``array`` is a Zarr array of codes, uint8 ``(time, rows, columns)``; ``time`` a position in it; ``fill`` the code of
+    cells that are not mapped. The map is copied block by block into a temporary tiled file, from which GDAL makes the COG.
     """
     rows, cols = array.shape[1:]
     side = array.shards[-1] if array.shards else array.chunks[-1]
@@ -153,7 +119,7 @@ def write_cog(
     profile = {"driver": "GTiff", "dtype": "uint8", "count": 1, "height": rows, "width": cols, "nodata": fill}
     place = {"crs": str(box.crs), "transform": Affine(*box.affine[:6])}
     layout = {"tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "zstd", "bigtiff": "if_safer", "sparse_ok": True}
-    # By itself GDAL keeps blocks of up to a twentieth of the memory of the machine.
+    # GDAL's default cache is a twentieth of the machine's memory.
     with rasterio.Env(GDAL_CACHEMAX=_CACHE):
         try:
             with rasterio.open(scratch, "w", **profile, **place, **layout) as file:

@@ -1,6 +1,6 @@
-"""The trained model as a STAC item: what goes in, what comes out, its size and its weights, in the words of the MLM extension.
+"""Describe the trained model as a STAC item of the MLM extension: inputs, outputs, size and weights.
 
-All of it stands in the model card and in the header of the weights; nothing is loaded or run.
+Everything comes from the model card and the header of the weights; no model is loaded or run.
 """
 
 from __future__ import annotations
@@ -28,25 +28,19 @@ def model_item(folder: Path, card: Card, m: Map, *, title: str, collection: str,
 
     Parameters
     ----------
-    folder
-        Where the card and the weights lie.
-    card
-        The card.
     m
-        A cube that it made: the item gets its box and its times.
-    title
-        Of the run.
+        A cube that the model made; it supplies the bounding box, time stamps and, by default, years of the item.
     collection
-        Id of the collection of models.
+        Id of the collection of the model.
     to_folder
-        Href of ``folder``, from the item.
+        Href from the item to ``folder``, which holds the card and the weights.
 
     Raises
     ------
     DataError
-        If the weights are not there, or not safetensors.
+        If the weights are missing or not safetensors.
     MismatchError
-        If they are not those of the card.
+        If the weights do not match the card.
     """
     weights, header = _weights(folder / WEIGHTS, card.weights)
     years, stamps = sorted(int(y) for y in card.training.get("years", m.years)), m.stamps
@@ -93,7 +87,7 @@ def model_item(folder: Path, card: Card, m: Map, *, title: str, collection: str,
                 "roles": ["mlm:model", "mlm:weights"],
                 "title": "Weights (safetensors)",
                 "mlm:artifact_type": "safetensors.torch.save_file",
-                # STAC takes bands of an item only where an asset has some, and MLM only in the item.
+                # STAC allows bands on an item only if an asset has some; MLM reads them only on the item.
                 "bands": [{"name": band["name"]} for band in bands],
                 **weights,
             },
@@ -116,7 +110,7 @@ def model_item(folder: Path, card: Card, m: Map, *, title: str, collection: str,
 def model_collection(
     m: Map, *, id: str, title: str, credits: Sequence[Credit], licence: str, item: dict[str, Any]
 ) -> dict[str, Any]:
-    """Make the collection that holds the model of a run; licences and citations of the inputs stay with the weights too."""
+    """Make the collection of a run's model, with the licences and citations of the inputs."""
     fields, links = stac.credit_fields(credits, licence=licence)
     properties = item["properties"]
     return {
@@ -137,7 +131,7 @@ def model_collection(
 
 
 def checksum(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, the latter as a multihash in hexadecimal: fields of the file extension."""
+    """Size and SHA-256 of a file as fields of the file extension; the hash is a hexadecimal multihash."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while data := file.read(1 << 20):
@@ -146,7 +140,7 @@ def checksum(path: Path) -> dict[str, Any]:
 
 
 def _weights(path: Path, wanted: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Checksum and header of a safetensors file."""
+    """Check a safetensors file; return its checksum fields and its header."""
     if not path.is_file():
         raise DataError(f"no weights at {path}; train the model again")
     fields = checksum(path)
@@ -164,7 +158,6 @@ def _weights(path: Path, wanted: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _parameters(header: dict[str, Any]) -> int:
-    """Number of learnt weights."""
     total = 0
     for name, tensor in header.items():
         if name == "__metadata__" or name.rpartition(".")[2] in _NOT_LEARNT:
@@ -177,7 +170,6 @@ def _parameters(header: dict[str, Any]) -> int:
 
 
 def _bands(card: Card) -> list[dict[str, Any]]:
-    """Every channel of the input."""
     static = [
         {"name": n, "description": f"static map {n.partition('=')[0]}", "data_type": "float16"} for n in card.spec.static_names
     ]
@@ -186,7 +178,7 @@ def _bands(card: Card) -> list[dict[str, Any]]:
 
 
 def _scaling(feature: Feature) -> list[dict[str, Any]]:
-    """How the channels of a static map are scaled: one for each code of a category, which is 0 or 1 as it is."""
+    """Scaling of the channels of a static map; each one-hot channel of a category gets an offset of 0."""
     if feature.codes:
         return [{"type": "offset", "value": 0} for _ in feature.codes]
     return [{"type": "z-score", "mean": feature.mean, "stddev": feature.std}]

@@ -1,7 +1,8 @@
-"""STAC 1.1 objects of a published cube, as plain dicts: the catalogue, a collection a cube, an item a year.
+"""Build the STAC 1.1 objects of a published cube as plain dicts: catalogue, one collection per cube, one item per year.
 
-They say in the words of STAC and its extensions what :mod:`ai4land.cube.describe` reads from a cube. Nothing here knows the time of day: the same cube gives the same objects. What a cube or a run file
-says is data: titles become plain text in descriptions, which readers render as Markdown.
+They express what :mod:`ai4land.cube.describe` reads from a cube in STAC and its extensions. No clock is read: the same cube
+gives the same objects. Text from a cube or a run file is untrusted and escaped in descriptions, which readers render as
+Markdown.
 """
 
 from __future__ import annotations
@@ -32,9 +33,6 @@ _NO_SPDX = ("other", "various", "proprietary")
 _DOI = re.compile(r"^10\.[0-9a-zA-Z]{4,}/\S+$")
 
 
-# -- words --------------------------------------------------------------------------------------------------------------
-
-
 def plain(text: str) -> str:
     r"""Make text mean itself in CommonMark: no HTML, no links, no emphasis.
 
@@ -45,7 +43,7 @@ def plain(text: str) -> str:
 
 
 def span(years: Sequence[int]) -> str:
-    """Write the first and the last year.
+    """Format the first and the last year.
 
     >>> span([850]), span([850, 851, 2100])
     ('850', '850-2100')
@@ -54,7 +52,7 @@ def span(years: Sequence[int]) -> str:
 
 
 def year_start(year: int) -> str:
-    """First second of a year, as RFC 3339 (``strftime`` leaves out the zeros before year 1000)."""
+    """First second of a year in RFC 3339 (``strftime`` omits leading zeros before year 1000)."""
     return f"{year:04d}-01-01T00:00:00Z"
 
 
@@ -69,14 +67,14 @@ def link(rel: str, href: str, type: str = "application/json", **more: str) -> di
 
 
 def outline(bbox: tuple[float, float, float, float]) -> dict[str, Any]:
-    """Make the polygon of a box."""
+    """Make the polygon of a bounding box."""
     west, south, east, north = bbox
     ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
     return {"type": "Polygon", "coordinates": [ring]}
 
 
 def classes(flags: Iterable[Flag], *, fill: int | None = None) -> list[dict[str, Any]]:
-    """Describe classes in the words of the classification extension."""
+    """Describe classes with the classification extension."""
     return [
         {
             "value": f.code,
@@ -89,11 +87,8 @@ def classes(flags: Iterable[Flag], *, fill: int | None = None) -> list[dict[str,
     ]
 
 
-# -- objects ------------------------------------------------------------------------------------------------------------
-
-
 def projection(box: GeoBox) -> dict[str, Any]:
-    """Say in which reference system, and where, the cells of a grid lie."""
+    """Describe reference system, shape and transform of a grid with the projection extension."""
     crs = box.crs
     named = {"proj:code": f"EPSG:{crs.epsg}"} if crs is not None and crs.epsg else {"proj:wkt2": str(crs)}
     rows, cols = box.shape
@@ -101,7 +96,7 @@ def projection(box: GeoBox) -> dict[str, Any]:
 
 
 def catalog(*, id: str, title: str, run: str, children: Iterable[tuple[str, str]], index: bool) -> dict[str, Any]:
-    """Make the root; ``children`` are ids and titles of its collections, ``run`` marks it as the catalogue of that run."""
+    """Make the root catalogue; ``children`` are ids and titles of its collections, ``run`` marks the run that owns it."""
     links = [link("root", "./catalog.json")]
     links += [link("child", f"./{child}/collection.json", title=words) for child, words in children]
     if index:
@@ -118,7 +113,7 @@ def catalog(*, id: str, title: str, run: str, children: Iterable[tuple[str, str]
 
 
 def credit_fields(credits: Sequence[Credit], *, licence: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Carry licences, providers and citations of the inputs: fields of a collection, and links."""
+    """Return licence, providers and citations of the inputs as collection fields, and their links."""
     providers: list[dict[str, Any]] = []
     for provider in (p for c in credits for p in c.providers):
         if provider.get("name") and provider["name"] not in [p["name"] for p in providers]:
@@ -146,16 +141,8 @@ def collection(
 ) -> dict[str, Any]:
     """Make the collection of a cube.
 
-    Parameters
-    ----------
-    m
-        The cube.
-    credits, licence
-        Of its inputs, and its own.
-    cube, root
-        Href of its group and of the store, from the collection.
-    assets
-        Further ones (thumbnail, index).
+    ``cube`` and ``root`` are hrefs from the collection to the cube's group and to its store; ``credits`` are those of its
+    inputs, ``licence`` its own.
     """
     fields, links = credit_fields(credits, licence=licence)
     stamps, source = m.stamps, str(m.attrs.get("source", ""))
@@ -276,7 +263,7 @@ def _band(m: Map, name: str) -> dict[str, Any]:
 
 
 def cube_asset(m: Map, href: str, *, year: int | None = None) -> dict[str, Any]:
-    """Describe the Zarr group as an asset, of the whole cube or with the year that an item is about."""
+    """Describe the Zarr group as an asset: of the whole cube, or for the item of one year."""
     described: dict[str, Any] = {
         "href": href,
         "type": ZARR_TYPE,
@@ -294,7 +281,7 @@ def cube_asset(m: Map, href: str, *, year: int | None = None) -> dict[str, Any]:
 
 
 def cog_asset(m: Map, href: str | None = None) -> dict[str, Any]:
-    """Describe the land cover of a year as a GeoTIFF (without ``href``: of any year)."""
+    """Describe the GeoTIFF of a year's land cover; without ``href``, of any year."""
     return {
         **({"href": href} if href else {}),
         "type": COG_TYPE,

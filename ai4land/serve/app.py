@@ -1,17 +1,17 @@
-"""A cube on the web: its files, its catalogue, map tiles, and a page to look at it.
+"""Web application of a cube: its files, its catalogue, map tiles, and a page with a map.
 
 =======================================  =========================================================================
-``/``                                    the page (``ai4land/page``): works without internet, loads nothing from elsewhere
+``/``                                    the page (``ai4land/serve/page``); works offline, loads nothing from other sites
 ``/info.json``                           title, parts, years, classes with colours, bounds, zooms
-``/tiles/{year}/{z}/{x}/{y}.png``        a map tile; ``?part=`` names the part of a cube that has parts
+``/tiles/{year}/{z}/{x}/{y}.png``        a map tile; ``?part=`` selects a part of a cube in parts
 ``/point.json``, ``/series.json``        the class of a cell in one year, and in all (``?lon=&lat=&year=&part=``)
-``/cube/…`` and ``/<name of cube>/…``    the files of the cube, with ranges; a remote cube is redirected to where it lies
-``/stac/…``                              the catalogue, so that its links to ``../<name of cube>`` hold
-``/model.json``, ``/model.safetensors``  what a catalogue beside the cube says of the model
+``/cube/…`` and ``/<name of cube>/…``    the files of the cube, with ranges; redirects to the address of a remote cube
+``/stac/…``                              the catalogue, whose links to ``../<name of cube>`` work here
+``/model.json``, ``/model.safetensors``  the model, if the catalogue lies next to the cube
 =======================================  =========================================================================
 
-Everything is read-only and public to whoever reaches the port, by default this machine alone. Pages of other sites in the same browser cannot
-read it, unless cross-origin requests are allowed (CORS, ``cors``).
+Everything is read-only and public to whoever reaches the port, by default only this machine. Pages of other sites cannot
+read it in a browser unless cross-origin requests are allowed (``cors``).
 """
 
 from __future__ import annotations
@@ -43,12 +43,10 @@ from ai4land.places import folder_of
 from ai4land.serve import tiles
 from ai4land.serve.atlas import Atlas, Part, open_atlas, remote, version_of
 
-THREADS = 4
-"""Tiles that are drawn at once."""
-KEPT = 4096
-"""Tiles that are kept in memory, of a few kB each."""
+THREADS = 4  # reads of the cube at once
+KEPT = 4096  # tiles cached in memory, a few kB each
 CUBE_FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*(?:zarr\.json|c(?:/[0-9]+)*)")
-"""What of a cube is served: metadata and shards, and nothing else that lies in its folder."""
+"""Served files of a cube: metadata and shards only."""
 TILE = re.compile(r"([0-9]{1,4})/([0-9]{1,2})/([0-9]{1,8})/([0-9]{1,8})\.png")
 CATALOGUE_TYPES = {
     ".json": "application/json",
@@ -59,9 +57,9 @@ CATALOGUE_TYPES = {
     ".jpg": "image/jpeg",
     ".webp": "image/webp",
 }
-"""What of a catalogue is served: nothing that a browser would run."""
+"""Served types of catalogue files: none that a browser would run."""
 MODEL_FILE = re.compile(r"model\.(?:json|safetensors)")
-"""What a catalogue beside a cube refers to besides the cube: the model, as weights and card."""
+"""Files of the model to which a catalogue next to the cube refers."""
 PAGE_TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
@@ -76,15 +74,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def make_app(path: str, *, catalogue: Path | None = None, cors: bool = False) -> Starlette:
-    """Make the application that serves a cube; the cube is opened here, so that what is wrong with it is said at once.
-
-    Parameters
-    ----------
-    path
-        Folder or address of the cube.
-    catalogue, cors
-        As in :func:`ai4land.serve.server.serve`.
-    """
+    """Open a cube and make the application that serves it; parameters as in :func:`ai4land.serve.server.serve`."""
     folder = folder_of(path)
     catalogue = _catalogue(folder, catalogue)
     maps = _Maps(open_atlas(path), catalogue)
@@ -139,7 +129,7 @@ def _entry(folder: Path) -> str | None:
 
 
 class _Secure:
-    """Put the security headers on every answer, errors too."""
+    """Add the security headers to every response, including errors."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -156,20 +146,10 @@ class _Secure:
 
 
 def folder_endpoint(folder: Path, allowed: re.Pattern[str], types: dict[str, str], index: str | None = None) -> Endpoint:
-    """Serve those files of a folder whose path is allowed: GET and HEAD, one range, ETag; never a listing.
+    """Serve the files of a folder whose whole relative path matches ``allowed``: GET and HEAD, one range, ETag, no listing.
 
-    Starlette's ``StaticFiles`` resolves the path and refuses what lies outside, also through a symbolic link.
-
-    Parameters
-    ----------
-    folder
-        Whose files are served.
-    allowed
-        Matches the whole path of a file within the folder.
-    types
-        Media types by ending; others are ``application/json`` and ``application/octet-stream``.
-    index
-        File for the empty path.
+    Starlette's ``StaticFiles`` refuses files outside the folder, also through symbolic links. ``types`` gives media types by
+    suffix; other files keep the type that Starlette guesses. ``index`` is the file for the empty path.
     """
     static = StaticFiles(directory=folder)
 
@@ -198,7 +178,7 @@ def folder_endpoint(folder: Path, allowed: re.Pattern[str], types: dict[str, str
 
 
 def _redirect(path: str) -> Endpoint:
-    """Send readers of a remote cube to where it lies. What is read with credentials of this machine is not passed on."""
+    """Redirect to the address of a remote cube, unless it has credentials or is not HTTP."""
     parts = urlsplit(path)
     open_to_all = parts.scheme in ("http", "https") and not (parts.username or parts.password or parts.query)
 
@@ -212,7 +192,7 @@ def _redirect(path: str) -> Endpoint:
 
 
 class _Maps:
-    """The open cube, and the endpoints that read it, a few at a time in threads."""
+    """The open cube and the endpoints that read it, a few at a time in threads."""
 
     def __init__(self, atlas: Atlas, catalogue: Path | None) -> None:
         self.atlas, self.catalogue = atlas, catalogue
@@ -225,12 +205,12 @@ class _Maps:
         return image, f'"{hashlib.blake2b(image, digest_size=9).hexdigest()}"'
 
     def _renew(self) -> dict[str, Any]:
-        """Open the cube again where it has changed, for example by a year; an unreadable one leaves what is open."""
+        """Reopen the cube if it has changed, for example by a new year; keep the open one if that fails."""
         with self.renewal:
             try:
                 if version_of(self.atlas.path) != self.atlas.version:
                     self.atlas = open_atlas(self.atlas.path)
-            except Exception as error:  # a store may raise anything; what was open stays good
+            except Exception as error:  # a store may raise anything; the open cube stays usable
                 _log.warning("cube %s was not opened again: %s", self.atlas.path, error)
         return describe(self.atlas, catalogue=self.catalogue)
 
@@ -285,7 +265,7 @@ class _Maps:
 
 
 async def _aside(work: Callable[[], Any]) -> Any:
-    """Work in a thread that the process does not wait for when it ends: a read may hang for as long as a store does."""
+    """Run in a daemon thread, which never delays the end of the process: a read may hang as long as its store."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Any] = loop.create_future()
 
@@ -317,7 +297,7 @@ def _number(request: Request, name: str) -> float:
 
 
 def describe(atlas: Atlas, *, catalogue: Path | None = None) -> dict[str, Any]:
-    """Describe a cube for the page, in plain values; every text in it may come from a stranger."""
+    """Describe a cube for the page in plain values; treat every text in it as untrusted."""
     address = urlsplit(atlas.path)
     hidden = address.username or address.password or address.query
     far = remote(atlas.path)
@@ -348,6 +328,5 @@ def describe(atlas: Atlas, *, catalogue: Path | None = None) -> dict[str, Any]:
 
 
 def _side(part: Part) -> str:
-    """Side of a cell in words."""
     side = part.levels[0].cell
     return f"{side:.4g}°" if part.crs.is_geographic else f"{side:g} m"

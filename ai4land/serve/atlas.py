@@ -1,6 +1,6 @@
-"""A cube opened to be looked at: its parts, legend and overviews, each map as it is stored.
+"""Open a cube for viewing: its parts, legend and overviews.
 
-An :class:`Atlas` holds what a map and a page need and nothing that is read later than its metadata; maps stay where they are.
+An :class:`Atlas` holds metadata and coordinates only; maps are read as they are shown.
 """
 
 from __future__ import annotations
@@ -25,19 +25,13 @@ from ai4land.errors import DataError
 from ai4land.grid import FINE_DIMS
 from ai4land.places import folder_of, open_place
 
-WORLD = CRS.from_epsg(4326)
-"""Longitude and latitude in degrees."""
-EQUATOR = 360 / 256
-"""Degrees along a pixel at the equator at zoom 0."""
+WORLD = CRS.from_epsg(4326)  # longitude and latitude in degrees
+EQUATOR = 360 / 256  # degrees per pixel at the equator at zoom 0
 MAX_ZOOM = 22
-MOST_CELLS = 40_000_000
-"""Cells that a tile may read: where a cube has no overviews, the zoom begins where tiles read no more."""
-PATIENCE = dt.timedelta(seconds=5)
-"""What a request of a remote cube may take with all its tries: someone waits for it."""
-SHARES = ("confidence", "change_probability")
-"""Variables of a cube that say how sure a class is."""
-METRES = 111_320.0
-"""Along a degree of the equator."""
+MOST_CELLS = 40_000_000  # most cells that a tile may read; sets the first zoom of a cube without overviews
+PATIENCE = dt.timedelta(seconds=5)  # limit for a request to a remote cube, including retries: a visitor is waiting
+SHARES = ("confidence", "change_probability")  # variables that give the certainty of a class
+METRES = 111_320.0  # metres per degree along the equator
 _OVERVIEW = re.compile(r"[A-Za-z0-9_]+(?:/[A-Za-z0-9_]+)*/land_cover")
 _MAKE = "make one with: ai4land reconstruct RUN.yaml"
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
@@ -45,7 +39,7 @@ _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
 
 @dataclass(frozen=True)
 class Level:
-    """Class codes ``(time, latitude, longitude)`` at one resolution, the cube's own or an overview; ``index`` finds a year's map."""
+    """Class codes ``(time, latitude, longitude)`` at full or overview resolution; ``index`` maps years to positions."""
 
     codes: zarr.Array[Any]
     index: dict[int, int]
@@ -53,7 +47,7 @@ class Level:
 
     @property
     def cell(self) -> float:
-        """Side of a cell in units of the reference system."""
+        """Cell side in units of the reference system."""
         return min(abs(self.transform.a), abs(self.transform.e))
 
 
@@ -64,25 +58,19 @@ class Part:
     Attributes
     ----------
     name
-        Of the group in the cube; empty where the cube has no parts.
-    attrs
-        Attributes of the group.
+        Of the group in the cube; empty for a cube without parts.
     years
-        That can be shown, ascending.
-    legend
-        Classes, the fill left out.
-    fill
-        Code and name of cells that are not mapped.
+        Visible years, ascending.
+    legend, fill
+        Classes without the fill; code and name of cells that are not mapped.
     levels
         Finest first.
-    crs
-        Reference system of the cells.
     bounds
         West, south, east, north in degrees.
     zooms
-        First and last zoom of tiles; beyond the last one a tile only enlarges cells.
+        First and last zoom of tiles; beyond the last, tiles only enlarge cells.
     shares
-        Variables of 0..1 by year, such as the confidence: stored numbers, scale and the number that stands for none.
+        Variables in 0..1, such as the confidence: array of stored numbers, scale, and the number for missing values.
     """
 
     name: str
@@ -99,7 +87,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Atlas:
-    """An open cube with its parts, by name."""
+    """An open cube and its parts by name."""
 
     path: str
     version: str
@@ -108,7 +96,7 @@ class Atlas:
 
 
 def remote(path: str) -> bool:
-    """Say whether a cube lies behind an address instead of in a folder.
+    """Whether a path is a remote URL and not a folder.
 
     >>> remote("https://example.org/cube.zarr"), remote("runs/demo/cube.zarr")
     (True, False)
@@ -117,19 +105,14 @@ def remote(path: str) -> bool:
 
 
 def open_atlas(path: str) -> Atlas:
-    """Open a cube with its parts and overviews; no map is read.
-
-    Parameters
-    ----------
-    path
-        Folder of the cube, or its URL; credentials come from the environment.
+    """Open a cube (folder or URL) with its parts and overviews, without reading maps.
 
     Raises
     ------
     DataError
-        If there is no cube, a year to show is lacking, or the legend is not usable.
+        If there is no cube, it has no finished year, or its legend or grid is invalid.
     ConfigError
-        If the URL is of no known kind, or the library for it is lacking.
+        If the kind of URL is unknown or its library is missing.
     """
     root = _root(path)
     names = [""] if "land_cover" in root else sorted(name for name, group in root.groups() if "land_cover" in group)
@@ -144,7 +127,7 @@ def open_atlas(path: str) -> Atlas:
 
 
 def version_of(path: str) -> str:
-    """Digest of the metadata of a cube: another one when years were added or it was made again."""
+    """Checksum of the metadata of a cube; it changes when years are added or the cube is remade."""
     return _version(_root(path))
 
 
@@ -159,7 +142,7 @@ def _root(path: str) -> zarr.Group:
         root = zarr.open_group(store, mode="r", zarr_format=3)
     except (FileNotFoundError, NotADirectoryError, KeyError, ValueError) as error:
         raise DataError(f"no cube at {path}; {_MAKE}") from error
-    except Exception as error:  # what a remote store raises is of no common class
+    except Exception as error:  # remote stores raise errors without a common class
         if not remote(path):
             raise
         said = " ".join(str(error).split())
@@ -201,7 +184,7 @@ def _years(group: zarr.Group, label: str) -> list[int]:
 
 
 def _level(group: zarr.Group, label: str) -> Level:
-    """Take the codes of one group as they are stored, and where they lie."""
+    """Read the codes of one group as stored, with their position."""
     codes = _array(group, "land_cover", label)
     names = codes.metadata.dimension_names if codes.metadata.zarr_format == 3 else None
     if names != ("time", *FINE_DIMS):
@@ -219,7 +202,7 @@ def _share(array: zarr.Array[Any], shape: tuple[int, ...], label: str) -> tuple[
 
 
 def _axis(centres: NDArray[np.float64], label: str) -> tuple[float, float]:
-    """Start and step of the cells along an axis, from their centres."""
+    """Derive the start and the step of an axis from cell centres."""
     if centres.size < 2:
         raise DataError(f"{label} has {centres.size} cells, expected at least 2")
     step = float(centres[-1] - centres[0]) / (centres.size - 1)
@@ -229,7 +212,7 @@ def _axis(centres: NDArray[np.float64], label: str) -> tuple[float, float]:
 
 
 def _crs(group: zarr.Group, label: str) -> CRS:
-    """Reference system of a cube; degrees where it does not say."""
+    """Read the reference system of a cube; longitude and latitude if none is given."""
     attrs = group["spatial_ref"].attrs if "spatial_ref" in group else {}
     text = attrs.get("crs_wkt") or attrs.get("spatial_ref")
     try:
@@ -249,7 +232,7 @@ def _bounds(level: Level, crs: CRS) -> tuple[float, float, float, float]:
 
 
 def _legend(codes: zarr.Array[Any], label: str) -> tuple[Flag, tuple[Flag, ...]]:
-    """Read the CF flags; what does not fit together is refused, as a wrong colour would not be seen."""
+    """Read the CF flags as fill and classes; inconsistent ones are refused because a wrong colour would go unnoticed."""
     if codes.dtype != np.uint8:
         raise DataError(f"land_cover of {label} is {codes.dtype}, expected class codes as uint8")
     flags: Any = codes.attrs.get("flag_values", [])
@@ -271,7 +254,7 @@ def _legend(codes: zarr.Array[Any], label: str) -> tuple[Flag, tuple[Flag, ...]]
 
 
 def _zooms(levels: list[Level], crs: CRS, bounds: tuple[float, float, float, float]) -> tuple[int, int]:
-    """First zoom at which a tile reads no more than ``MOST_CELLS``, and the zoom at which a cell is about four pixels wide."""
+    """First zoom at which a tile reads at most ``MOST_CELLS``; zoom at which a cell is about four pixels wide."""
     unit = 1.0 if crs.is_geographic else 1 / METRES
     fine, coarse = levels[0].cell * unit, levels[-1].cell * unit
     first = 0

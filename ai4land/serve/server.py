@@ -1,4 +1,4 @@
-"""Listen for browsers and readers: the address, the port, the end. What is answered is in :mod:`ai4land.serve.app`."""
+"""Run the web server of a cube: address, port and shutdown. The routes are in :mod:`ai4land.serve.app`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pathlib import Path
 
 from ai4land.errors import ConfigError
 
-CONNECTIONS = 200
-"""Requests that are taken at once; more are answered 503."""
+CONNECTIONS = 200  # maximum concurrent requests; further ones get status 503
 
 
 def serve(
@@ -26,25 +25,23 @@ def serve(
     cors: bool = False,
     tell: Callable[[str], None] = print,
 ) -> None:
-    """Serve a cube until interrupted (Ctrl-C, SIGTERM).
+    """Serve a cube (folder or URL) until interrupted (Ctrl-C, SIGTERM).
 
     Parameters
     ----------
-    path
-        Folder or address of the cube.
     host, port
         Where to listen; port 0 takes a free one.
     catalogue
-        Folder of its STAC catalogue; by default ``stac`` beside the cube, where there is one.
+        Folder of its STAC catalogue. Default: ``stac`` next to the cube, if it exists.
     cors
-        Let web pages of any other site read the cube, its catalogue and its model in a visitor's browser (CORS).
+        Allow pages of all other sites to read the cube, its catalogue and its model in a visitor's browser (CORS).
     tell
-        Is told the address.
+        Called with the address and other messages.
 
     Raises
     ------
     ConfigError
-        If the port is taken, the catalogue is none, or the libraries for it are lacking.
+        If the port is in use, the folder is not a catalogue, or a library is missing.
     DataError
         If there is no cube, or no year of it is finished.
     """
@@ -74,7 +71,7 @@ def serve(
         stops = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             server.run(sockets=[sock])
-        except KeyboardInterrupt:  # uvicorn raises the signal again when it has closed its connections
+        except KeyboardInterrupt:  # uvicorn raises the signal again after closing its connections
             pass
         finally:
             for number, stop in stops.items():
@@ -83,7 +80,7 @@ def serve(
 
 
 def greeting(path: str, *, host: str, port: int, cors: bool = False) -> list[str]:
-    """Say where the page is, how to reach it from elsewhere, and who else can."""
+    """Say where the page is, how to reach it from another machine, and who else can read it."""
     public = host not in ("127.0.0.1", "localhost", "::1")
     near = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104
     near = f"[{near}]" if ":" in near else near
@@ -103,7 +100,7 @@ def greeting(path: str, *, host: str, port: int, cors: bool = False) -> list[str
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the listening socket, so that a port that is taken is known before anything starts."""
+    """Open the listening socket first, so that a port in use is reported before anything starts."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"port is {port}, expected 0..65535; give 0 for a free one")
     try:

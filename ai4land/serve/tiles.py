@@ -1,12 +1,12 @@
-"""Pictures and values of a cube by place and zoom: map tiles, the value under a point, the years of a point.
+"""Draw map tiles of a cube, and read the values at a point.
 
-Tiles are those of the web (``WebMercatorQuad``: 256 x 256 pixels, zoom *z*, column *x* from 180°W, row *y* from the north). A
-pixel has the colour of the cell at its middle, from the coarsest overview whose cells are no larger than a pixel: codes are never
-mixed, and the world of a cube of any size reads little.
+Tiles follow ``WebMercatorQuad``: 256 x 256 pixels, zoom *z*, column *x* from 180°W, row *y* from the north. A pixel has the
+colour of the cell at its centre, from the coarsest overview whose cells are no larger than a pixel: codes are never mixed,
+and a tile reads little from a cube of any size.
 
-titiler-xarray was measured and left. Its application opens whatever address a visitor names, knows no overviews, and draws
-pictures of any size. Its reader (rio-tiler, by GDAL's warper) gives the same pixels in several times the time, and divides by
-zero in tiles at 85° that are smaller than a cell.
+titiler-xarray was measured and rejected. Its application opens any URL that a visitor names, ignores overviews, and draws
+images of any size. Its reader (rio-tiler, with GDAL's warper) gives the same pixels in several times the time, and divides
+by zero in tiles at 85° that are smaller than a cell.
 """
 
 from __future__ import annotations
@@ -27,19 +27,7 @@ SIDE = 256
 
 
 def tile(part: Part, *, year: int, z: int, x: int, y: int) -> bytes:
-    """Draw a tile in the colours of the legend; transparent where nothing is mapped.
-
-    Parameters
-    ----------
-    part
-        Of the cube.
-    year, z, x, y
-        Which map, and which tile.
-
-    Returns
-    -------
-    bytes
-        A PNG image of 256 x 256 pixels with a palette, the class codes as its numbers.
+    """Draw a tile, transparent where nothing is mapped: a 256 x 256 PNG of class codes with the legend as palette.
 
     Raises
     ------
@@ -60,13 +48,13 @@ def tile(part: Part, *, year: int, z: int, x: int, y: int) -> bytes:
 
 
 def _span(at: NDArray[np.int64], inside: NDArray[np.bool_]) -> tuple[int, int]:
-    """First and last row, or column, of the places that are inside."""
+    """First and last row, or column, of the positions inside."""
     those = np.broadcast_to(at, inside.shape)[inside]
     return int(those.min()), int(those.max())
 
 
 def picture(part: Part, codes: NDArray[np.uint8]) -> bytes:
-    """Write codes as a PNG image with the legend as its palette; what is no class is transparent."""
+    """Encode class codes as a PNG image with the legend as palette; all other codes are transparent."""
     palette, alpha = bytearray(768), bytearray(256)
     for entry in part.legend:
         palette[3 * entry.code : 3 * entry.code + 3] = bytes.fromhex(entry.colour[1:])
@@ -79,7 +67,7 @@ def picture(part: Part, codes: NDArray[np.uint8]) -> bytes:
 
 
 def _middles(z: int, x: int, y: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Longitudes ``(1, 256)`` and latitudes ``(256, 1)`` of the middles of a tile's pixels."""
+    """Longitudes ``(1, 256)`` and latitudes ``(256, 1)`` of the pixel centres of a tile."""
     step = (np.arange(SIDE) + 0.5) / SIDE
     lat = np.degrees(np.arctan(np.sinh(np.pi * (1 - 2 * (y + step) / 2**z))))
     return (360 * (x + step) / 2**z - 180)[None, :], lat[:, None]
@@ -88,7 +76,7 @@ def _middles(z: int, x: int, y: int) -> tuple[NDArray[np.float64], NDArray[np.fl
 def _cells(
     part: Part, level: Level, lon: NDArray[np.float64], lat: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Rows and columns of the cells at places, and whether the places are inside; they broadcast against each other."""
+    """Rows and columns of the cells at positions, and whether these lie inside; the three broadcast against each other."""
     x, y = lon, lat
     if not part.crs.is_geographic:
         wide, high = np.broadcast_arrays(lon, lat)
@@ -98,7 +86,7 @@ def _cells(
     rows, cols = level.codes.shape[1:]
     row = np.where((row == rows) & (lat == -90), rows - 1, row)  # the pole belongs to the last row
     with np.errstate(invalid="ignore"):
-        inside = (col >= 0) & (col < cols) & (row >= 0) & (row < rows)  # False where a projection has no place
+        inside = (col >= 0) & (col < cols) & (row >= 0) & (row < rows)  # False where the projection is undefined
     return (*(np.nan_to_num(np.floor(at), nan=-1, posinf=-1, neginf=-1).astype(np.int64) for at in (row, col)), inside)
 
 
@@ -108,7 +96,7 @@ def _into(crs: CRS) -> Transformer:
 
 
 def choose(part: Part, *, year: int, z: int, y: int) -> Level:
-    """Choose the coarsest level that has the year and whose cells are no larger than a pixel of a tile of this row."""
+    """Choose the coarsest level that has the year and whose cells are no larger than a pixel in this row of tiles."""
     side = EQUATOR / 2**z
     north, south = (math.atan(math.sinh(math.pi * (1 - 2 * row / 2**z))) for row in (y, y + 1))
     least = min(side, math.degrees(north - south) / SIDE)
@@ -119,13 +107,13 @@ def choose(part: Part, *, year: int, z: int, y: int) -> Level:
 
 
 def point(part: Part, *, lon: float, lat: float, year: int) -> dict[str, Any]:
-    """Read the class and the shares of the cell at a place.
+    """Read the class and the shares of the cell at a point.
 
     Returns
     -------
     dict
-        ``code`` (None outside the map and where nothing is mapped), the shares (0..1 or None), and ``cell``: longitude and
-        latitude of the cell's centre.
+        ``code`` (None if not mapped or outside), the shares (0..1 or None), and ``cell``: longitude and latitude of its
+        centre.
 
     Raises
     ------
@@ -153,7 +141,7 @@ def _value(array: Any, time: int, row: int, col: int) -> Any:
 
 
 def series(part: Part, *, lon: float, lat: float) -> dict[str, Any]:
-    """Read the class of the cell at a place in every year: ``years`` and ``codes`` (None where nothing is mapped)."""
+    """Read the class of the cell at a point in every year: ``years`` and ``codes`` (None if not mapped)."""
     found = _cell(part, lon, lat)
     if found is None:
         return {"years": list(part.years), "codes": [None] * len(part.years)}
@@ -164,7 +152,7 @@ def series(part: Part, *, lon: float, lat: float) -> dict[str, Any]:
 
 
 def _cell(part: Part, lon: float, lat: float) -> tuple[int, int] | None:
-    """Row and column of the cell at a place, None outside; longitudes are taken round the globe."""
+    """Row and column of the cell at a point, None if outside; longitudes wrap around the globe."""
     if not (math.isfinite(lon) and math.isfinite(lat) and abs(lat) <= 90):
         return None
     place = np.array([(lon + 180) % 360 - 180]), np.array([lat], dtype=np.float64)
@@ -173,7 +161,7 @@ def _cell(part: Part, lon: float, lat: float) -> tuple[int, int] | None:
 
 
 def _centre(part: Part, row: int, col: int) -> tuple[float, float]:
-    """Longitude and latitude of the middle of a cell."""
+    """Longitude and latitude of a cell's centre."""
     x, y = part.levels[0].transform @ (col + 0.5, row + 0.5)
     if not part.crs.is_geographic:
         x, y = _into(part.crs).transform(x, y, direction="INVERSE")
