@@ -17,8 +17,7 @@ LAYERS = (
     {"legend", "crosswalk", "sources", "workers", "synthetic"},
     {"rasters", "model", "cube"},
     {"scenario", "constrain", "store", "publish", "serve"},
-    {"train", "reconstruct"},
-    {"evaluate"},
+    {"train", "reconstruct", "evaluate"},
     {"run"},
     {"cli"},
 )
