@@ -1,6 +1,7 @@
-"""Fine maps onto the grid: one file, STAC asset or annual land-cover map, read in windows, resampled and with its gaps filled.
+"""Read raster files, STAC assets and annual land-cover maps onto the grid: by window, resampled, with gaps filled.
 
 May import :mod:`ai4land.sources` and the modules at the top of :mod:`ai4land`.
 
-Start with :mod:`ai4land.rasters.read`: one layer, or a window of it, on the grid. :mod:`ai4land.rasters.file` knows the file formats.
+Start with :mod:`ai4land.rasters.read`, which reads one layer, or a window of it, onto the grid.
+:mod:`ai4land.rasters.file` handles the file formats.
 """

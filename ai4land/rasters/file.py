@@ -1,9 +1,8 @@
-"""One layer of a raster file, whatever its format, as it is stored.
+"""One layer of a raster file in its stored values, whatever the format.
 
-:func:`open_layer` gives a :class:`RasterLayer` of a GeoTIFF band (rasterio) or of a NetCDF or Zarr variable (xarray): north
-up, with its transform and reference system, read by rows and columns. Nothing is read before it is asked for, and never an
-overview. What a small file can do harm with is refused before, by :mod:`ai4land.sources.check`.
-:mod:`ai4land.rasters.read` brings a layer onto a grid.
+:func:`open_layer` opens a GeoTIFF band (rasterio) or a NetCDF or Zarr variable (xarray) as a :class:`RasterLayer`: north up,
+with its transform and reference system, read lazily by rows and columns and never from an overview. Files that could exhaust
+memory or reach other files are refused first (:mod:`ai4land.sources.check`). :mod:`ai4land.rasters.read` resamples a layer.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ class RasterLayer:
     Attributes
     ----------
     source
-        The file, for messages.
+        File name, for messages.
     name
-        The layer: description of the band, or name of the variable.
-    shape, transform, crs
-        Rows and columns, from column and row to coordinates, and their reference system.
+        Band description (the file's stem if there is none) or variable name.
+    shape, transform
+        ``(rows, columns)``, and the transform from column and row to coordinates in ``crs``.
     read
-        From slices of rows and columns to the values as stored and where they are valid.
+        Takes slices of rows and columns; returns stored values and a mask that is True where they are valid.
     scale, offset
         The true value is ``stored * scale + offset``.
     attrs
@@ -76,28 +75,28 @@ class RasterLayer:
 
     @property
     def wraps(self) -> bool:
-        """Whether the columns go all the way round the globe."""
+        """Whether the columns span the whole globe."""
         return bool(self.crs.geographic) and abs(self.shape[1] * self.transform.a - 360) < 0.1 * self.transform.a
 
 
 def open_layer(
     path: str | Path, *, band: int | str | None = None, variable: str | None = None
 ) -> AbstractContextManager[RasterLayer]:
-    """Open one layer of a file; to be used in a ``with`` statement.
+    """Open one layer of a file in a ``with`` statement.
 
     Parameters
     ----------
     path
         Path, or URL that GDAL or xarray reads.
     band
-        Number from 1, or description, of a GeoTIFF's band; number or label along the third dimension of a variable.
+        Number (from 1) or description of a GeoTIFF band; number or label along the third dimension of a variable.
     variable
-        Name of the NetCDF or Zarr variable; needed where there are several.
+        NetCDF or Zarr variable; required if the file has several.
 
     Raises
     ------
     DataError
-        If the file is absent, truncated, rotated, irregular or without reference system, or the layer is not clear.
+        If the file is missing, truncated, rotated, irregular or has no reference system, or the layer is ambiguous.
     """
     name = str(path)
     if "://" not in name and not name.startswith("/vsi") and not Path(name).exists():
@@ -106,7 +105,7 @@ def open_layer(
 
 
 def is_xarray(path: str | Path) -> bool:
-    """Whether a file is for xarray (NetCDF, Zarr) and not for GDAL, by its suffix; a Zarr group may have any.
+    """Whether xarray reads the file (NetCDF, Zarr; by suffix or Zarr metadata) rather than GDAL.
 
     >>> is_xarray("maps.nc"), is_xarray("maps.tif")
     (True, False)
@@ -117,7 +116,7 @@ def is_xarray(path: str | Path) -> bool:
 
 @contextmanager
 def reading(name: str, *, kind: str = "a raster") -> Iterator[None]:
-    """Turn the errors of the file libraries into a DataError that names the file and the ``kind`` that it should be."""
+    """Turn errors of the file libraries into a DataError that names the file and its expected ``kind``."""
     try:
         yield
     except DataError:
@@ -129,17 +128,17 @@ def reading(name: str, *, kind: str = "a raster") -> Iterator[None]:
 
 
 def open_dataset(path: str | Path) -> xr.Dataset:
-    """Open a NetCDF file or Zarr group lazily, with its values as stored: neither masked nor scaled, times as numbers.
+    """Open a NetCDF file or Zarr group lazily with stored values: not masked, not scaled, times as numbers.
 
     Raises
     ------
     DataError
-        If it is absent, truncated or neither of both.
+        If it is missing, truncated, in another format, or stored in blocks that would fill the memory.
     """
     name = str(path)
     with reading(name, kind="NetCDF or Zarr"):
         if Path(name).is_file():
-            with NETCDF4_PYTHON_LOCK, netCDF4.Dataset(name) as file:  # the library is not safe for threads; xarray holds it, too
+            with NETCDF4_PYTHON_LOCK, netCDF4.Dataset(name) as file:  # not thread-safe; xarray takes the same lock
                 for part in file.variables.values():
                     chunks = [] if part.dtype is str else part.chunking()
                     block = () if chunks == "contiguous" else tuple(int(c) for c in chunks or ())
@@ -156,12 +155,12 @@ def open_dataset(path: str | Path) -> xr.Dataset:
 
 
 def pick_variable(dataset: xr.Dataset, variable: str | None, *, source: str | Path) -> xr.DataArray:
-    """Take the named variable, or the only one that has latitude and longitude.
+    """Return the named variable, or the only one with latitude and longitude.
 
     Raises
     ------
     DataError
-        If it is not there, or there are several and none is named.
+        If the variable is missing, or several exist and none is named.
     """
     dims = {str(_axis(dataset, *axis, source=source)) for axis in (_LATITUDE, _LONGITUDE)}
     maps = [str(n) for n, v in dataset.data_vars.items() if dims <= {str(d) for d in v.dims}]
@@ -173,13 +172,13 @@ def pick_variable(dataset: xr.Dataset, variable: str | None, *, source: str | Pa
 
 
 def _north_up(rows: slice, count: int, already: bool) -> tuple[slice, slice]:
-    """Stored rows of the ``rows`` of the north-up layer, and the slice that turns what was read north up."""
+    """Return the stored rows for ``rows`` of the north-up layer, and the slice that turns them north up."""
     start, stop, _ = rows.indices(count)
     return (slice(start, stop), slice(None)) if already else (slice(count - stop, count - start), slice(None, None, -1))
 
 
 def _band(source: str, what: str, labels: list[Any], band: int | str | None) -> int:
-    """Find the number, from 1, of a layer."""
+    """Return the number, from 1, of a layer."""
     number = band
     if band is None and len(labels) == 1:
         number = 1
@@ -293,7 +292,7 @@ def _axis(dataset: xr.Dataset, names: tuple[str, ...], standards: tuple[str, ...
 
 
 def _regular(axis: xr.DataArray, name: str) -> tuple[float, float]:
-    """Edge of the first cell, and the signed step, of regular centres; rounding of the stored type is allowed for."""
+    """Return the first cell's edge and the signed step of regular cell centres, allowing for the stored type's rounding."""
     values = axis.values.astype(np.float64)
     if values.size < 2:
         raise DataError(f"{axis.name} of {name} has {values.size} cells, expected two or more; keep neighbours when cutting")
@@ -308,7 +307,7 @@ def _regular(axis: xr.DataArray, name: str) -> tuple[float, float]:
 
 
 def _crs(dataset: xr.Dataset, field: xr.DataArray, y: xr.DataArray, name: str) -> CRS:
-    """Reference system from the grid mapping, an ESRI string, or for degrees WGS 84."""
+    """Read the reference system from the grid mapping or an ESRI string; degrees without either are WGS 84."""
     mapping = str(field.attrs.get("grid_mapping", field.encoding.get("grid_mapping", ""))).split(":")[0]
     attrs = next((dataset[n].attrs for n in (mapping, "spatial_ref", "crs") if n in dataset.variables), {})
     text = next((a[k] for a in (attrs, field.attrs) for k in ("crs_wkt", "spatial_ref", "esri_pe_string") if k in a), None)

@@ -1,9 +1,8 @@
-"""Cells without a value: finding them, and filling them from near and from afar.
+"""Find and fill cells without a value.
 
-Coarse land-only fields lack cells along the coasts, and whole islands. :func:`fill_near` takes the nearest cell that has a
-value, of those within reach, so that a block of the grid needs no more than a margin of that breadth. What lies farther
-takes the value that stands for the nearest coarse cell that has one (:func:`stand_ins`, :func:`fill_far`): that needs the
-coarse grid alone. Neither depends on how the grid is cut into blocks.
+Coarse land-only fields lack cells along coasts, and whole islands. :func:`fill_near` copies the nearest valid cell within
+reach, so a block of the grid needs only a margin of that width. Cells farther away take the stand-in of the nearest coarse
+cell that has one (:func:`stand_ins`, :func:`fill_far`). Neither depends on how the grid is split into blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ai4land.errors import DataError
 
 
 def check_any(name: str, field: xr.DataArray, *, nodata: float = math.nan) -> None:
-    """Raise DataError if a field has no valid cell: all NaN or all ``nodata``."""
+    """Raise DataError if every cell of a field is NaN or ``nodata``."""
     values = np.asarray(field.values)
     if not (np.isfinite(values) if np.isnan(nodata) else values != nodata).any():
         raise DataError(f"{name} is all nodata on the grid, expected values; look at the file's nodata value, bounds and layer")
@@ -36,14 +35,14 @@ def fill_near(
     mask
         Cells that need a value, same shape.
     reach
-        Cells farther than this from a valid one stay missing. The distance is counted in cells, between cell centres.
+        Largest distance to a valid cell, in cells between centres; cells farther away stay missing.
     wrap
-        Whether the first column is the neighbour of the last, as on a whole globe.
+        Whether the first and last columns are neighbours, as on a whole globe.
 
     Returns
     -------
     array
-        ``field`` itself if nothing is to be filled, else a filled copy; cells outside ``mask`` are as they were.
+        ``field`` itself if there is nothing to fill, else a filled copy; cells outside ``mask`` are unchanged.
 
     Examples
     --------
@@ -59,7 +58,7 @@ def fill_near(
         beyond = ((0, 0), (cols // 2, cols // 2))
         wide = fill_near(np.pad(field, beyond, mode="wrap"), mask=np.pad(mask, beyond, mode="wrap"), reach=reach)
         return wide[:, cols // 2 : cols // 2 + cols]
-    from scipy import ndimage  # here, as SciPy loads slowly and training does not need it
+    from scipy import ndimage  # imported late: SciPy loads slowly, and training does not need it
 
     index = ndimage.distance_transform_edt(~valid, return_distances=False, return_indices=True)[:, gaps]
     near = np.hypot(*(index - np.nonzero(gaps))) <= reach
@@ -70,14 +69,12 @@ def fill_near(
 
 
 def stand_ins(field: NDArray[np.float32], *, mask: NDArray[np.bool_], factor: int) -> NDArray[np.float32]:
-    """Find the value that stands for each coarse cell: of its valid mapped cells, that of the one nearest to its middle.
-
-    It is a value of the field, so that codes stay codes.
+    """Represent each coarse cell by the valid cell inside ``mask`` nearest to its centre, so that codes stay codes.
 
     Parameters
     ----------
     field, mask
-        ``(rows, columns)``, as in :func:`fill_near`: whole coarse cells.
+        ``(rows, columns)``, as in :func:`fill_near`, covering whole coarse cells.
     factor
         Fine cells along one side of a coarse cell.
 
@@ -103,14 +100,14 @@ def stand_ins(field: NDArray[np.float32], *, mask: NDArray[np.bool_], factor: in
 def fill_far(
     field: NDArray[np.float32], *, mask: NDArray[np.bool_], stand_in: NDArray[np.float32], factor: int
 ) -> NDArray[np.float32]:
-    """Fill missing cells inside ``mask`` with the values that stand for their coarse cells.
+    """Fill missing cells inside ``mask`` with the stand-ins of their coarse cells.
 
     Parameters
     ----------
     field, mask, factor
         As in :func:`stand_ins`.
     stand_in
-        ``(rows / factor, columns / factor)``; see :func:`stand_ins`, itself filled by :func:`fill_near`.
+        ``(rows / factor, columns / factor)``, from :func:`stand_ins` and filled by :func:`fill_near`.
     """
     gaps = mask & ~np.isfinite(field)
     row, col = np.nonzero(gaps)

@@ -1,8 +1,8 @@
-"""One asset of STAC items onto the fine grid.
+"""One asset of STAC items on the fine grid.
 
-:func:`load_asset` merges the items of one collection into one lazy layer with odc-stac, without overviews: those
-of a COG are nearest-neighbour and would shift an average. What odc-stac takes without a word is refused: a layer half a cell
-off, longitudes of 0..360, a nodata value that only the catalogue knows, a file that is no raster.
+:func:`load_asset` merges the items of one collection into one lazy layer with odc-stac. It ignores overviews: a COG's are
+often nearest-neighbour and would shift an average. It refuses what odc-stac accepts silently: a half-cell shift, longitudes
+of 0..360, interpolation across a nodata value that only the catalogue states, and files that are not rasters.
 """
 
 from __future__ import annotations
@@ -47,41 +47,37 @@ def load_asset(
 ) -> xr.DataArray:
     """Merge one asset of all items into one layer on the fine cells of the grid.
 
-    Where items overlap, the first valid value by time and id is taken. Scale and offset that the catalogue states are
-    applied to floats; those that only the files state are not.
+    Where items overlap, the first valid value by time and id wins. The catalogue's scale and offset are applied to floats;
+    a scale or offset stated only in the files is not.
 
     Parameters
     ----------
     items
-        Of one collection, from :func:`find_items`.
+        Items of one collection, from :func:`find_items`.
     asset
-        Key of the asset.
-    grid
-        The target.
+        Asset key.
     resampling
         As in :func:`ai4land.rasters.read.open_raster`.
-    dtype
-        Of the result.
     nodata
-        Of the result for whole numbers; of the files for floats, where the catalogue does not say. NaN is no value.
+        For an integer ``dtype``, the nodata value of the result; for floats, that of the files if the catalogue states none.
     patch_url
-        Called with the href of every asset before it is read, for signing.
+        Signs each asset's href before it is read.
     window
-        Cells of the grid to load; all of it if None.
+        Cells of the grid to load; the whole grid if None.
 
     Returns
     -------
     xarray.DataArray
-        ``(latitude, longitude)`` with the coordinates of the grid, lazy, one chunk a shard; NaN or ``nodata`` (also in
-        ``attrs``) where there is no value. :func:`ai4land.rasters.read.check_any` tells an empty one once it is computed.
+        Lazy, ``(latitude, longitude)`` on the grid, one chunk per shard; NaN or ``nodata`` (also in ``attrs``) where there is
+        no value. Call :func:`ai4land.rasters.gaps.check_any` on the computed result to detect an empty one.
 
     Raises
     ------
     DataError
-        If there is no item or no such asset, the cells do not lie on the lattice (``exact``) or lie half a cell off it,
-        longitudes run over 0..360, or interpolation would mix in a nodata value that the files do not state.
+        If there is no item or no such asset, cells are off the lattice (``exact``) or shifted by half a cell, longitudes run
+        over 0..360, or interpolation would mix in a nodata value that the files do not state.
     ConfigError
-        If codes are to be averaged, or the nodata value of codes is not known.
+        If integers are to be averaged, or their nodata value is unknown.
     """
     kind = np.dtype(dtype)
     if not items:
@@ -134,7 +130,7 @@ def _load(
     side: int,
     patch_url: Callable[[str], str] | None,
 ) -> xr.DataArray:
-    """Load one asset onto a box with odc-stac, lazily; ``mark``, the value of missing cells in the files, becomes ``nodata``."""
+    """Load one asset lazily onto a box with odc-stac, replacing ``mark`` (missing cells in the files) with ``nodata``."""
     names = [str(d) for d in box.dimensions]
     loaded = odc.stac.load(
         items,
@@ -157,7 +153,7 @@ def _load(
 def _across(
     items: Sequence[pystac.Item], extents: Sequence[tuple[float, float] | None], box: GeoBox
 ) -> Iterator[tuple[float, list[pystac.Item]]]:
-    """Find the items whose cells reach into a box from beyond the dateline, and by how many degrees the box has to turn to meet them."""
+    """Yield turns of a box, in degrees, and the items that it then meets beyond the dateline."""
     west, _, east, _ = edges(box)
     for turn in (-360.0, 360.0):
         others = [i for i, e in zip(items, extents, strict=True) if e and e[0] < east + turn - 1e-9 and e[1] > west + turn + 1e-9]
@@ -166,14 +162,10 @@ def _across(
 
 
 def items_in(catalog: str, *, collection: str, grid: Grid, window: Window) -> list[pystac.Item]:
-    """List the items of a collection that touch a window of the grid, a coarse cell around it for what is interpolated.
+    """List the items of a collection that touch a window of the grid, plus a margin of one coarse cell for interpolation.
 
-    The catalogue is searched once a process.
-
-    Raises
-    ------
-    DataError
-        As :func:`ai4land.sources.search.find_items`, for the whole grid.
+    Searches the catalogue for the whole grid once per process, and raises what
+    :func:`ai4land.sources.search.find_items` raises.
     """
     with _searching:
         every = _found(catalog, collection, _degrees(grid, Window(0, 0, *grid.shape)))
@@ -182,12 +174,12 @@ def items_in(catalog: str, *, collection: str, grid: Grid, window: Window) -> li
 
 
 def forget_items() -> None:
-    """Forget what was found, as catalogues grow."""
+    """Clear the cached searches, because catalogues grow."""
     _found.cache_clear()
 
 
 _searching = Lock()
-"""Held by the one thread that searches; the others find what it found."""
+"""Lets one thread search while the others wait for its cached result."""
 
 
 @lru_cache
@@ -196,7 +188,7 @@ def _found(catalog: str, collection: str, bbox: Bounds | None) -> list[pystac.It
 
 
 def _degrees(grid: Grid, window: Window) -> Bounds | None:
-    """Box of a window in degrees, with a coarse cell around it, which may reach beyond the dateline; None if it has none."""
+    """Return a window's box in degrees with a coarse-cell margin (may cross the dateline); None if it has no finite box."""
     box = edges(grid.fine[window.slices].buffered(grid.coarse.affine.a))
     try:
         west, south, east, north = transform_bounds(crs_of(grid), CRS("EPSG:4326"), box)
@@ -214,7 +206,7 @@ def _one_layer(item: pystac.Item, parsed: Any, index: int) -> int:
 
 @contextmanager
 def _described(item: pystac.Item, asset: str) -> Iterator[None]:
-    """Turn what goes wrong with the fields of an asset into a DataError that names it."""
+    """Turn errors in the fields of an asset into a DataError that names it."""
     try:
         yield
     except (TypeError, ValueError, AttributeError, LookupError, CRSError) as error:
@@ -224,7 +216,7 @@ def _described(item: pystac.Item, asset: str) -> Iterator[None]:
 
 
 def _stated(item: pystac.Item, asset: str, key: Literal["nodata", "scale", "offset"]) -> float | None:
-    """Value that the catalogue states for the first band of an asset (STAC 1.1 ``bands``, or the raster extension)."""
+    """Return what the catalogue states for an asset's first band (STAC 1.1 ``bands`` or the raster extension)."""
     fields = item.assets[asset].extra_fields
     with _described(item, asset):
         for place in (*fields.get("bands", [])[:1], *fields.get("raster:bands", [])[:1], fields):
@@ -236,7 +228,7 @@ def _stated(item: pystac.Item, asset: str, key: Literal["nodata", "scale", "offs
 
 
 def _lattice(item: pystac.Item, asset: str) -> tuple[CRS, Affine, tuple[int, int] | None] | None:
-    """Reference system, transform and shape that the catalogue states."""
+    """Return the reference system, transform and shape that the catalogue states; None if it does not."""
     fields = {**item.properties, **item.assets[asset].extra_fields}
     code = fields.get("proj:code") or fields.get("proj:wkt2") or fields.get("proj:epsg")
     if code is None or "proj:transform" not in fields:
@@ -250,7 +242,7 @@ def _lattice(item: pystac.Item, asset: str) -> tuple[CRS, Affine, tuple[int, int
 def _check_item(
     item: pystac.Item, asset: str, grid: Grid, resampling: str, patch_url: Callable[[str], str] | None
 ) -> tuple[float, float] | None:
-    """Check an item against the grid; returns the west and east edge of its cells if both are in degrees."""
+    """Check an item against the grid; return the west and east edges of its cells if both are in degrees."""
     name = f"{asset} of item {item.id}"
     header = _checked(item, asset, patch_url)
     if header is not None:
@@ -284,7 +276,7 @@ def _check_item(
 
 
 def _checked(item: pystac.Item, asset: str, patch_url: Callable[[str], str] | None) -> Header | None:
-    """Check the file of an asset; odc-stac itself would open whatever GDAL can."""
+    """Check the file of an asset, because odc-stac opens anything that GDAL can."""
     href = item.assets[asset].href
     path = local_path(href)
     if path is not None:
@@ -293,7 +285,7 @@ def _checked(item: pystac.Item, asset: str, patch_url: Callable[[str], str] | No
 
 
 def _check_marked(item: pystac.Item, asset: str, mark: float, patch_url: Callable[[str], str] | None) -> None:
-    """Check that the file itself states its nodata value: odc-stac does not hand the catalogue's on to interpolation."""
+    """Check that the file states its nodata value; odc-stac ignores the catalogue's when it interpolates."""
     href = item.assets[asset].href
     with open_raster_file(patch_url(href) if patch_url else href, trusted=False) as file:
         if file.nodata is None:
