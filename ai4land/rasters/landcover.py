@@ -1,9 +1,9 @@
 """Annual land-cover maps of any legend, one year at a time.
 
-A source is a path with ``{year}`` in it, a dict from year to path, one GeoTIFF whose band descriptions are years, or one
-NetCDF or Zarr variable with a time or year dimension. :func:`find_maps` finds each year's :class:`AnnualMap`,
-:func:`find_catalog_maps` those of STAC items. A map reads itself, or a window of itself, onto the fine grid as codes of the
-legend; aliases are replaced and unknown codes refused before any resampling.
+A source is a path with ``{year}``, a dict from year to path, one GeoTIFF whose band descriptions are years, or one NetCDF or
+Zarr variable with a time or year dimension. :func:`find_maps` finds each year's :class:`AnnualMap`, and
+:func:`find_catalog_maps` finds maps in STAC catalogues. A map reads itself, or a window, onto the fine grid as legend codes,
+with aliases replaced and unknown codes refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _YEAR = re.compile(r"(?<!\d)(\d{4})(?!\d)")
 
 @dataclass(frozen=True)
 class AnnualMap:
-    """The map of one year, read when it is asked for."""
+    """The map of one year, read on demand."""
 
     year: int
     path: str
@@ -49,13 +49,13 @@ class AnnualMap:
     resampling: MapResampling
 
     def read(self, window: Window | None = None) -> NDArray[np.uint8]:
-        """Read class codes on the fine cells of the grid, or of a window of it; the fill code where there is no class.
+        """Read class codes on the grid's fine cells or a window of them; cells without a class hold the fill code.
 
         Raises
         ------
         DataError
-            If the map holds a code that the legend does not know, has no class on the grid (a window may have none), or
-            can not be read; see :func:`ai4land.rasters.read.open_raster`.
+            If the map holds a code outside the legend, has no class on the whole grid (a window may have none), or
+            cannot be read; see :func:`ai4land.rasters.read.open_raster`.
         """
         field = open_raster(
             self.path,
@@ -80,31 +80,28 @@ def find_maps(
     resampling: MapResampling = "exact",
     variable: str | None = None,
 ) -> dict[int, AnnualMap]:
-    """Find the maps of a source by year, sorted; nothing is read but where they are.
+    """Locate the maps of a source, sorted by year, without reading their cells.
 
     Parameters
     ----------
     source
-        Path with ``{year}`` in it (and ``*`` if need be), dict from year to path, multi-band GeoTIFF whose bands are
-        described by years, or NetCDF file or Zarr group with a time (dates) or year (numbers) dimension.
+        Path with ``{year}`` (and optionally ``*``), dict from year to path, multi-band GeoTIFF whose band descriptions are
+        years, or NetCDF file or Zarr group with a time (dates) or year (numbers) dimension.
     variable
-        NetCDF or Zarr variable; ``lccs_class``, ``land_cover`` or ``LULC_states`` or the only map in the file if not given.
-    grid
-        The target.
+        NetCDF or Zarr variable; by default ``lccs_class``, ``land_cover``, ``LULC_states`` or the only map in the file.
     legend
-        Of the codes. Aliases become the code they stand for; no data, NaN and cells beyond the file become the fill code.
+        Aliases become the code they stand for; nodata, NaN and cells outside the file become the fill code.
     years
-        Those wanted; all if None.
+        Years to find; all if None.
     resampling
-        ``exact`` for maps on the lattice of the grid; otherwise the nearest cell, or the most frequent class, in which
-        cells without a class have no vote.
+        ``exact`` for maps on the grid's lattice; ``nearest``; or ``mode``, the most frequent class, ignoring cells without one.
 
     Raises
     ------
     DataError
-        If there is no map, a year is missing or there twice, or the years cannot be read.
+        If there is no map, a year is missing or duplicated, or the years cannot be read.
     ConfigError
-        If the resampling is none of these.
+        If the resampling is unknown.
     """
     if resampling not in ("exact", "nearest", "mode"):
         raise ConfigError(f"resampling of land cover is {resampling!r}, expected exact, nearest or mode; codes have no average")
@@ -120,7 +117,7 @@ def find_maps(
 
 @dataclass(frozen=True)
 class CatalogMap:
-    """The map of one year as the items of a STAC collection, read when it is asked for."""
+    """The map of one year from the items of a STAC collection, read on demand."""
 
     year: int
     path: str
@@ -138,7 +135,7 @@ class CatalogMap:
         items = [item for item in items if _year_of(item) == self.year]
         if not items:
             return np.full((w.height, w.width), fill, dtype=np.uint8)
-        # Wide enough for any code that a file holds, so that the legend sees it and not what it would be cut to.
+        # int32 keeps unknown codes as stored, so that the legend refuses them instead of a truncated value.
         field = load_asset(
             items, asset=self.asset, grid=self.grid, resampling=self.resampling, dtype=np.int32, nodata=fill, window=w
         )
@@ -149,25 +146,27 @@ class CatalogMap:
 def find_catalog_maps(
     catalog: str, *, collections: Sequence[str], asset: str, grid: Grid, legend: Legend, resampling: MapResampling = "exact"
 ) -> dict[int, CatalogMap]:
-    """Find the maps of STAC collections by year, sorted; each year is merged from its items, and a cell that none covers has no class.
+    """Find the maps of STAC collections, sorted by year.
+
+    Each year is merged from its items; a cell that no item covers gets the fill code.
 
     Parameters
     ----------
     catalog
-        Path or URL of a static catalogue or an API, such as the mirror that ``ai4land fetch`` makes.
+        Path or URL of a static catalogue or an API, such as a mirror written by ``ai4land fetch``.
     collections, asset
-        Ids of the collections, and key of the asset that holds the codes.
-    grid, legend
+        Collection ids, and the key of the asset that holds the codes.
+    legend
         As in :func:`find_maps`.
     resampling
-        ``exact`` or ``nearest``: aliases are replaced after reading.
+        ``exact`` or ``nearest``, because aliases are replaced after reading.
 
     Raises
     ------
     DataError
-        If the catalogue can not be read, an item is of no year or of several, or two collections have the same year.
+        If the catalogue cannot be read, an item does not cover exactly one year, or two collections have the same year.
     ConfigError
-        If the resampling is another.
+        If the resampling is neither of these.
     """
     if resampling not in ("exact", "nearest"):
         raise ConfigError(f"resampling of land cover from a catalogue is {resampling!r}, expected exact or nearest; choose one")
@@ -199,7 +198,7 @@ def _shown(source: MapSource) -> str:
 
 
 def _locate(source: MapSource, variable: str | None) -> dict[int, tuple[str, int | None]]:
-    """Find the file of each year, and the number of its layer where a file holds several."""
+    """Map each year to its file, and to its layer number if the file holds several."""
     if isinstance(source, Mapping):
         if not source:
             raise DataError("land-cover source is an empty dict, expected a path for every year; fill it in")
@@ -260,7 +259,7 @@ def _years_of_variable(path: str, variable: str | None) -> list[int]:
 
 
 def _years(time: xr.DataArray, path: str) -> list[int]:
-    """Years of a time axis as stored: dates since some day, or the years themselves."""
+    """Decode a stored time axis: dates, or years as plain numbers."""
     values = np.asarray(time.values)
     if values.dtype.kind == "M":
         return [int(y) for y in time.dt.year.values]
@@ -278,7 +277,7 @@ def _once(years: list[int], path: str) -> list[int]:
 
 
 def _variable(path: str, variable: str | None) -> str | None:
-    """Name of the variable to read: the given one, or the first usual name that is in the file."""
+    """Return the given variable, or the first usual name in the file; None if there is neither."""
     if variable is not None:
         return variable
     with open_dataset(path) as dataset:

@@ -1,4 +1,4 @@
-"""Whether a gridded file lies where a grid needs it: lattice, longitudes, extent, number of cells, reference system."""
+"""Check a gridded file against a grid: lattice, longitudes, extent, number of cells and reference system."""
 
 from __future__ import annotations
 
@@ -16,33 +16,31 @@ from ai4land.grid import Bounds, Grid
 from ai4land.rasters.file import RasterLayer
 
 SIZE_TOLERANCE = 1e-5
-"""Relative difference of cell sizes that counts as none."""
+"""Relative difference below which cell sizes count as equal."""
 OFFSET_TOLERANCE = 0.02
-"""Distance from the lattice, in cells, that counts as none."""
+"""Offset, in cells, below which a source counts as on the lattice."""
 _DRIFT_TOLERANCE = 0.25
 _POINTS = 65
 MOST_CELLS = 2**31
-"""Cells of a source that are held at once, under a row of the grid or under a shard."""
+"""Most source cells held at once, under one row or one shard of the grid."""
 
 
 def check_lattice(transform: Affine, grid: Grid, *, source: str, exact: bool = True) -> None:
-    """Check that a source's cells are cells of the grid's lattice.
+    """Check that a source's cells lie on the grid's lattice.
 
     Parameters
     ----------
     transform
-        From column and row to the upper-left corner of a cell, in the reference system of the grid.
-    grid
-        The target.
+        From column and row to a cell's upper-left corner, in the grid's reference system.
     source
-        Its name for the message.
+        Name for the message.
     exact
-        If false, only a shift by half a cell at the grid's cell size is refused (the mark of a pixel-is-point file).
+        If false, refuse only a half-cell shift at the grid's cell size, which marks a pixel-is-point file.
 
     Raises
     ------
     DataError
-        If they are not.
+        If they do not.
     """
     a, t = grid.fine.affine, transform
     sizes = f"cells of {t.a:.9g} x {abs(t.e):.9g}, expected {a.a:.9g} x {-a.e:.9g} as in the grid"
@@ -68,7 +66,7 @@ def check_lattice(transform: Affine, grid: Grid, *, source: str, exact: bool = T
 
 
 def check_longitudes(bounds: Bounds, grid: Grid, *, cell: float, source: str) -> None:
-    """Refuse longitudes of 0..360 where the grid needs negative ones; ``bounds`` and ``cell`` are in degrees."""
+    """Raise DataError if longitudes run over 0..360 and the grid needs negative ones; ``bounds`` and ``cell`` in degrees."""
     west, east = bounds[0], bounds[2]
     if west >= -cell and east > 180 + cell and grid.bounds[0] < west - 1e-6:
         raise DataError(
@@ -78,13 +76,7 @@ def check_longitudes(bounds: Bounds, grid: Grid, *, cell: float, source: str) ->
 
 
 def check_cells(transform: Affine, shape: tuple[int, int], crs: CRS, grid: Grid, *, source: str) -> None:
-    """Refuse a source with so many cells under a shard of the grid that they would fill the memory, whatever is in them.
-
-    Raises
-    ------
-    DataError
-        If it has.
-    """
+    """Raise DataError if a source has more than ``MOST_CELLS`` cells under one shard of the grid."""
     under = float(shape[0]) * float(shape[1])
     if grid.fine.crs is not None and same_crs(crs, grid.fine.crs) and transform.determinant:
         under = min(under, grid.shard**2 * abs(grid.fine.affine.determinant / transform.determinant))
@@ -93,7 +85,7 @@ def check_cells(transform: Affine, shape: tuple[int, int], crs: CRS, grid: Grid,
 
 
 def too_many(source: str, cells: float, under: str) -> DataError:
-    """Say that a source has too many cells ``under`` a part of the grid."""
+    """Build the error for a source with too many cells ``under`` a part of the grid."""
     return DataError(
         f"{source} has {cells:.3g} cells under {under} of the grid, expected at most {MOST_CELLS:.3g}; "
         "make it coarser (gdalwarp -tr), or check its header"
@@ -101,13 +93,7 @@ def too_many(source: str, cells: float, under: str) -> DataError:
 
 
 def check_place(source: RasterLayer, grid: Grid) -> None:
-    """Refuse a source that does not meet the grid, or whose longitudes or latitudes can not be.
-
-    Raises
-    ------
-    DataError
-        If it is one.
-    """
+    """Raise DataError if a source does not overlap the grid, or its longitudes or latitudes are out of range."""
     box = source.bounds
     if source.crs.geographic:
         check_longitudes(box, grid, cell=source.transform.a, source=source.source)
@@ -130,13 +116,7 @@ def check_place(source: RasterLayer, grid: Grid) -> None:
 
 
 def check_crs(source: RasterLayer, grid: Grid) -> None:
-    """Refuse a source in another reference system than the grid's.
-
-    Raises
-    ------
-    DataError
-        If it is.
-    """
+    """Raise DataError if a source's reference system is not the grid's."""
     if not same_crs(source.crs, crs_of(grid)):
         raise DataError(
             f"reference system of {source.source} is {source.crs.proj.name}, expected {crs_of(grid).proj.name} for resampling exact; "
@@ -145,13 +125,7 @@ def check_crs(source: RasterLayer, grid: Grid) -> None:
 
 
 def crs_of(grid: Grid) -> CRS:
-    """Reference system of a grid.
-
-    Raises
-    ------
-    ConfigError
-        If it has none.
-    """
+    """Return a grid's reference system; raise ConfigError if it has none."""
     if grid.fine.crs is None:
         raise ConfigError("grid has no coordinate reference system, expected one; give for example crs=EPSG:4326")
     return grid.fine.crs
@@ -162,7 +136,7 @@ def _box(bounds: Bounds) -> str:
 
 
 def same_crs(source: CRS, target: CRS) -> bool:
-    """Whether two reference systems are one, whatever the order of axes; degrees on an unnamed datum count as any degrees."""
+    """Whether two reference systems match, ignoring axis order; degrees on an unnamed datum match any degrees."""
     if source == target or source.proj.equals(target.proj, ignore_axis_order=True):
         return True
     datum = source.proj.datum
@@ -171,7 +145,7 @@ def same_crs(source: CRS, target: CRS) -> bool:
 
 
 def transform_bounds(source: CRS, target: CRS, box: Bounds) -> Bounds:
-    """Find the box in the target system that holds a box of the source system."""
+    """Transform a box to its bounding box in the target system; may raise a RasterioError."""
     if same_crs(source, target):
         return box
     if source.geographic:
@@ -181,15 +155,10 @@ def transform_bounds(source: CRS, target: CRS, box: Bounds) -> Bounds:
 
 
 def spread(source: CRS, target: CRS, box: Bounds) -> Bounds | None:
-    """Find the box in the target system that holds what can be transformed of a box of the source system.
+    """Bound, in the target system, the part of a box that can be transformed; None if no point can be.
 
-    It is found from points all over the box, and padded by their largest distance. A box in degrees that crosses the dateline has
-    ``east > 180`` or ``west < -180``.
-
-    Returns
-    -------
-    tuple or None
-        None if no point can be transformed.
+    Transforms a lattice of points over the box and pads their bounds by the largest spacing of neighbours. A result in degrees
+    that crosses the dateline has ``east > 180`` or ``west < -180``.
     """
     west, south, east, north = box
     x, y = np.meshgrid(np.linspace(west, east, _POINTS), np.linspace(south, north, _POINTS))
@@ -205,7 +174,7 @@ def spread(source: CRS, target: CRS, box: Bounds) -> Bounds | None:
     if target.geographic:
         steps[:2] = [(step + 180) % 360 - 180 for step in steps[:2]]
         first = u[found][0]
-        u = first + (u - first + 180) % 360 - 180  # each within half a turn of the first
+        u = first + (u - first + 180) % 360 - 180  # each within 180 degrees of the first
     pads = [
         max((float(np.nanmax(np.abs(s))) for s in pair if np.isfinite(s).any()), default=0.0) for pair in (steps[:2], steps[2:])
     ]

@@ -1,9 +1,9 @@
-"""Any gridded file onto the fine grid, with its place checked.
+"""Read any gridded file onto the fine grid, and check its location.
 
-:func:`open_raster` reads one layer of a GeoTIFF or of a NetCDF or Zarr variable, in any coordinate reference system, and
-gives exactly the cells of the grid. It works in strips of rows: of each it reads the source cells that are needed, at full
-resolution (never an overview), and warps them in memory. What would end in a silently shifted, empty or half-empty map is
-refused: pixel-is-point files, longitudes of 0..360, boxes that do not meet, truncated files.
+:func:`open_raster` reads one layer of a GeoTIFF, NetCDF or Zarr file, in any reference system, onto the grid's cells. For
+each strip of rows it reads the source cells needed, at full resolution (never an overview), and warps them in memory. It
+refuses files that would give a shifted, empty or half-empty map: pixel-is-point files, longitudes of 0..360, extents that do
+not overlap the grid, truncated files.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Resampling = Literal["exact", "nearest", "bilinear", "average", "mode", "min", "
 Recode = Callable[[NDArray[Any]], NDArray[Any]]
 _STRIP_CELLS = 2**24
 _MOST_AT_ONCE = 4
-"""Source cells of a piece, in units of ``_STRIP_CELLS``, beyond which it is cut again."""
+"""Source cells of a piece, in units of ``_STRIP_CELLS``, above which the piece is halved."""
 _PLANE = "EPSG:3857"
 
 
 @dataclass(frozen=True)
 class _Values:
-    """A layer as an array that is cut by slices, with its missing cells marked: ``nodata`` in codes, else NaN."""
+    """A layer as a sliceable array; missing cells hold ``nodata`` in codes, NaN otherwise."""
 
     layer: RasterLayer
     codes: np.dtype[Any] | None
@@ -86,42 +86,38 @@ def open_raster(
     Parameters
     ----------
     path
-        GeoTIFF (or any other raster of GDAL), NetCDF file or Zarr group. A NetCDF or Zarr variable has 1-D latitude and
-        longitude, or y and x with a grid mapping; in either order, rows from the north or from the south.
-    grid
-        The target.
+        GeoTIFF (or another GDAL raster), NetCDF file or Zarr group. A NetCDF or Zarr variable needs 1-D latitude and
+        longitude, or y and x with a grid mapping, in either order; rows may run from the north or the south.
     resampling
-        ``exact`` cuts and pads and changes no value: the source must lie on the lattice of the grid. The others are those
-        of GDAL; missing cells of the source take no part. Averages are of the source's cells, weighted by overlap.
-    band
-        Number from 1, or description, of a GeoTIFF's band; number or label along the third dimension of a variable.
-    variable
-        Name of the NetCDF or Zarr variable; needed where there are several.
+        ``exact`` cuts and pads without changing a value, so the source must lie on the grid's lattice. The others are GDAL's
+        and ignore missing cells; ``average`` weights source cells by overlap.
+    band, variable
+        As in :func:`ai4land.rasters.file.open_layer`.
     dtype
-        Of the result. Scale and offset of the file are applied to floats. Whole numbers are codes: they are never averaged,
-        and signed bytes are read as the unsigned ones they stand for (-126 is 130).
+        Floats get the file's scale and offset. Integers are codes: they are never averaged, and with ``uint8`` signed bytes
+        are read as unsigned (-126 is 130).
     nodata
-        Value of missing cells of a result of whole numbers; 255 or the largest number of ``dtype`` if not given.
+        Value of missing cells in an integer result; the largest number of ``dtype`` by default.
     recode
-        Maps codes to codes, before any resampling.
+        Maps codes to codes before any resampling.
     window
-        Cells of the grid to read; all of it if None. Its cells are those that the whole grid has there, to rounding where they are interpolated; from another
-        reference system to an eighth of a source cell, the tolerance of GDAL, and smoothed by the size of the cells in its middle.
+        Cells of the grid to read; the whole grid if None. Values equal those of the whole grid, up to rounding where
+        interpolated. From another reference system they are placed within an eighth of a source cell (GDAL's tolerance) and
+        smoothed according to the cell size in the middle of each piece.
 
     Returns
     -------
     xarray.DataArray
-        ``(latitude, longitude)`` with the coordinates of the grid or the window, NaN or ``nodata`` (also in ``attrs``) where the source
-        has no value.
+        ``(latitude, longitude)`` on the grid or window; NaN or ``nodata`` (also in ``attrs``) where the source has no value.
 
     Raises
     ------
     DataError
-        If the file is absent, truncated or without reference system, its layer is not clear, its longitudes run over
-        0..360 where the grid needs negative ones, it does not meet the grid, does not lie on its lattice (``exact``),
-        or has no valid cell there (a window may have none).
+        If the file is missing, truncated or has no reference system, the layer is ambiguous, longitudes run over 0..360 where
+        the grid needs negative ones, or the file does not overlap the grid, is off its lattice (``exact``) or has no valid
+        cell on it (a window may have none).
     ConfigError
-        If codes are to be averaged.
+        If integers are to be averaged.
     """
     kind = np.dtype(dtype)
     codes = None if kind.kind == "f" else kind
@@ -161,7 +157,7 @@ def open_raster(
 
 
 def _strips(source: RasterLayer, grid: Grid, window: Window) -> Iterator[Window]:
-    """Strips of rows of a window, each of so many that neither its own nor the source's cells fill the memory."""
+    """Split a window into strips of rows small enough for their own and the source's cells to fit in memory."""
     rows, cols = window.height, window.width
     ahead = _source_window(source, grid, window)
     cost = max(cols, sum(w.height * w.width for w in _within(source, ahead)) // rows)
@@ -173,7 +169,7 @@ def _strips(source: RasterLayer, grid: Grid, window: Window) -> Iterator[Window]
 
 
 def _source_window(source: RasterLayer, grid: Grid, strip: Window) -> Window | None:
-    """Find the source cells around a strip; columns may reach beyond a source that wraps, and beyond the dateline."""
+    """Return the source cells around a strip; columns may extend past the source's edges or the dateline."""
     t = source.transform
     box = edges(grid.fine[strip.slices])
     try:
@@ -195,7 +191,7 @@ def _source_window(source: RasterLayer, grid: Grid, strip: Window) -> Window | N
 
 
 def _within(source: RasterLayer, window: Window | None) -> list[Window]:
-    """Cut a window to the columns that the source has, on both sides of the dateline; of a source that wraps it has all."""
+    """Clip a window to the source's columns on both sides of the dateline; a source that wraps is not clipped."""
     if window is None or source.wraps:
         return [] if window is None else [window]
     turns = (-360.0, 0.0, 360.0) if source.crs.geographic else (0.0,)
@@ -209,7 +205,7 @@ def _within(source: RasterLayer, window: Window | None) -> list[Window]:
 
 
 def _pieces(source: RasterLayer, grid: Grid, strip: Window) -> Iterator[tuple[Window, list[Window]]]:
-    """Cut a strip into the pieces that a source in another reference system can reach, each with the source cells that it needs."""
+    """Yield the pieces of a strip that a source in another reference system covers, each with its source windows."""
     found = spread(source.crs, crs_of(grid), source.bounds)
     a = grid.fine.affine
     columns, rows = {(0, strip.width)}, (0, strip.height)
@@ -235,7 +231,7 @@ def _pieces(source: RasterLayer, grid: Grid, strip: Window) -> Iterator[tuple[Wi
 
 
 def _halves(w: Window) -> tuple[Window, Window]:
-    """Cut a window across its longer side."""
+    """Halve a window across its longer side."""
     if w.width >= w.height:
         half = w.width // 2
         return Window(w.row, w.col, w.height, half), Window(w.row, w.col + half, w.height, w.width - half)
@@ -251,7 +247,7 @@ def _cut(values: _Values, grid: Grid, strip: Window) -> NDArray[Any]:
 
 
 def _warp(values: _Values, grid: Grid, strip: Window, resampling: str) -> NDArray[Any] | None:
-    """Resample a strip; None if the source has no cell there."""
+    """Resample onto a strip; None if the source has no cells there."""
     source = values.layer
     if same_crs(source.crs, crs_of(grid)):
         windows = _within(source, _source_window(source, grid, strip))
@@ -270,7 +266,7 @@ def _warp(values: _Values, grid: Grid, strip: Window, resampling: str) -> NDArra
 
 
 def _resample(values: _Values, grid: Grid, piece: Window, window: Window, resampling: str) -> NDArray[Any]:
-    """Resample a window of the source onto a piece of the grid with GDAL."""
+    """Resample a source window onto a piece of the grid with GDAL."""
     source = values.layer
     cells = read_window(values, window, fill=np.nan, wrap=source.wraps)
     out = np.full((piece.height, piece.width), np.nan, dtype=values.dtype)
@@ -292,7 +288,7 @@ def _resample(values: _Values, grid: Grid, piece: Window, window: Window, resamp
         dst_crs=to_crs,
         dst_nodata=np.nan,
         resampling=rasterio.warp.Resampling[resampling],
-        # GDAL's own are the ratios of the two windows, which say nothing where a window is small or meridians meet.
+        # GDAL would take the ratio of the two windows, which is wrong for small windows and where meridians meet.
         XSCALE=across,
         YSCALE=down,
     )
@@ -300,7 +296,7 @@ def _resample(values: _Values, grid: Grid, piece: Window, window: Window, resamp
 
 
 def _scale(source: RasterLayer, grid: Grid, strip: Window) -> float:
-    """Cells of the grid per source cell along a side, at the middle of a strip; at most 1."""
+    """Return grid cells per source cell along one side at the middle of a strip, at most 1."""
     a = grid.fine.affine
     x, y = a * (strip.col + strip.width / 2, strip.row + strip.height / 2)
     there = rasterio.warp.transform(crs_of(grid).to_wkt(), source.crs.to_wkt(), [x, x + a.a, x], [y, y, y + a.e])
@@ -310,16 +306,16 @@ def _scale(source: RasterLayer, grid: Grid, strip: Window) -> float:
 
 
 def _in_cells(source: Affine, target: Affine) -> tuple[Affine, Affine]:
-    """Express both transforms in cells of the target, rounded, so that cells that coincide coincide exactly.
+    """Express both transforms in target cells, rounded so that coinciding cells match exactly.
 
-    The origin lies far outside, since GDAL takes a transform of size 1 at the origin for none at all.
+    Shift the origin and scale by 2, because GDAL treats a unit transform at the origin as no transform.
     """
     t, scale = ~target * source, Affine.translation(2**12, 2**12) * Affine.scale(2, -2)
     return scale * Affine(round(t.a, 12), 0, round(t.c, 7), 0, round(t.e, 12), round(t.f, 7)), scale
 
 
 def _whole(values: NDArray[Any], valid: NDArray[np.bool_], dtype: np.dtype[Any], source: str) -> NDArray[Any]:
-    """Turn stored values into whole numbers of ``dtype``, or say which one can not be."""
+    """Convert stored values to integers of ``dtype``; raise DataError for valid values that do not fit."""
     if values.dtype == np.int8 and dtype == np.uint8:
         return values.view(np.uint8).copy()
     info = np.iinfo(dtype)
