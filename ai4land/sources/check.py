@@ -1,7 +1,7 @@
-"""Refuse files that can do harm, before they are read.
+"""Refuse harmful files before they are read.
 
-These are rasters that name other files or hosts, and files whose blocks or axes would fill the memory. Nothing here needs a guard
-against pickles: GDAL, netCDF4 and zarr never unpickle.
+Harmful are rasters that refer to other files or hosts, and files whose blocks or axes would fill the memory. Pickles need no
+guard: GDAL, netCDF4 and zarr never unpickle.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rasterio.io import DatasetReader
 from ai4land.errors import DataError
 
 MOST_BYTES = 2**30
-"""Bytes of one stored block (strip, tile or chunk), which is always read as a whole."""
+"""Most bytes in one stored block (strip, tile or chunk), because a block is always read whole."""
 LONGEST_AXIS = 2**26
-"""Cells of an axis, which is read as a whole when a file is opened."""
+"""Most cells along a 1-D axis, because opening a file reads its axes whole."""
 _OF_STRANGERS = ("GTiff", "netCDF", "HDF5", "HDF5Image", "JP2OpenJPEG", "PNG", "JPEG")
-"""GDAL drivers of binary formats that hold all of their values themselves."""
+"""GDAL drivers of self-contained binary formats."""
 _OF_USERS = (
     *_OF_STRANGERS,
     *("AAIGrid", "BMP", "DTED", "EHdr", "ENVI", "GIF", "GRASSASCIIGrid", "GRIB", "GS7BG", "GSAG", "GSBG", "GTX", "HFA"),
@@ -36,7 +36,7 @@ _OF_USERS = (
 
 @dataclass(frozen=True)
 class Header:
-    """Header of a raster: rows and columns, transform from column and row to coordinates, and coordinate reference system."""
+    """Rows and columns of a raster, its transform from column and row to coordinates, and its reference system."""
 
     shape: tuple[int, int]
     transform: Affine
@@ -47,30 +47,24 @@ _open = ensure_env_with_credentials(lambda name, drivers: DatasetReader(name, dr
 
 
 def open_raster_file(path: str | Path, *, trusted: bool = True) -> Any:
-    """Open a raster with GDAL, in a format that names no other files or hosts.
+    """Open a raster (path or URL) with rasterio, allowing only formats that refer to no other files or hosts.
 
     Parameters
     ----------
-    path
-        Path or URL.
     trusted
-        Whether the user chose the file. If so, more formats are read, and a virtual raster if it is called ``.vrt``.
-
-    Returns
-    -------
-    rasterio.DatasetReader
+        Whether the user chose the file. If so, allow more formats, and a virtual raster if its name ends in ``.vrt``.
 
     Raises
     ------
     DataError
-        If the file is damaged, in another format, or stored in blocks that fill the memory.
+        If the file is damaged, in another format, or stored in blocks larger than ``MOST_BYTES``.
     """
     name = str(path)
     drivers = [*_OF_USERS, *(["VRT"] if name.lower().endswith(".vrt") else [])] if trusted else [*_OF_STRANGERS]
     try:
         with rasterio.Env(
             **({} if trusted else {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"})
-        ):  # looks for no other files beside it
+        ):  # untrusted: do not look for sidecar files
             file = _open(name, drivers)
     except rasterio.errors.RasterioError as error:
         kinds = (
@@ -89,22 +83,12 @@ def open_raster_file(path: str | Path, *, trusted: bool = True) -> Any:
 
 
 def check_file(place: str | Path) -> Header | None:
-    """Check a raster that a stranger's catalogue names, before any of its values are read.
-
-    Parameters
-    ----------
-    place
-        Path or URL.
-
-    Returns
-    -------
-    Header or None
-        None if the raster has no reference system.
+    """Check an untrusted raster (path or URL) and read its header; None if it has no reference system.
 
     Raises
     ------
     DataError
-        If the file is absent, or :func:`open_raster_file` refuses it as an untrusted one.
+        If the file is missing or not binary, or :func:`open_raster_file` refuses it as untrusted.
     """
     path = None if "://" in str(place) else Path(place)
     if path is not None:
@@ -112,7 +96,7 @@ def check_file(place: str | Path) -> Header | None:
             raise DataError(f"{path} does not exist, expected a raster file; fetch it again, or correct the catalogue")
         with path.open("rb") as stream:
             start = stream.read(16)
-        if b"\0" not in start:  # GDAL, asked without a list of drivers, could take a text in such a file for a virtual raster
+        if b"\0" not in start:  # a text file, which GDAL could open as a virtual raster if no drivers were listed
             raise DataError(
                 f"{path} is not a binary raster (it begins with {start!r}), expected GeoTIFF, NetCDF, HDF5, JPEG 2000, PNG or JPEG; "
                 "convert it: gdal_translate"
@@ -122,34 +106,16 @@ def check_file(place: str | Path) -> Header | None:
 
 
 def check_blocks(file: Any, name: str) -> None:
-    """Check that the blocks of an open raster fit into memory.
-
-    Raises
-    ------
-    DataError
-        If they do not.
-    """
+    """Raise DataError if an open raster is stored in blocks larger than ``MOST_BYTES``."""
     together = file.count if str(file.profile.get("interleave", "")) == "pixel" else 1
     for block, dtype in zip(file.block_shapes, file.dtypes, strict=True):
         check_block(name, file.shape, block, together * np.dtype(dtype).itemsize)
 
 
 def check_block(name: str, shape: tuple[int, ...], block: tuple[int, ...], itemsize: int) -> None:
-    """Check the size of the blocks that an array is stored in, and the length of an axis.
+    """Raise DataError if a stored block exceeds ``MOST_BYTES``, or a 1-D array exceeds ``LONGEST_AXIS`` cells.
 
-    Parameters
-    ----------
-    name
-        The array, for the message.
-    shape, block
-        Cells of the array, and of a block; a block without dimensions is none.
-    itemsize
-        Bytes of a cell.
-
-    Raises
-    ------
-    DataError
-        If a block, or an array of one dimension, fills the memory.
+    ``shape`` and ``block`` are in cells of ``itemsize`` bytes; ``block`` is ``()`` for unchunked arrays.
     """
     size = math.prod(block) * itemsize
     if size > MOST_BYTES:

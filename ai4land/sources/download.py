@@ -1,7 +1,7 @@
-"""One file from the web to its place, whole or not at all.
+"""Download one file from the web, whole or not at all.
 
-:func:`download` goes on with what an earlier attempt left in a ``.part`` file, if the server says that the file is still the same;
-it is asked again after failures, and moved to its place when its size and its checksum are right.
+:func:`download` resumes an earlier attempt's ``.part`` file if the server confirms that the file is unchanged. It retries
+after failures, and moves the file into place once its size and checksum are right.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from ai4land.errors import ConfigError, DataError
 _log = logging.getLogger(__name__)
 
 TRIES = 5
-"""Failures in a row, without a byte between them, after which a file is given up."""
+"""Give up a file after this many failures in a row without progress."""
 LONGEST_PAUSE = 60.0
-"""Seconds between two attempts, at most."""
+"""Most seconds between two attempts."""
 _PIECE = 2**14
-"""Bytes that are read at once: what has come of a piece is lost when the connection is cut."""
+"""Bytes per read; a cut connection loses at most one such piece."""
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _HASHES = {"11": "sha1", "12": "sha256", "13": "sha512", "d501": "md5"}
-"""Codes of multihash that are verified."""
+"""Multihash codes that can be verified."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A whole file: its size in bytes and its SHA-256 in hexadecimal."""
+    """Size in bytes and hexadecimal SHA-256 of a complete file."""
 
     size: int
     sha256: str
 
     @property
     def multihash(self) -> str:
-        """The checksum as the file extension of STAC has it."""
+        """The checksum as in the STAC file extension."""
         return f"1220{self.sha256}"
 
 
@@ -62,33 +62,31 @@ def download(
     pause: float = 1.0,
     stop: threading.Event | None = None,
 ) -> Stored:
-    """Bring a file from the web to ``path``.
+    """Download a file to ``path``.
 
     Parameters
     ----------
     address
-        Gives its URL; called before every attempt, so that a signature is fresh.
+        Returns the URL; called before every attempt, so that a signature is fresh.
     path
-        Where it goes; its folder exists. While it is not whole it is ``<path>.part``.
+        Target in an existing folder; an incomplete file is ``<path>.part``.
     name
-        Its address without a signature, for messages and to know a part again.
+        URL without a signature, for messages and to recognise a part.
     size, checksum
-        Bytes, and hexadecimal multihash, if they are known.
-    headers
-        HTTP headers.
+        Expected bytes and hexadecimal multihash, if known.
     timeout
-        Of a connection, and of a pause between two pieces, in seconds.
+        Seconds to wait for a connection, and between two pieces.
     pause
-        Seconds before the first of the further attempts; doubled for each.
+        Seconds before the first retry; doubled for each further one, up to ``LONGEST_PAUSE``.
     stop
-        When it is set, the part is left as it is and the download ends with an error.
+        Set it to end the download with a DataError and keep the part.
 
     Raises
     ------
     DataError
-        If the server refuses it, fails again and again, or sends something else than was promised.
+        If the server refuses, keeps failing or sends a file of another size or checksum, or ``path`` cannot be written.
     ConfigError
-        If the checksum is of a kind that is not known.
+        If the checksum's algorithm is unknown.
     """
     if checksum is not None:
         split_multihash(checksum, name=name)
@@ -114,7 +112,7 @@ def download(
                     raise DataError(f"{name} can not be downloaded ({error}), expected the file; check its address") from error
                 problem, wait = str(error), error.wait
             except DataError as error:
-                # The bytes are not those that were promised: once from the beginning, and then it is the server's.
+                # Wrong size or checksum: start again once; a second time the server is at fault.
                 _discard(part, note)
                 if begun_anew:
                     raise
@@ -135,14 +133,14 @@ def download(
 
 
 def verify(path: Path, *, name: str, size: int | None = None, checksum: str | None = None) -> Stored:
-    """Measure a file, and compare it with what is known of it.
+    """Measure a file, and compare it with its expected size and checksum (hexadecimal multihash).
 
     Raises
     ------
     DataError
-        If its size or checksum is another.
+        If the size or checksum differs.
     ConfigError
-        If the checksum is of a kind that is not known.
+        If the checksum's algorithm is unknown.
     """
     algorithm, digest = ("", "") if checksum is None else split_multihash(checksum, name=name)
     hashes = {"sha256": hashlib.sha256()}
@@ -161,7 +159,7 @@ def verify(path: Path, *, name: str, size: int | None = None, checksum: str | No
 
 
 def split_multihash(checksum: str, *, name: str) -> tuple[str, str]:
-    """Algorithm and hexadecimal digest of a multihash (``file:checksum``).
+    """Split a multihash (``file:checksum``) into algorithm and hexadecimal digest; ConfigError if unknown.
 
     >>> split_multihash("d50110" + "0" * 32, name="a.nc")
     ('md5', '00000000000000000000000000000000')
@@ -174,7 +172,7 @@ def split_multihash(checksum: str, *, name: str) -> tuple[str, str]:
 
 
 class _Refused(Exception):
-    """The server does not give the file; ``again`` tells whether it may later."""
+    """The server refused the file; ``again`` says whether to retry, ``wait`` after how many seconds."""
 
     def __init__(self, text: str, *, again: bool, wait: float | None = None) -> None:
         super().__init__(text)
@@ -194,7 +192,7 @@ def _receive(
     timeout: float,
     stop: threading.Event,
 ) -> int | None:
-    """Take what is lacking of a file; gives the size of the whole where the server says it."""
+    """Receive the missing bytes of a file; return its full size if the server states it."""
     if stop.is_set():
         raise _Refused("stopped", again=False)
     known = _known(part, note, name)
@@ -206,7 +204,7 @@ def _receive(
         status = answer.status_code
         whole: int | None
         if status == 416 and known is not None:
-            # What is here is as long as the file, or longer: the part is of another file unless both ends agree.
+            # The part is at least as long as the file: it is complete only if size and version match.
             whole = _total(answer.headers.get("Content-Range", ""))
             if whole == start and _validator(answer.headers) == known:
                 return whole
@@ -241,7 +239,7 @@ def _receive(
 
 
 def _known(part: Path, note: Path, name: str) -> str | None:
-    """What tells the version of the file that a part is of; None if there is no part that can be gone on with."""
+    """Return the validator (version mark) of a part; None if there is no part to resume."""
     if not part.is_file() or part.stat().st_size == 0:
         return None
     try:
@@ -252,13 +250,13 @@ def _known(part: Path, note: Path, name: str) -> str | None:
 
 
 def _brief(error: OSError) -> str:
-    """What went wrong, without the address that is named beside it."""
+    """Return the cause of an error without the URL that requests adds."""
     cause = error.args[0] if error.args else error
     return str(getattr(cause, "reason", cause))
 
 
 def _validator(headers: Mapping[str, str]) -> str:
-    """Strong ETag, or else the time of the last change; empty if the server tells neither."""
+    """Return the strong ETag, or else Last-Modified; empty if the server sends neither."""
     tag = headers.get("ETag", "")
     return tag if tag.startswith('"') else headers.get("Last-Modified", "")
 
@@ -284,13 +282,7 @@ def _discard(part: Path, note: Path) -> None:
 
 
 def copy(source: Path, path: Path, *, name: str, size: int | None = None, checksum: str | None = None) -> Stored:
-    """Copy a local file to ``path``, checked as a download is.
-
-    Raises
-    ------
-    DataError
-        If it can not be read, or is not what was promised.
-    """
+    """Copy a local file to ``path`` and verify it; raise DataError if that fails or size or checksum differ."""
     part = path.with_name(path.name + ".part")
     try:
         shutil.copyfile(source, part)

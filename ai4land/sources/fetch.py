@@ -1,7 +1,7 @@
-"""Bring a source to a mirror: its files, and a catalogue by which they are read where there is no network.
+"""Fetch a source to a mirror: its files, and a STAC catalogue for reading them without a network.
 
-:func:`fetch` takes a source that the package knows (:mod:`ai4land.sources.known`), or a collection of any STAC catalogue or API.
-What is there and whole is kept, what is lacking or damaged is downloaded, and what fails is named while the rest is kept.
+:func:`fetch` takes a known source (:mod:`ai4land.sources.known`) or a collection of any STAC catalogue or API. It keeps
+complete files, downloads missing or damaged ones, and reports failed files without losing the others.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ai4land.years import expand_years
 _log = logging.getLogger(__name__)
 
 SPARE = 2**26
-"""Bytes of the disk that are left free."""
+"""Bytes to keep free on the disk."""
 _SAVED_EVERY = 5.0
 
 Progress = Callable[[int, int, str], None]
@@ -53,20 +53,16 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Fetched:
-    """What became of a source.
+    """Outcome of fetching a source.
 
     Attributes
     ----------
-    source
-        Its id.
-    folder
-        Its folder in the mirror.
     kept, brought
-        Files that were there and whole, and files that were downloaded or copied.
+        Number of files already complete, and of files downloaded or copied.
     failed
-        Why, by file.
+        Reason by file name.
     size
-        Bytes of the files that are there.
+        Bytes of the kept and brought files.
     """
 
     source: str
@@ -94,47 +90,48 @@ def fetch(
     pause: float = 1.0,
     progress: Progress | None = None,
 ) -> Fetched:
-    """Bring a source to a mirror.
+    """Fetch a source to a mirror.
 
     Parameters
     ----------
     source
-        Id of a source that the package knows, or with ``catalog`` of one of its collections.
+        Id of a known source or, with ``catalog``, of one of its collections.
     to
-        Folder of the mirror; the source goes to a folder below it.
+        Folder of the mirror; the source gets a folder below it.
     catalog
-        Path or URL of a STAC catalogue or API; None for the sources that the package knows.
+        Path or URL of a STAC catalogue or API; None for known sources.
     years, bbox
-        Which items or files; see :func:`ai4land.sources.search.find_items`. Files without years, and boxes for whole files, do not count.
+        Select items as in :func:`ai4land.sources.search.find_items`. For known files with URLs, ``bbox`` is ignored, and files
+        without years are always fetched.
     assets
-        Keys of the assets; those with the role ``data`` (or all, if none has it) if not given.
+        Asset keys; by default those with the role ``data``, or all if none has it.
     modifier
-        Signs an item, just before each of its assets is downloaded. What it gives is not stored.
+        Signs an item before each of its assets is downloaded; the signed URL is not stored.
     token
-        Bearer token, sent to the origin of the catalogue (scheme, host and port) and to ``token_hosts``, and never stored.
+        Bearer token, never stored; sent to the catalogue's origin (scheme, host and port) and to ``token_hosts``.
     token_hosts
-        Further hosts that it is for, by https; or origins, as ``http://127.0.0.1:8000``.
+        Further hosts (https) or origins such as ``http://127.0.0.1:8000``.
     beyond
-        How far the catalogue may reach; see :func:`ai4land.sources.search.find_items`.
+        As in :func:`ai4land.sources.search.find_items`.
     threads
-        Files at once.
+        Files to download at once.
     timeout, pause
         As in :func:`ai4land.sources.download.download`.
     progress
-        Called with the number of files that are done, of all, and the name of the last.
+        Called with the number of finished files, the number of all files, and the name of the last one.
 
     Returns
     -------
     Fetched
-        Also if files failed: they are named, and the same call goes on with them.
+        Returned even if files failed; call again to retry them.
 
     Raises
     ------
     ConfigError
-        If the source is not known.
+        If the source is unknown.
     DataError
-        If the catalogue can not be read, nothing is found, files are to be put in by hand and are not there, the disk is too
-        full, another process is filling the folder, or the folder is not of a mirror.
+        If the catalogue cannot be read, nothing is found, files to be added by hand are missing, the disk is too full,
+        another process is filling the folder, or the folder does not belong to a mirror.
     """
     mirror = Path(to)
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -175,29 +172,25 @@ def fetch_all(
     tell: Callable[[str], None] = _log.info,
     **options: Any,
 ) -> None:
-    """Bring several sources to a mirror, one after the other, as the command line asks for it.
+    """Fetch several sources, one after the other, with options as given on the command line.
 
     Parameters
     ----------
-    sources
-        Their ids.
-    to
-        Folder of the mirror.
     years, bbox
-        As text: ``1992-1999``, and ``west,south,east,north``.
+        As text: ``1992-1999``, and ``west,south,east,north`` in degrees.
     token
-        Environment variable that holds a bearer token.
+        Name of the environment variable that holds a bearer token.
     tell
-        Called with a line for each source.
+        Called with one line per fetched source.
     **options
-        Of :func:`fetch`.
+        Passed to :func:`fetch`.
 
     Raises
     ------
     ConfigError
-        If an option is not what it should be.
+        If an option is invalid.
     DataError
-        If a source or a file failed; all others have been brought.
+        If a source or file failed; all others have been fetched.
     """
     try:
         wanted = None if years is None else [int(y) for y in expand_years(years.split(","))]
@@ -238,7 +231,7 @@ def _box(text: str) -> Bounds:
     return west, south, east, north
 
 
-# -- bringing -----------------------------------------------------------------------------------------------------------
+# -- fetching -----------------------------------------------------------------------------------------------------------
 
 
 def _check_names(plan: Plan) -> None:
@@ -303,7 +296,7 @@ def _bring_all(
 def _bring(
     file: Wanted, folder: Path, known: Mapping[str, Any] | None, bring: Callable[[Wanted, Path], Stored]
 ) -> tuple[Stored, str]:
-    """Keep a file that is whole, or bring it."""
+    """Keep a complete file, or fetch it."""
     path = inside(folder, file.name)
     by_hand = local_path(file.href) == path
     if path.is_file():
@@ -326,7 +319,7 @@ def _origin(file: Wanted, folder: Path) -> str:
 
 
 def _size_of(file: Wanted, *, allowed: set[str], headers: Mapping[str, str]) -> int | None:
-    """Bytes of a file, from the catalogue or else from its host; None if neither says."""
+    """Return a file's bytes from the catalogue, or else from its host; None if neither states them."""
     if file.size is not None:
         return file.size
     local = local_path(file.href)
