@@ -1,8 +1,8 @@
-"""What a catalogue may point to: a catalogue is a text of a stranger, and its hrefs are not followed everywhere.
+"""Limit where the hrefs of an untrusted catalogue may lead.
 
-A catalogue in a local folder reaches the folder above its own, and nothing else; a remote one reaches other hosts, and no local
-file. :class:`Reach` is that rule, :class:`CatalogIO` reads the documents of a catalogue by it: with limits on their size and
-number, with retries, and with the user's headers for the host of the catalogue alone.
+By default a local catalogue reaches only files below the parent of its folder, and a remote one reaches any host but no
+local file. :class:`Reach` is that rule. :class:`CatalogIO` reads a catalogue's documents by it, with retries, limits on
+their size and number, and the user's headers sent only to the catalogue's origin.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from urllib3 import Retry
 from ai4land.errors import DataError
 
 Beyond = Literal["none", "hosts", "all"]
-"""How far a catalogue may reach beyond its own: not, to other hosts, or to other hosts and any local file."""
+"""How far a catalogue may reach beyond the default: no further, to other hosts, or also to any local file."""
 
 LARGEST_DOCUMENT = 2**26
-"""Bytes of one JSON document."""
+"""Most bytes in one JSON document."""
 MOST_DOCUMENTS = 200_000
-"""Documents that are read of one catalogue."""
+"""Most documents read from one catalogue."""
 RETRIES = Retry(
     total=5,
     backoff_factor=0.5,
@@ -36,7 +36,7 @@ RETRIES = Retry(
     allowed_methods=None,
     raise_on_status=False,
 )
-"""Retries of a request: a search by POST changes nothing and is sent again too."""
+"""Retries of a request, including searches by POST, which change nothing."""
 
 _WEB = ("http", "https")
 _REMOTE = (*_WEB, "s3", "gs")
@@ -49,13 +49,11 @@ class Reach:
     Attributes
     ----------
     catalog
-        Its address, for messages.
+        Its path or URL, for messages.
     root
-        The folder that a local catalogue has to stay in; None for a remote one.
+        Folder that a local catalogue must stay in; None for a remote one.
     origin
-        Of a remote one: scheme, host and port.
-    beyond
-        What else it may reach.
+        Scheme, host and port of a remote catalogue; empty for a local one.
     """
 
     catalog: str
@@ -65,9 +63,9 @@ class Reach:
 
     @classmethod
     def of(cls, catalog: str | Path, *, beyond: Beyond = "none") -> Reach:
-        """Say what a catalogue may point to: a local one, to the folder above its own.
+        """Derive the rule from a catalogue's path or URL; a local one may reach the parent of its folder.
 
-        Its own is that of its JSON file, or for a collection.json below a catalog.json that of the latter.
+        That folder holds its JSON file, or for a collection.json the catalog.json one level up if there is one.
         """
         href = str(catalog)
         path = local_path(href)
@@ -79,13 +77,7 @@ class Reach:
         return cls(href, folder.parent, "", beyond)
 
     def check(self, href: str, *, what: str) -> None:
-        """Refuse an absolute href that leaves what the catalogue may reach.
-
-        Raises
-        ------
-        DataError
-            If it does; with the href and ``what`` it is.
-        """
+        """Raise DataError, naming the href and ``what`` it is, if an absolute href leads out of reach."""
         scheme = urlparse(href).scheme if "://" in href else ""
         if href.startswith("/vsi") or scheme not in ("", "file", *_REMOTE):
             raise self._refusal(href, what, f"a URL with one of {', '.join(_REMOTE)} or a file; correct the catalogue")
@@ -114,7 +106,7 @@ class Reach:
 
 
 def local_path(href: str) -> Path | None:
-    """Path of a bare path or a ``file://`` URL; None for other URLs.
+    """Return the path of a bare path or a ``file://`` URL; None for other URLs.
 
     >>> local_path("file:///a/b%20c.tif").as_posix(), local_path("https://a/b.tif")
     ('/a/b c.tif', None)
@@ -125,7 +117,7 @@ def local_path(href: str) -> Path | None:
 
 
 def origin(href: str) -> str:
-    """Scheme, host and port of a URL: what a token is for.
+    """Return scheme, host and port of a URL, to which a token is bound.
 
     >>> origin("https://a.org:8443/stac/catalog.json")
     'https://a.org:8443'
@@ -144,14 +136,7 @@ def _inside(path: Path, root: Path) -> bool:
 class CatalogIO(StacApiIO):
     """Reads the documents of one catalogue or API.
 
-    Parameters
-    ----------
-    reach
-        What it may point to.
-    headers
-        HTTP headers, sent to the origin of the catalogue only.
-    timeout
-        Of one request, in seconds.
+    ``headers`` go only to the catalogue's origin; ``timeout`` is in seconds per request.
     """
 
     def __init__(self, reach: Reach, *, headers: Mapping[str, str] | None = None, timeout: float | None = 60.0) -> None:
@@ -161,7 +146,7 @@ class CatalogIO(StacApiIO):
         self._read = 0
 
     def read_text(self, source: Any, *args: Any, **kwargs: Any) -> str:
-        """Read a document, local or remote, if the catalogue may point to it."""
+        """Read a local or remote document; raise DataError if it is out of reach or too large."""
         if not isinstance(source, str):
             return super().read_text(source, *args, **kwargs)
         if urlparse(source).scheme in _WEB:
@@ -182,7 +167,7 @@ class CatalogIO(StacApiIO):
         headers: dict[str, str] | None = None,
         parameters: dict[str, Any] | None = None,
     ) -> str:
-        """Ask a server for a document; a status of 429 or 5xx is asked again, later and later."""
+        """Request a document, retrying after a status of 429 or 5xx with growing pauses; raise APIError if it fails."""
         self.reach.check(href, what="link")
         self._count()
         verb = (method or "GET").upper()

@@ -1,8 +1,8 @@
-"""The sources that a run is made from: what they are, under which licence, how to cite them and how to get them.
+"""The known sources: what they are, their licences, how to cite them and how to get them.
 
-They are listed in a static STAC catalogue that comes with the package (``catalogs/inputs``), one Collection a source. Beside
-the fields of STAC it uses ``ai4land:legend`` (class scheme of a land-cover map), ``ai4land:crosswalk`` (built-in crosswalks from
-its states) and ``ai4land:access`` (how to get it). The years of the files are in ``start_datetime`` and ``end_datetime`` of the assets.
+The package ships them as a static STAC catalogue (``catalogs/inputs``), one Collection per source. Three fields are its own:
+``ai4land:legend`` (class scheme of a land-cover map), ``ai4land:crosswalk`` (built-in crosswalks from its states) and
+``ai4land:access`` (how to get it). The assets' ``start_datetime`` and ``end_datetime`` give the years of the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ai4land.errors import ConfigError
 from ai4land.places import shipped
 
 OTHER = "other"
-"""Licence of STAC for what has no SPDX id, or for a mix of licences."""
+"""STAC's licence for data without an SPDX id or with several licences."""
 _FREE = ("CC0-1.0", "CC-PDM-1.0")
 _BY = "CC-BY-4.0"
 _SHARE_ALIKE = "CC-BY-SA-4.0"
@@ -32,15 +32,11 @@ class SourceFile:
     Attributes
     ----------
     key
-        Key of the asset.
-    href
-        Where it is.
-    media_type, title
-        What it is.
+        Asset key.
     years
-        First and last year that it is of; None if it is of all years of the source, or of none.
+        First and last year; None if the file covers all years of the source, or has none.
     size, checksum
-        Bytes, and hexadecimal multihash; None where they are not known.
+        Bytes and hexadecimal multihash; None if unknown.
     """
 
     key: str
@@ -59,17 +55,17 @@ class Access:
     Attributes
     ----------
     kind
-        ``url`` (the files have addresses), ``stac`` (an API is searched) or ``manual`` (by hand, see ``steps``).
+        ``url`` (download ``files``), ``stac`` (search ``api``) or ``manual`` (follow ``steps``).
     api, collection, asset
-        Of a STAC API.
+        URL of a STAC API, collection id and asset key.
     signing
-        Who signs the addresses: ``planetary_computer``, or none.
+        Service that signs URLs: ``planetary_computer`` or empty.
     page, steps
-        Where to go and what to do there.
+        Web page, and what to do there.
     patterns
-        Names of the files to be put in by hand, with wildcards.
+        Names, with wildcards, of files to add by hand.
     files
-        Of kind ``url``.
+        Files of kind ``url``.
     """
 
     kind: Literal["url", "stac", "manual"]
@@ -89,30 +85,22 @@ class InputSource:
 
     Attributes
     ----------
-    id, title, description
-        What it is.
-    licence
-        SPDX id, or ``other``.
-    licence_url
-        Text of the licence, or the page that states the terms.
+    licence, licence_url
+        SPDX id or ``other``, and the page with the text or terms.
     citation
-        As the producers ask for it.
+        In the producers' wording.
     doi
-        Of the data, or else of the publication that describes them; empty if there is neither.
+        DOI of the data, or else of the publication that describes them; may be empty.
     providers
-        Names of the producers, processors and hosts.
-    years
-        First and last.
-    bbox
-        West, south, east, north in degrees.
+        Names of producers, processors and hosts.
+    years, bbox
+        First and last year; west, south, east, north in degrees.
     legend
-        Class scheme of a land-cover map, as given to :func:`ai4land.legend.load_legend`; None for other data.
+        Class scheme of a land-cover map, for :func:`ai4land.legend.load_legend`; None for other data.
     crosswalks
-        Built-in crosswalks from its states, as given to :func:`ai4land.crosswalk.load_crosswalk`.
-    access
-        How to get it.
+        Built-in crosswalks from its states, for :func:`ai4land.crosswalk.load_crosswalk`.
     page
-        Page about it; empty if there is none.
+        Web page about the source; may be empty.
     """
 
     id: str
@@ -132,17 +120,12 @@ class InputSource:
 
 
 def catalog_path() -> Path:
-    """Path of the catalogue of the inputs, which comes with the package."""
+    """Return the path of the input catalogue shipped with the package."""
     return shipped("catalogs") / "inputs" / "catalog.json"
 
 
 def load_source(name: str) -> InputSource:
-    """Load one source that the package knows.
-
-    Raises
-    ------
-    ConfigError
-        If no source has that id.
+    """Load a known source by id; raise ConfigError if there is none.
 
     >>> load_source("hildaplus-v2").doi
     '10.1594/PANGAEA.974335'
@@ -154,27 +137,16 @@ def load_source(name: str) -> InputSource:
 
 
 def credits_of(names: Iterable[str]) -> list[InputSource]:
-    """List the sources to be credited, each once, sorted by id.
-
-    Raises
-    ------
-    ConfigError
-        If one is not known.
-    """
+    """List the sources to credit, each once, sorted by id; raise ConfigError if one is unknown."""
     return [load_source(name) for name in sorted(set(names))]
 
 
 def licence_of(names: Iterable[str]) -> str:
-    """Say under which licence a result of these sources can be given away.
+    """Return the licence for distributing a result made from these sources.
 
-    That of all of them, if they have the same. A mix of public domain (CC0, Public Domain Mark) and CC BY is CC BY, which asks for
-    the credits that all of them want. With CC BY-SA among them it is CC BY-SA, as share-alike demands. Anything else, and no source
-    at all, is ``other``: a person has to read the terms.
-
-    Raises
-    ------
-    ConfigError
-        If a source is not known.
+    If all sources share one licence, use it. A mix of public domain (CC0, Public Domain Mark) and CC BY becomes CC BY, which
+    requires crediting all of them. If CC BY-SA is among these, the result is CC BY-SA, as share-alike demands. Anything else,
+    or no source at all, is ``other``: a person must read the terms. Raises ConfigError if a source is unknown.
 
     >>> licence_of(["hildaplus-v2", "chelsa-bioclim"]), licence_of(["hildaplus-v2", "luh2-v2h"]), licence_of(["esa-cci-lc", "luh2-v2h"])
     ('CC-BY-4.0', 'CC-BY-SA-4.0', 'other')
@@ -183,7 +155,7 @@ def licence_of(names: Iterable[str]) -> str:
 
 
 def mix(licences: Set[str]) -> str:
-    """Say the licence of a mix, by the rule of :func:`licence_of`."""
+    """Return the licence of a mix of licences, by the rule of :func:`licence_of`."""
     if len(licences) == 1:
         return next(iter(licences))
     if licences and licences <= {*_FREE, _BY}:

@@ -1,8 +1,7 @@
-"""A mirror: a folder of files with a static STAC catalogue of its own, which can be carried to where there is no network.
+"""A mirror: a folder of files with its own static STAC catalogue, which can be copied to a place without a network.
 
-Below the mirror each source has a folder, with ``collection.json``, an item in a folder of its own for each thing, and
-``manifest.json``: size, SHA-256 and origin of every file. All hrefs are relative, and every name is made of an id in
-such a way that nothing can be written outside the mirror.
+Each source has a folder with ``collection.json``, one folder per item, and ``manifest.json`` with the size, SHA-256 and
+origin of every file. All hrefs are relative, and file names are sanitised so that nothing is written outside the mirror.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 def safe_name(text: str) -> str:
-    """Make a file name of an id: letters, digits, dot, dash and underscore, and no dot in front; another id gives another name.
+    """Turn an id into a file name of letters, digits, ``.-_``, without a leading dot; different ids give different names.
 
     >>> safe_name("S2_31UFS.2020"), safe_name("../../etc/passwd")
     ('S2_31UFS.2020', 'etc_passwd-3754d6cb')
@@ -48,7 +47,7 @@ def safe_name(text: str) -> str:
 
 
 def plain_href(href: str) -> str:
-    """Address without user, query and fragment, where secrets may be.
+    """Strip user, query and fragment from a URL, because they may hold secrets.
 
     >>> plain_href("https://me:secret@a.org/b.tif?sig=secret")
     'https://a.org/b.tif'
@@ -58,13 +57,7 @@ def plain_href(href: str) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Path of a file of a mirror.
-
-    Raises
-    ------
-    DataError
-        If a link that lies there would lead out of the folder.
-    """
+    """Return the path of ``name`` in a folder; raise DataError if a symbolic link leads out of the folder."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{path} leads to {path.resolve()}, expected a place below {folder}; remove the link")
@@ -72,18 +65,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_ours(mirror: Path, folder: Path) -> None:
-    """Refuse to write over the catalogue of somebody else.
-
-    Parameters
-    ----------
-    mirror, folder
-        The mirror, and the folder of a source in it.
-
-    Raises
-    ------
-    DataError
-        If either holds a catalogue that is not of a mirror.
-    """
+    """Raise DataError if the mirror or a source's folder in it holds a catalogue that AI4Land did not write."""
     catalog = mirror / "catalog.json"
     if catalog.is_file() and f'"id": "{_ID}"' not in catalog.read_text(encoding="utf-8", errors="replace"):
         raise DataError(f"{catalog} is another catalogue, expected that of a mirror or none; choose another folder")
@@ -93,12 +75,12 @@ def check_ours(mirror: Path, folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a folder for this process; where the file system has no locks, warn and go on.
+    """Lock a folder for this process; warn and continue if the file system has no locks.
 
     Raises
     ------
     DataError
-        If another process holds it, and there is no ``wait``.
+        If another process holds the lock and ``wait`` is false.
     """
     try:
         file = lock(folder / ".lock", wait=wait)
@@ -113,7 +95,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read what is known of the files of a source: path below its folder to href, size and SHA-256."""
+    """Read href, size and SHA-256 of a source's files by path below its folder; empty if there is no valid manifest."""
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         return {str(name): dict(entry) for name, entry in files.items()}
@@ -122,19 +104,16 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON atomically."""
     write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def file_item(
     key: str, *, path: Path, bbox: tuple[float, float, float, float], years: tuple[int, int], media_type: str, title: str
 ) -> dict[str, Any]:
-    """Describe one file as a STAC item with the asset ``data``; a GeoTIFF tells its own place, types and nodata value.
+    """Describe one file as a STAC item with the asset ``data``; a GeoTIFF gives its own place, types and nodata.
 
-    Raises
-    ------
-    DataError
-        If a GeoTIFF can not be read.
+    Raises DataError if a GeoTIFF cannot be read.
     """
     asset: dict[str, Any] = {"type": media_type, "title": title, "roles": ["data"]}
     extensions = []
@@ -174,13 +153,13 @@ def write_item(folder: Path, item: Mapping[str, Any], files: Mapping[str, tuple[
     Parameters
     ----------
     folder
-        Of the source.
+        Folder of the source.
     item
-        The item; its links, and assets that are neither in ``files`` nor were written before, are left out.
+        The item. Its links are replaced; only assets in ``files``, or written before and still there, are kept.
     files
-        Path below the folder, and what is stored there, by asset.
+        Path below the folder, size and checksum, by asset key.
     collection
-        Id of the collection.
+        Collection id.
     """
     name = safe_name(str(item["id"]))
     place = inside(folder, f"{name}/{name}.json")
@@ -199,7 +178,7 @@ def write_item(folder: Path, item: Mapping[str, Any], files: Mapping[str, tuple[
 
 
 def _assets_before(place: Path) -> dict[str, Any]:
-    """Assets of an item that was written before, if their files are still there."""
+    """Return the assets of a previously written item whose files still exist."""
     try:
         assets = json.loads(place.read_text(encoding="utf-8"))["assets"]
         return {k: a for k, a in assets.items() if (place.parent / a["href"]).is_file()}
@@ -208,7 +187,7 @@ def _assets_before(place: Path) -> dict[str, Any]:
 
 
 def write_collection(folder: Path, collection: Mapping[str, Any]) -> None:
-    """Write the collection of a source, with a link to every item that lies in its folder."""
+    """Write a source's collection, with a link to every item in its folder."""
     items = sorted(p.parent.name for p in folder.glob("*/*.json") if p.stem == p.parent.name)
     kept = [k for k in collection.get("links", []) if k.get("rel") in _KEPT_LINKS and str(k.get("href", "")).startswith("http")]
     links = [
@@ -225,7 +204,7 @@ def write_collection(folder: Path, collection: Mapping[str, Any]) -> None:
 
 
 def write_catalog(mirror: Path) -> Path:
-    """Write the catalogue of a mirror, with a link to every source that lies there."""
+    """Write a mirror's catalogue, with a link to every source in it; return its path."""
     with locked(mirror, wait=True):
         sources = sorted(p.parent.name for p in mirror.glob("*/collection.json"))
         links = [{"rel": "root", "href": "./catalog.json", "type": "application/json"}]
