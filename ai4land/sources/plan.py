@@ -1,7 +1,7 @@
-"""The files that make up a source, and the items that they make once they are there.
+"""Plan a fetch: the files of a source, and the STAC items that describe them.
 
-:func:`plan_known` for a source that the package knows, :func:`plan_stac` for a collection of any catalogue or API. Nothing is
-downloaded here; :mod:`ai4land.sources.fetch` does it.
+:func:`plan_known` plans a known source, :func:`plan_stac` a collection of any STAC catalogue or API. Nothing is downloaded
+here; :mod:`ai4land.sources.fetch` does that.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _TYPES = {".tif": "image/tiff; application=geotiff", ".tiff": "image/tiff; appli
 
 @dataclass(frozen=True)
 class Wanted:
-    """One file.
+    """One file to fetch.
 
     Attributes
     ----------
     name
-        Path below the folder of the source.
+        Path below the source's folder.
     href
-        Where it is, as the catalogue says.
+        Path or URL as the catalogue states it.
     address
-        Gives its URL, signed if need be.
+        Returns the URL, signed if necessary.
     size, checksum
-        Bytes, and hexadecimal multihash; None where they are not known.
+        Bytes and hexadecimal multihash; None if unknown.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Thing:
-    """One item: ``item`` describes it when its ``files``, by asset, are in the folder that it is given."""
+    """One item: its ``files`` by asset key; ``item`` takes the source's folder, with the files in it, and describes them."""
 
     item: Callable[[Path], dict[str, Any]]
     files: dict[str, Wanted]
@@ -64,7 +64,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Plan:
-    """A source: its id, what its collection says, its items, and the origin that may see the user's token."""
+    """A source's id, collection and items, and the origin that may receive the user's token."""
 
     source: str
     collection: dict[str, Any]
@@ -82,25 +82,23 @@ def plan_known(
     modifier: Modifier | None,
     timeout: float,
 ) -> Plan:
-    """List the files of a source that the package knows.
+    """List the files of a known source.
 
     Parameters
     ----------
-    source
-        The source.
     folder
-        Its folder in the mirror, where files are put in by hand.
-    years, bbox
-        Which items; files with years are chosen by them, other files are taken whole.
-    headers, modifier, timeout
+        The source's folder in the mirror, which holds files added by hand.
+    years
+        Select STAC items, and files with years; files without years are always taken, files added by hand too.
+    bbox, headers, modifier, timeout
         For a STAC API; as in :func:`ai4land.sources.search.find_items`.
 
     Raises
     ------
     DataError
-        If it has nothing of these years, its API can not be read, or files are to be put in by hand and are not there.
+        If the source has nothing in these years, its API cannot be read, or files to be added by hand are missing.
     ConfigError
-        If the package that signs its items is not installed.
+        If its signing service is unknown or that service's package is not installed.
     """
     own = json.loads((catalog_path().parent / source.id / "collection.json").read_text(encoding="utf-8"))
     span = range(source.years[0], source.years[1] + 1)
@@ -138,7 +136,7 @@ def _describe(
 
 
 def _by_hand(source: InputSource, folder: Path) -> list[Thing]:
-    """List the files of a source that a person has put into its folder."""
+    """List the files that a user has put into a source's folder."""
     access = source.access
     things = []
     for path in sorted(folder.rglob("*")):
@@ -179,18 +177,18 @@ def plan_stac(
     Parameters
     ----------
     source
-        Id of the collection in the mirror.
+        Collection id in the mirror.
     catalog, collection, years, bbox, headers, timeout, beyond
         As in :func:`ai4land.sources.search.find_items`.
     assets
-        Keys of the assets; those with the role ``data``, or all if none has it, if empty.
+        Asset keys; if empty, those with the role ``data``, or all if none has it.
     modifier
         Signs an item; called before each attempt to download one of its assets.
 
     Raises
     ------
     DataError
-        If the catalogue can not be read, nothing is found, or an item lacks one of the assets.
+        If the catalogue cannot be read, nothing is found, or an item lacks one of the assets.
     """
     about = find_collection(catalog, collection=collection, headers=headers, timeout=timeout, beyond=beyond)
     items = find_items(catalog, collection=collection, bbox=bbox, years=years, headers=headers, timeout=timeout, beyond=beyond)
@@ -256,12 +254,9 @@ def _suffix(href: str) -> str:
 
 
 def signer(name: str) -> Modifier | None:
-    """Find the function that signs items of a host; ``name`` as in :attr:`ai4land.sources.known.Access.signing`.
+    """Return the function that signs items for a service (:attr:`ai4land.sources.known.Access.signing`); None if empty.
 
-    Raises
-    ------
-    ConfigError
-        If it is not known, or its package is not installed.
+    Raises ConfigError if the service is unknown or its package is not installed.
     """
     if not name:
         return None

@@ -1,7 +1,7 @@
-"""Finding in STAC: the items of a collection, in a static catalogue or an API.
+"""Find the items of a STAC collection.
 
-:func:`find_items` is the same for a static catalogue (a JSON file, by path or URL, that is walked) and for an API (that is
-searched). What a catalogue may point to is decided by :mod:`ai4land.sources.hrefs`; :mod:`ai4land.rasters.items` brings the items onto a grid.
+:func:`find_items` walks a static catalogue (a JSON file, by path or URL) or searches an API. :mod:`ai4land.sources.hrefs`
+limits what a catalogue may point to.
 """
 
 from __future__ import annotations
@@ -57,34 +57,36 @@ def find_items(
     Parameters
     ----------
     catalog
-        Path or URL of a catalog.json or collection.json, or URL of the landing page of an API.
+        Path or URL of a catalog.json or collection.json, or URL of an API's landing page.
     collection
-        Its id.
+        Collection id.
     bbox
-        West, south, east, north in degrees; items that touch it are found. A box that crosses the dateline has
-        ``west > east``, or reaches beyond 180 or -180.
+        West, south, east, north in degrees; selects items that touch it. A box across the dateline has ``west > east`` or
+        extends beyond 180 or -180.
     years
-        Items whose time touches one of these years, and items without time.
+        Selects items whose time overlaps one of these years, and items without a time.
     modifier
-        Called with each item, for signing; changes it in place or gives another.
+        Signs each item, in place or by returning a new one.
     headers
-        HTTP headers, such as a bearer token, for the host of the catalogue.
+        HTTP headers, such as a bearer token, sent only to the catalogue's origin.
     timeout
-        Of one request, in seconds.
+        Seconds per request.
     beyond
-        How far links and assets of a catalogue may reach that you trust: those of a local one stay below the folder above
-        its own, if not ``hosts`` (the web as well) or ``all`` (any file as well); those of a remote one name no local file, if not ``all``.
+        How far links and assets of a trusted catalogue may reach. A local one stays below the parent of its folder, unless
+        ``hosts`` (also the web) or ``all`` (also any file). A remote one may name local files only with ``all``.
 
     Returns
     -------
     list of pystac.Item
-        Each once, sorted by id, with absolute asset hrefs (``file://`` or a URL).
+        Unique, sorted by id, with absolute asset hrefs (``file://`` or a URL).
 
     Raises
     ------
     DataError
-        If the catalogue can not be read, has no such collection, no item meets the box and the years, or a link or an
-        asset leads where the catalogue may not reach.
+        If the catalogue cannot be read or has no such collection, no item matches box and years, or a link or asset is out of
+        the catalogue's reach.
+    ConfigError
+        If south is above north in ``bbox``.
     """
     boxes = [] if bbox is None else split_bbox(bbox)
     wanted = None if years is None else sorted({int(y) for y in years})
@@ -112,17 +114,9 @@ def find_collection(
     timeout: float | None = 60.0,
     beyond: Beyond = "none",
 ) -> dict[str, Any]:
-    """Read what a catalogue or an API says about a collection, with its links as they are.
+    """Read the description of a collection, with its links unchanged; parameters as in :func:`find_items`.
 
-    Parameters
-    ----------
-    catalog, collection, headers, timeout, beyond
-        As in :func:`find_items`.
-
-    Raises
-    ------
-    DataError
-        If the catalogue can not be read or has no such collection.
+    Raises DataError if the catalogue cannot be read or has no such collection.
     """
     io = CatalogIO(Reach.of(catalog, beyond=beyond), headers=headers, timeout=timeout)
     with _reading(catalog), warnings.catch_warnings():
@@ -132,7 +126,7 @@ def find_collection(
 
 
 def split_bbox(bbox: Bounds) -> list[Bounds]:
-    """Cut a box in degrees at the dateline, into boxes within -180..180.
+    """Split a box in degrees at the dateline into boxes within -180..180; ConfigError if south is above north.
 
     >>> split_bbox((170, -5, -170, 5)), split_bbox((-190, -5, -170, 5))
     ([(170, -5, 180.0, 5), (-180.0, -5, -170, 5)], [(170, -5, 180.0, 5), (-180.0, -5, -170, 5)])
@@ -153,7 +147,7 @@ def split_bbox(bbox: Bounds) -> list[Bounds]:
 
 @contextmanager
 def _reading(catalog: str | Path) -> Iterator[None]:
-    """Turn the errors of reading a catalogue into a DataError that names it."""
+    """Turn errors of reading a catalogue into a DataError that names it."""
     try:
         yield
     except _UNREADABLE as error:
@@ -171,7 +165,7 @@ def _reading(catalog: str | Path) -> Iterator[None]:
 def _search(catalog: str, collection: str, boxes: list[Bounds], years: list[int] | None, io: CatalogIO) -> list[pystac.Item]:
     root, api = _open(catalog, io)
     with warnings.catch_warnings():
-        # A static catalogue is walked: that is what pystac-client warns about.
+        # pystac-client warns that it walks a static catalogue, which is intended.
         warnings.simplefilter("ignore", FallbackToPystac)
         found = _collection(root, api, catalog, collection)
         if not api:
@@ -183,7 +177,7 @@ def _search(catalog: str, collection: str, boxes: list[Bounds], years: list[int]
 
 
 def _open(catalog: str, io: CatalogIO) -> tuple[pystac.Catalog, bool]:
-    """Open a catalogue, and tell whether it is an API."""
+    """Open a catalogue; also return whether it is an API."""
     local = local_path(catalog)
     href = catalog if local is None else str(local.resolve())
     landing = io.read_json(href)
@@ -205,7 +199,7 @@ def _collection(root: pystac.Catalog, api: bool, catalog: str, collection: str) 
 
 
 def meets(item: pystac.Item, boxes: list[Bounds]) -> bool:
-    """Whether an item touches one of some boxes; one without a box, and no boxes, count as yes."""
+    """Whether an item touches any of the boxes; true if the item has no box or there are no boxes."""
     if not boxes or item.bbox is None:
         return True
     box = item.bbox if len(item.bbox) == 4 else [*item.bbox[:2], *item.bbox[3:5]]
@@ -214,7 +208,7 @@ def meets(item: pystac.Item, boxes: list[Bounds]) -> bool:
 
 
 def years_of_item(item: pystac.Item) -> tuple[int | None, int | None]:
-    """First and last year of an item's time; None if it has none. An end at the first moment of a year is that of the year before."""
+    """Return an item's first and last year, or None; an end at the first instant of a year counts as the year before."""
     start = item.common_metadata.start_datetime or item.datetime
     end = item.common_metadata.end_datetime or item.datetime or start
     if start is not None and end is not None and end > start and (end.month, end.day, end.time()) == (1, 1, dt.time()):
@@ -234,7 +228,7 @@ def _span(years: list[int] | None) -> str:
 
 
 def _absolute(item: pystac.Item, reach: Reach) -> None:
-    """Make asset hrefs absolute URLs that the catalogue may point to; odc-stac would resolve a bare path against the URL of an API."""
+    """Make asset hrefs absolute URLs and check them; odc-stac would resolve a bare path against an API's URL."""
     for key, entry in item.assets.items():
         href: str | None = entry.href
         if "://" not in entry.href and not Path(entry.href).is_absolute():
