@@ -54,7 +54,7 @@ class RasterLayer:
     scale, offset
         The true value is ``stored * scale + offset``.
     attrs
-        ``units`` and ``long_name``, where the file has them.
+        ``units`` and ``long_name``, if the file has them.
     """
 
     source: str
@@ -130,10 +130,7 @@ def reading(name: str, *, kind: str = "a raster") -> Iterator[None]:
 def open_dataset(path: str | Path) -> xr.Dataset:
     """Open a NetCDF file or Zarr group lazily with stored values: not masked, not scaled, times as numbers.
 
-    Raises
-    ------
-    DataError
-        If it is missing, truncated, in another format, or stored in blocks that would fill the memory.
+    Raises DataError if it is missing, truncated, in another format, or stored in blocks that would fill the memory.
     """
     name = str(path)
     with reading(name, kind="NetCDF or Zarr"):
@@ -155,13 +152,7 @@ def open_dataset(path: str | Path) -> xr.Dataset:
 
 
 def pick_variable(dataset: xr.Dataset, variable: str | None, *, source: str | Path) -> xr.DataArray:
-    """Return the named variable, or the only one with latitude and longitude.
-
-    Raises
-    ------
-    DataError
-        If the variable is missing, or several exist and none is named.
-    """
+    """Return the named variable, or the only one with latitude and longitude; raise DataError if there is none or several."""
     dims = {str(_axis(dataset, *axis, source=source)) for axis in (_LATITUDE, _LONGITUDE)}
     maps = [str(n) for n, v in dataset.data_vars.items() if dims <= {str(d) for d in v.dims}]
     if variable is None and len(maps) == 1:

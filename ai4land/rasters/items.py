@@ -53,13 +53,11 @@ def load_asset(
     Parameters
     ----------
     items
-        Items of one collection, from :func:`find_items`.
-    asset
-        Asset key.
+        Items of one collection, from :func:`ai4land.sources.search.find_items`.
     resampling
         As in :func:`ai4land.rasters.read.open_raster`.
     nodata
-        For an integer ``dtype``, the nodata value of the result; for floats, that of the files if the catalogue states none.
+        Nodata value of the files if the catalogue states none. An integer result uses it too, or else the catalogue's.
     patch_url
         Signs each asset's href before it is read.
     window
@@ -68,8 +66,8 @@ def load_asset(
     Returns
     -------
     xarray.DataArray
-        Lazy, ``(latitude, longitude)`` on the grid, one chunk per shard; NaN or ``nodata`` (also in ``attrs``) where there is
-        no value. Call :func:`ai4land.rasters.gaps.check_any` on the computed result to detect an empty one.
+        Lazy, ``(latitude, longitude)`` on the grid, one chunk per shard; NaN or ``nodata`` (for integers also in ``attrs``)
+        where there is no value. Check the computed result with :func:`ai4land.rasters.gaps.check_any`.
 
     Raises
     ------

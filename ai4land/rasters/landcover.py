@@ -51,11 +51,8 @@ class AnnualMap:
     def read(self, window: Window | None = None) -> NDArray[np.uint8]:
         """Read class codes on the grid's fine cells or a window of them; cells without a class hold the fill code.
 
-        Raises
-        ------
-        DataError
-            If the map holds a code outside the legend, has no class on the whole grid (a window may have none), or
-            cannot be read; see :func:`ai4land.rasters.read.open_raster`.
+        Raises DataError if the map holds a code outside the legend, has no class on the whole grid (a window may have none),
+        or cannot be read; see :func:`ai4land.rasters.read.open_raster`.
         """
         field = open_raster(
             self.path,
@@ -94,7 +91,7 @@ def find_maps(
     years
         Years to find; all if None.
     resampling
-        ``exact`` for maps on the grid's lattice; ``nearest``; or ``mode``, the most frequent class, ignoring cells without one.
+        ``exact`` for maps on the grid's lattice; ``nearest``; or ``mode``, the most frequent class, ignoring empty cells.
 
     Raises
     ------
@@ -128,7 +125,7 @@ class CatalogMap:
     resampling: MapResampling
 
     def read(self, window: Window | None = None) -> NDArray[np.uint8]:
-        """Read class codes as :meth:`AnnualMap.read` does."""
+        """Read class codes as :meth:`AnnualMap.read` does, except that a map without any class is not refused."""
         w = window or Window(0, 0, *self.grid.shape)
         fill = self.legend.fill.code
         items = items_in(self.path, collection=self.collection, grid=self.grid, window=w)

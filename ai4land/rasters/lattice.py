@@ -26,21 +26,14 @@ MOST_CELLS = 2**31
 
 
 def check_lattice(transform: Affine, grid: Grid, *, source: str, exact: bool = True) -> None:
-    """Check that a source's cells lie on the grid's lattice.
+    """Raise DataError if a source's cells do not lie on the grid's lattice.
 
     Parameters
     ----------
     transform
         From column and row to a cell's upper-left corner, in the grid's reference system.
-    source
-        Name for the message.
     exact
         If false, refuse only a half-cell shift at the grid's cell size, which marks a pixel-is-point file.
-
-    Raises
-    ------
-    DataError
-        If they do not.
     """
     a, t = grid.fine.affine, transform
     sizes = f"cells of {t.a:.9g} x {abs(t.e):.9g}, expected {a.a:.9g} x {-a.e:.9g} as in the grid"
@@ -157,8 +150,8 @@ def transform_bounds(source: CRS, target: CRS, box: Bounds) -> Bounds:
 def spread(source: CRS, target: CRS, box: Bounds) -> Bounds | None:
     """Bound, in the target system, the part of a box that can be transformed; None if no point can be.
 
-    Transforms a lattice of points over the box and pads their bounds by the largest spacing of neighbours. A result in degrees
-    that crosses the dateline has ``east > 180`` or ``west < -180``.
+    Transforms a lattice of points over the box and pads their bounds by the largest spacing of neighbours. A result in
+    degrees that crosses the dateline has ``east > 180`` or ``west < -180``.
     """
     west, south, east, north = box
     x, y = np.meshgrid(np.linspace(west, east, _POINTS), np.linspace(south, north, _POINTS))

@@ -113,9 +113,9 @@ def open_raster(
     Raises
     ------
     DataError
-        If the file is missing, truncated or has no reference system, the layer is ambiguous, longitudes run over 0..360 where
-        the grid needs negative ones, or the file does not overlap the grid, is off its lattice (``exact``) or has no valid
-        cell on it (a window may have none).
+        If the file is missing, truncated or has no reference system, the layer is ambiguous, longitudes run over 0..360
+        where the grid needs negative ones, or the file does not overlap the grid, is off its lattice (``exact``) or has no
+        valid cell on it (a window may have none).
     ConfigError
         If integers are to be averaged.
     """

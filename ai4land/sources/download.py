@@ -135,12 +135,7 @@ def download(
 def verify(path: Path, *, name: str, size: int | None = None, checksum: str | None = None) -> Stored:
     """Measure a file, and compare it with its expected size and checksum (hexadecimal multihash).
 
-    Raises
-    ------
-    DataError
-        If the size or checksum differs.
-    ConfigError
-        If the checksum's algorithm is unknown.
+    Raises DataError if the size or checksum differs, ConfigError if the checksum's algorithm is unknown.
     """
     algorithm, digest = ("", "") if checksum is None else split_multihash(checksum, name=name)
     hashes = {"sha256": hashlib.sha256()}

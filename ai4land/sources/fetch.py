@@ -55,14 +55,8 @@ Progress = Callable[[int, int, str], None]
 class Fetched:
     """Outcome of fetching a source.
 
-    Attributes
-    ----------
-    kept, brought
-        Number of files already complete, and of files downloaded or copied.
-    failed
-        Reason by file name.
-    size
-        Bytes of the kept and brought files.
+    ``kept`` files were already complete, ``brought`` ones were downloaded or copied; ``size`` is the bytes of both.
+    ``failed`` maps file names to reasons.
     """
 
     source: str
@@ -101,8 +95,8 @@ def fetch(
     catalog
         Path or URL of a STAC catalogue or API; None for known sources.
     years, bbox
-        Select items as in :func:`ai4land.sources.search.find_items`. For known files with URLs, ``bbox`` is ignored, and files
-        without years are always fetched.
+        Select items as in :func:`ai4land.sources.search.find_items`. For known files with URLs, ``bbox`` is ignored, and
+        files without years are always fetched.
     assets
         Asset keys; by default those with the role ``data``, or all if none has it.
     modifier
@@ -128,7 +122,7 @@ def fetch(
     Raises
     ------
     ConfigError
-        If the source is unknown.
+        If the source is unknown, ``bbox`` is invalid, or the package that signs its items is not installed.
     DataError
         If the catalogue cannot be read, nothing is found, files to be added by hand are missing, the disk is too full,
         another process is filling the folder, or the folder does not belong to a mirror.
@@ -188,7 +182,7 @@ def fetch_all(
     Raises
     ------
     ConfigError
-        If an option is invalid.
+        If an option is invalid or a source is unknown.
     DataError
         If a source or file failed; all others have been fetched.
     """

@@ -46,14 +46,8 @@ _REMOTE = (*_WEB, "s3", "gs")
 class Reach:
     """What a catalogue may point to.
 
-    Attributes
-    ----------
-    catalog
-        Its path or URL, for messages.
-    root
-        Folder that a local catalogue must stay in; None for a remote one.
-    origin
-        Scheme, host and port of a remote catalogue; empty for a local one.
+    ``root`` is the folder that a local catalogue must stay in, None for a remote one. ``origin`` is the scheme, host and
+    port of a remote catalogue, empty for a local one. ``catalog`` is its path or URL, for messages.
     """
 
     catalog: str

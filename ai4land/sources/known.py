@@ -29,14 +29,8 @@ _SHARE_ALIKE = "CC-BY-SA-4.0"
 class SourceFile:
     """One file of a source.
 
-    Attributes
-    ----------
-    key
-        Asset key.
-    years
-        First and last year; None if the file covers all years of the source, or has none.
-    size, checksum
-        Bytes and hexadecimal multihash; None if unknown.
+    ``key`` is the asset key. ``years`` are the first and last year, or None if the file covers all years of the source or
+    has none. ``size`` is in bytes and ``checksum`` a hexadecimal multihash; None if unknown.
     """
 
     key: str
@@ -60,12 +54,8 @@ class Access:
         URL of a STAC API, collection id and asset key.
     signing
         Service that signs URLs: ``planetary_computer`` or empty.
-    page, steps
-        Web page, and what to do there.
-    patterns
-        Names, with wildcards, of files to add by hand.
-    files
-        Files of kind ``url``.
+    page, steps, patterns
+        Web page, what to do there, and the names (with wildcards) of files to add by hand.
     """
 
     kind: Literal["url", "stac", "manual"]
@@ -145,8 +135,8 @@ def licence_of(names: Iterable[str]) -> str:
     """Return the licence for distributing a result made from these sources.
 
     If all sources share one licence, use it. A mix of public domain (CC0, Public Domain Mark) and CC BY becomes CC BY, which
-    requires crediting all of them. If CC BY-SA is among these, the result is CC BY-SA, as share-alike demands. Anything else,
-    or no source at all, is ``other``: a person must read the terms. Raises ConfigError if a source is unknown.
+    requires crediting all of them. If CC BY-SA is among these, the result is CC BY-SA, as share-alike demands. Anything
+    else, or no source at all, is ``other``: a person must read the terms. Raises ConfigError if a source is unknown.
 
     >>> licence_of(["hildaplus-v2", "chelsa-bioclim"]), licence_of(["hildaplus-v2", "luh2-v2h"]), licence_of(["esa-cci-lc", "luh2-v2h"])
     ('CC-BY-4.0', 'CC-BY-SA-4.0', 'other')

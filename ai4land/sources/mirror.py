@@ -77,10 +77,7 @@ def check_ours(mirror: Path, folder: Path) -> None:
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Lock a folder for this process; warn and continue if the file system has no locks.
 
-    Raises
-    ------
-    DataError
-        If another process holds the lock and ``wait`` is false.
+    Raises DataError if another process holds the lock and ``wait`` is false.
     """
     try:
         file = lock(folder / ".lock", wait=wait)
@@ -148,18 +145,10 @@ def file_item(
 
 
 def write_item(folder: Path, item: Mapping[str, Any], files: Mapping[str, tuple[str, Stored]], *, collection: str) -> None:
-    """Write an item of a source.
+    """Write an item into a source's folder, replacing its links.
 
-    Parameters
-    ----------
-    folder
-        Folder of the source.
-    item
-        The item. Its links are replaced; only assets in ``files``, or written before and still there, are kept.
-    files
-        Path below the folder, size and checksum, by asset key.
-    collection
-        Collection id.
+    ``files`` maps asset keys to paths below the folder, sizes and checksums. Only assets in ``files``, or written before and
+    still there, are kept.
     """
     name = safe_name(str(item["id"]))
     place = inside(folder, f"{name}/{name}.json")

@@ -35,16 +35,8 @@ _TYPES = {".tif": "image/tiff; application=geotiff", ".tiff": "image/tiff; appli
 class Wanted:
     """One file to fetch.
 
-    Attributes
-    ----------
-    name
-        Path below the source's folder.
-    href
-        Path or URL as the catalogue states it.
-    address
-        Returns the URL, signed if necessary.
-    size, checksum
-        Bytes and hexadecimal multihash; None if unknown.
+    ``name`` is its path below the source's folder, ``href`` its path or URL in the catalogue; ``address`` returns the URL,
+    signed if necessary. ``size`` is in bytes and ``checksum`` a hexadecimal multihash; None if unknown.
     """
 
     name: str
@@ -84,21 +76,17 @@ def plan_known(
 ) -> Plan:
     """List the files of a known source.
 
+    Raises DataError if the source has nothing in these years, its API cannot be read, or files to be added by hand are
+    missing, and ConfigError if its signing service is unknown or that service's package is not installed.
+
     Parameters
     ----------
     folder
         The source's folder in the mirror, which holds files added by hand.
     years
-        Select STAC items, and files with years; files without years are always taken, files added by hand too.
+        Select STAC items, and files with years. Files without years and files added by hand are always taken.
     bbox, headers, modifier, timeout
         For a STAC API; as in :func:`ai4land.sources.search.find_items`.
-
-    Raises
-    ------
-    DataError
-        If the source has nothing in these years, its API cannot be read, or files to be added by hand are missing.
-    ConfigError
-        If its signing service is unknown or that service's package is not installed.
     """
     own = json.loads((catalog_path().parent / source.id / "collection.json").read_text(encoding="utf-8"))
     span = range(source.years[0], source.years[1] + 1)
@@ -174,6 +162,8 @@ def plan_stac(
 ) -> Plan:
     """List the files of a collection of a STAC catalogue or API.
 
+    Raises DataError if the catalogue cannot be read, nothing is found, or an item lacks one of the assets.
+
     Parameters
     ----------
     source
@@ -184,11 +174,6 @@ def plan_stac(
         Asset keys; if empty, those with the role ``data``, or all if none has it.
     modifier
         Signs an item; called before each attempt to download one of its assets.
-
-    Raises
-    ------
-    DataError
-        If the catalogue cannot be read, nothing is found, or an item lacks one of the assets.
     """
     about = find_collection(catalog, collection=collection, headers=headers, timeout=timeout, beyond=beyond)
     items = find_items(catalog, collection=collection, bbox=bbox, years=years, headers=headers, timeout=timeout, beyond=beyond)

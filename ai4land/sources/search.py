@@ -83,8 +83,8 @@ def find_items(
     Raises
     ------
     DataError
-        If the catalogue cannot be read or has no such collection, no item matches box and years, or a link or asset is out of
-        the catalogue's reach.
+        If the catalogue cannot be read or has no such collection, no item matches box and years, or a link or asset is out
+        of the catalogue's reach.
     ConfigError
         If south is above north in ``bbox``.
     """
