@@ -49,7 +49,7 @@ _SMALL = 2**28
 """Cells of all layers and maps that this process reads in about the time that workers need to start."""
 
 _FEW = 200
-"""Tiles of a collection that samples are taken of."""
+"""Number of tiles of a collection up to which their contents are sampled."""
 
 
 def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
@@ -204,7 +204,7 @@ def read_layer(window: Window, *, layer: StaticLayer | Coordinate, run: RunConfi
 
 
 def _files(run: RunConfig, grid: Grid, maps: Iterable[AnnualMap | CatalogMap]) -> dict[str, bool]:
-    """Name the files that a run reads, as it names them, and whether their contents are looked at; of many tiles only the size is."""
+    """List the local files that a run reads and whether to sample their contents; of many tiles only the size counts."""
     s = run.scenario
     layers = [layer for layer in run.static if isinstance(layer, StaticLayer)]
     named: list[str | None] = [layer.path for layer in layers]
@@ -230,7 +230,7 @@ def _files(run: RunConfig, grid: Grid, maps: Iterable[AnnualMap | CatalogMap]) -
 
 
 def _check_files(path: Path, run: RunConfig) -> None:
-    """Refuse a store if a file that it was made from holds something else by now, or is another one under the same name."""
+    """Refuse a store if one of its input files has changed or been replaced since."""
     attrs: Any = zarr.open_group(path, mode="r").attrs
     changed = changed_files(attrs.get("files", {}), beside=run.data)
     if changed:
@@ -241,7 +241,7 @@ def _check_files(path: Path, run: RunConfig) -> None:
 
 
 def check_years(path: Path, maps: set[int], states: set[int]) -> None:
-    """Refuse a store that was made for other years.
+    """Refuse a store that lacks years of the run.
 
     Raises
     ------
