@@ -32,7 +32,7 @@ COARSE_DIMS = ("coarse_latitude", "coarse_longitude")
 Bounds = tuple[float, float, float, float]
 """West, south, east, north."""
 WIDE, DEEP = 512, 256
-"""Largest side of a chunk in cells: of arrays with one year in a chunk, and with several."""
+"""Largest side of a chunk in cells, for arrays with one year and with several years per chunk."""
 
 
 class Readable(Protocol):
@@ -133,7 +133,7 @@ class Grid:
         return GeoBox((rows // f, cols // f), Affine(a.a * f, 0.0, a.c, 0.0, a.e * f, a.f), self.fine.crs)
 
     def coarse_centres(self, cells: Window) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Centres of the rows and columns of coarse cells, also beyond the grid; across the dateline those of the other side."""
+        """Centres of rows and columns of coarse cells, also beyond the grid; a global grid wraps at the dateline."""
         a, cols = self.coarse.affine, cells.col + np.arange(cells.width, dtype=np.float64)
         if self.wraps:
             cols %= self.coarse.shape[1]
@@ -171,7 +171,7 @@ class Grid:
         return cell_areas(self.fine)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values from which :meth:`from_dict` makes the same grid."""
+        """Return plain values for :meth:`from_dict`."""
         return {
             "crs": str(self.fine.crs),
             "shape": list(self.shape),

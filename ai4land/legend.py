@@ -21,7 +21,7 @@ from ai4land.errors import ConfigError, DataError
 from ai4land.yamlfile import read_yaml
 
 MISSING = 255
-"""Class index of a cell without a class."""
+"""Index that marks a cell without a class."""
 _UNKNOWN = 254
 
 
@@ -157,7 +157,7 @@ def data_file(name: str | Path, folder: str, suffix: str) -> Path:
     Raises
     ------
     ConfigError
-        If there is none.
+        If the file does not exist.
     """
     path = Path(name)
     if path.suffix == suffix:

@@ -1,4 +1,4 @@
-"""Calendar years: as a user writes them, and as the time coordinate of a file holds them."""
+"""Calendar years, parsed from user input and decoded from the time coordinates of files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def whole_year(value: Any) -> int:
     Raises
     ------
     ValueError
-        If it is anything else: 1992.9 and true are years of nothing.
+        If it is anything else, such as 1992.9 or true.
     """
     try:
         year = int(value)
@@ -110,7 +110,7 @@ def years_in(time: xr.DataArray, *, source: str | Path, units: str | None = None
 
 
 def pick_years(held: Iterable[int], wanted: Iterable[int] | None, *, source: str | Path) -> list[int]:
-    """Sort the wanted years, all of them if None, and check that they are held.
+    """Sort the wanted years (None: all) and check that they exist.
 
     >>> pick_years([2016, 2015], None, source="states.nc")
     [2015, 2016]

@@ -1,8 +1,8 @@
-"""The stage that aligns: from a run's configuration to its analysis-ready store.
+"""The alignment stage: from a run's configuration to its analysis-ready store.
 
-Whatever can be refused is refused before anything is read at length: years that the maps or the scenario lack, a crosswalk
-without a row for a state, a split that leaks, a store of another configuration. What is large is then made shard by shard by
-the workers of the run's cluster (:mod:`ai4land.store.write`); a small region is done by this process before workers would be up.
+All checks come before long reads: missing map or scenario years, a crosswalk without a row for a state, a split that leaks, a
+store of another configuration. The cluster's workers then write a large store shard by shard (:mod:`ai4land.store.write`);
+this process writes a small one itself, which is faster than starting workers.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ from ai4land.store.write import SCENARIO_YEARS, block_memory, write_store
 _log = logging.getLogger(__name__)
 
 _SMALL = 2**28
-"""Cells of all layers and maps that this process reads in about the time that workers take to start."""
+"""Cells of all layers and maps that this process reads in about the time that workers need to start."""
 
 _FEW = 200
-"""Tiles of a collection that samples are taken of."""
+"""Number of tiles of a collection up to which their contents are sampled."""
 
 
 def align(run: RunConfig, *, tell: Tell = _log.info) -> Path:
-    """Make the analysis-ready store of a run, if it is not there.
+    """Make the analysis-ready store of a run, unless it exists.
 
     Raises
     ------
     MismatchError
-        If the store was made from something else, or another process is at work in the folder of the run.
+        If the store was made from something else, or another process is using the folder of the run.
     """
     with hold(run.folder):
         return _align(run, Inputs.of(run), tell)
@@ -115,13 +115,13 @@ def _align(run: RunConfig, inputs: Inputs, tell: Tell) -> Path:
                 progress=tell,
             )
     finally:
-        sweep(path)  # what workers have written after a failure, up to their end
+        sweep(path)  # remove what workers wrote after a failure before they ended
     return path
 
 
 @contextmanager
 def _workers(run: RunConfig, grid: Grid, maps: int, tell: Callable[[str], None]) -> Iterator[Client | None]:
-    """Get workers for a large store; a small one needs none."""
+    """Start workers for a large store; a small one needs none."""
     if grid.shape[0] * grid.shape[1] * (maps + len(run.static)) <= _SMALL or len(grid.shards()) == 1:
         yield None
         return
@@ -180,12 +180,12 @@ def _open_scenario(run: RunConfig, grid: Grid, legend: Legend, maps: Mapping[int
 
 
 def _mapped(window: Window, *, reference: AnnualMap | CatalogMap) -> NDArray[np.bool_]:
-    """Cells of a shard that are mapped: those with a class in the reference map."""
+    """Find the mapped cells of a shard: those with a class in the reference map."""
     return np.asarray(reference.read(window) != reference.legend.fill.code)
 
 
 def read_layer(window: Window, *, layer: StaticLayer | Coordinate, run: RunConfig, grid: Grid) -> NDArray[np.float32]:
-    """Read a window of a static layer of a run, NaN where it has no value."""
+    """Read a window of a static layer, NaN where it has no value."""
     if isinstance(layer, Coordinate):
         along = np.asarray(grid.coords()[layer.coordinate])[window.slices[FINE_DIMS.index(layer.coordinate)]]
         along = along[:, None] if layer.coordinate == FINE_DIMS[0] else along
@@ -204,7 +204,7 @@ def read_layer(window: Window, *, layer: StaticLayer | Coordinate, run: RunConfi
 
 
 def _files(run: RunConfig, grid: Grid, maps: Iterable[AnnualMap | CatalogMap]) -> dict[str, bool]:
-    """Name the files that a run reads, as it names them, and whether their contents are looked at; of many tiles only the size is."""
+    """List the local files that a run reads and whether to sample their contents; of many tiles only the size counts."""
     s = run.scenario
     layers = [layer for layer in run.static if isinstance(layer, StaticLayer)]
     named: list[str | None] = [layer.path for layer in layers]
@@ -230,7 +230,7 @@ def _files(run: RunConfig, grid: Grid, maps: Iterable[AnnualMap | CatalogMap]) -
 
 
 def _check_files(path: Path, run: RunConfig) -> None:
-    """Refuse a store if a file that it was made from holds something else by now, or is another one under the same name."""
+    """Refuse a store if one of its input files has changed or been replaced since."""
     attrs: Any = zarr.open_group(path, mode="r").attrs
     changed = changed_files(attrs.get("files", {}), beside=run.data)
     if changed:
@@ -241,7 +241,7 @@ def _check_files(path: Path, run: RunConfig) -> None:
 
 
 def check_years(path: Path, maps: set[int], states: set[int]) -> None:
-    """Refuse a store that was made for other years.
+    """Refuse a store that lacks years of the run.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """A run as values: pydantic models of a run file, its ``key=value`` overrides and its fingerprints.
 
 Relative paths start at ``data``. The resolved run is saved with its results. No function below the command line takes
-these models: the stages (``stages.py``) pass on the few values that each needs.
+these models: the modules of :mod:`ai4land.run` pass on the few values that each needs.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class StaticLayer(_Model):
 
     @property
     def method(self) -> str:
-        """How it is brought onto the grid: nearest for categories and bilinear for the rest, unless said."""
+        """Resampling onto the grid; default: nearest for categories, bilinear otherwise."""
         return self.resampling or ("nearest" if self.categorical else "bilinear")
 
 
@@ -285,7 +285,7 @@ class TrainConfig(_Model):
 
 
 HOW_TRAINED = {"workers", "timeout", "wait", "leave"}
-"""Settings of the training that do not shape its weights but by rounding: a training may go on with others."""
+"""Training settings that change the weights only by rounding; training may resume with different ones."""
 
 
 class ConstrainConfig(_Model):
@@ -304,7 +304,7 @@ class ConstrainConfig(_Model):
 
 
 class ReconstructConfig(_Model):
-    """What is predicted, from which map (None: without one), by how many workers."""
+    """Years to predict, the reference map (None: without one) and the workers."""
 
     reference: int | None
     years: Years
@@ -349,7 +349,7 @@ class ReconstructConfig(_Model):
 
     @property
     def hands(self) -> int:
-        """Blocks that a worker has in hand on this machine."""
+        """Blocks in flight per worker on this machine."""
         return self.at_once or min(2, self.cores)
 
 
@@ -416,7 +416,7 @@ class RunConfig(_Model):
 
     @property
     def folder(self) -> Path:
-        """Where the run leaves its results."""
+        """Folder of the results."""
         return Path(self.runs) / self.name
 
     def path(self, value: str) -> str:
@@ -430,7 +430,7 @@ class RunConfig(_Model):
         Raises
         ------
         ConfigError
-            If it is the URL of something elsewhere.
+            If it is a remote URL.
         """
         path = self.path(value)
         if "://" in path:
@@ -443,7 +443,7 @@ class RunConfig(_Model):
         return digest({name: values[name] for name in sections})
 
     def save(self, path: Path) -> None:
-        """Write the resolved run as YAML; a file that says the same is left alone."""
+        """Write the resolved run as YAML, unless the file already says the same."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             return

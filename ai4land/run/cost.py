@@ -1,8 +1,8 @@
-"""What a run takes, before it runs: work that is counted, times rates that are measured or stated.
+"""The cost of a run before it starts: counted work times measured or stated rates.
 
-The work follows from the run file and, where the analysis-ready store is there, from its mask. The rates are those of
-:func:`ai4land.run.timing.calibrate` on this machine, or those of a stated device (:data:`DEVICES`), which are estimates from
-its data sheet. Counted are training and reconstruction, which is what nodes are asked for; reading the inputs and scoring are not.
+The work follows from the run file and, once the store exists, from its mask. The rates come from
+:func:`ai4land.run.timing.calibrate` on this machine, or are data-sheet estimates for a stated device (:data:`DEVICES`).
+Training and reconstruction count; reading the inputs and scoring do not.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ CELL_BYTES = {True: 10.1, False: 18.0}
 STATIC_BYTES, MAP_BYTES = 1.3, 0.15
 """Bytes of a cell of a static map and of a cell and year of land cover in the store (Bavaria, United Kingdom, globe at 0.05 degrees: 1.1 to 1.6)."""
 PROCESS_BYTES = 0.5e9
-"""What Python and the libraries of a worker hold."""
+"""Bytes of Python and the libraries in a worker."""
 START = 6.0
 """Seconds to start Dask and the libraries of its workers."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at most: of the process, and of the network, which lie on the device if there is one."""
+    """Peak bytes of the process, and of the network, which are on the device if there is one."""
 
     host: float
     device: float
 
     @property
     def both(self) -> float:
-        """Of a process without a device."""
+        """Bytes of a process without a device."""
         return self.host + self.device
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do.
+    """The counted work of a run.
 
     Attributes
     ----------
@@ -119,9 +119,9 @@ class Rates:
     hands
         Blocks that a worker works on at the same time.
     turns
-        Whether one of them at a time is in the network, as on a CUDA device.
+        Whether they use the network one at a time, as on a CUDA device.
     about
-        Where the rates are from.
+        Origin of the rates.
     cell
         Bytes of a mapped cell and year in a finished cube, if they were measured.
     """
@@ -162,22 +162,22 @@ DEVICES = {
     "h100": Device(200e12, 150e12, Memory(128e9, 64e9), 20),
     "a100": Device(120e12, 90e12, Memory(120e9, 40e9), 16),
 }
-"""Estimates: a fifth to two fifths of the matrix peak. Nothing here was measured on them; ``benchmarks/gpu.py`` measures."""
+"""Estimates: a fifth to two fifths of the matrix peak. Not measured; ``benchmarks/gpu.py`` measures."""
 _LAUNCH = 0.02
-"""Least seconds of a training step on a stated device: it starts some hundred kernels."""
+"""Minimum seconds of a training step on a stated device, which launches some hundred kernels."""
 HOST, READ = 0.1e-6, 0.15e-6
 """Seconds of one CPU core for a cell, year and class outside the network, and for a static cell read, with a stated device: of the benchmark and of Bavaria here."""
 
 
 def static_channels(run: RunConfig) -> int:
-    """Count the static channels: those of the model if it is there; else a categorical map counts as ``CODES``."""
+    """Count the static channels: those of the model if it exists; else a categorical map counts as ``CODES``."""
     if (run.folder / "model.json").is_file():
         return len(load_card(run.folder).spec.static_names)
     return sum(CODES if layer.categorical else 1 for layer in run.static)
 
 
 def network_of(run: RunConfig) -> UNet:
-    """Make the network of a run without weights (on the meta device), but for the coarse states, which are next to no work."""
+    """Make the network of a run on the meta device, with one coarse channel, as coarse states cost next to nothing."""
     settings = run.model.model_dump()
     with torch.device("meta"):
         return UNet(
@@ -190,7 +190,7 @@ def network_of(run: RunConfig) -> UNet:
 
 
 def operations(run: RunConfig) -> float:
-    """Operations of the convolutions of one network for a fine cell."""
+    """Count the operations per fine cell of one network's convolutions."""
     net = network_of(run)
     side = 8 * net.stride
     with FlopCounterMode(display=False) as counter:
@@ -206,7 +206,7 @@ def count(run: RunConfig, *, land: float = 1.0, cuda: bool = False) -> Work:
     run
         The configuration.
     land
-        Share of the shards that have cells to map; used where there is no store yet whose mask tells.
+        Share of the shards with cells to map; used until a store with a mask exists.
     cuda
         Whether the network is on a CUDA device.
     """
@@ -273,7 +273,7 @@ def _extent(source: Source, window: Window, stride: int) -> tuple[float, float]:
 
 
 def worker_memory(run: RunConfig, net: UNet, *, cuda: bool = False) -> Memory:
-    """Most bytes that a worker holds: on a CUDA device in bfloat16, one block at a time in the network; docs/performance.md has the formula."""
+    """Estimate a worker's peak memory; on CUDA in bfloat16, one block at a time in the network (docs/performance.md)."""
     r, shard, k, channels = run.reconstruct, run.grid.shard, net.classes, static_channels(run)
     window = (shard + 2 * net.halo) ** 2
     hands = (r.at_once or 2) if cuda else r.hands
@@ -286,7 +286,7 @@ def worker_memory(run: RunConfig, net: UNet, *, cuda: bool = False) -> Memory:
 
 
 def training_memory(run: RunConfig, net: UNet, years: int) -> Memory:
-    """Most bytes that the training holds: shards and batches that wait, and activations with their gradients."""
+    """Estimate the peak memory of training: queued shards and batches, activations and gradients."""
     t, shard, channels = run.train, run.grid.shard, static_channels(run)
     tiles = min(max(16, t.mix) + t.mix, len(Inputs.of(run).grid.shards())) * shard**2 * (2 * channels + years + 2)
     reading, cells = 2 * shard**2 * 16 * len(run.static), t.batch * t.patch**2
@@ -295,7 +295,7 @@ def training_memory(run: RunConfig, net: UNet, years: int) -> Memory:
 
 
 def figures_memory(run: RunConfig) -> float:
-    """Bytes that drawing holds: the libraries and the canvas of the thinned map (docs/performance.md, Memory)."""
+    """Estimate the bytes for drawing: the libraries and the canvas of the thinned map (docs/performance.md, Memory)."""
     shape = Inputs.of(run).grid.shape
     return PROCESS_BYTES + 1e8 + 75.0 * math.prod(size / step_of(shape) for size in shape)
 
@@ -306,7 +306,7 @@ def scoring_memory(run: RunConfig) -> float:
 
 
 def rates_of(run: RunConfig, device: str) -> Rates:
-    """Rates of a stated device, for one of them with its share of the cores.
+    """Return the rates of one stated device with its share of the cores.
 
     Raises
     ------
@@ -347,10 +347,10 @@ class Cost:
 
 
 def estimate(work: Work, rates: Rates, *, workers: int, trainers: int = 1) -> Cost:
-    """Estimate how long the stages take, on so many workers each; training is divided by its own as if it scaled perfectly.
+    """Estimate the time of the stages; training is assumed to scale perfectly with ``trainers``.
 
-    A worker takes the time of the network and of the host work of its blocks, divided by the blocks that it works on at the same time; where
-    they take turns in the network, that of the network or a share of the host work, whichever is longer. A run ends no sooner than its longest block.
+    A block takes the time of the network plus host work, divided by the blocks in flight per worker; if blocks take turns in the
+    network, the longer of the network time and host work per block in flight. A run lasts at least as long as its longest block.
     """
     network = work.passes * rates.forward
     host = work.walked * rates.host + work.years * rates.shard + work.read * rates.read
@@ -377,16 +377,10 @@ def refusals(work: Work, *, workers: int, memory: float | Memory, who: str = "th
 
     Parameters
     ----------
-    work
-        Of the run.
-    workers
-        That share the memory.
+    workers, trainers
+        Processes that share the memory in reconstruction and in training; each trainer holds its own shards and part of the batch.
     memory
-        Bytes of the machine, or of a device and its share of a node.
-    who
-        Has it.
-    trainers
-        Processes that train and share it: each has its own shards, and its part of the batch.
+        Bytes of the machine, or of a device and its share of a node; ``who`` names it.
     """
     found: list[str] = []
     training = Memory(work.training.host, work.training.device / max(1, trainers))
@@ -409,7 +403,7 @@ def refusals(work: Work, *, workers: int, memory: float | Memory, who: str = "th
 
 
 def _lacking(run: RunConfig, work: Work) -> list[str]:
-    """Say whether the disk is too small; what the run has written already counts as room."""
+    """Report whether the disk is too small; files that the run has already written count as free."""
     folder = run.folder.absolute()
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free
@@ -426,7 +420,7 @@ def _lacking(run: RunConfig, work: Work) -> list[str]:
 
 
 def _size_of(folder: Path) -> int:
-    """Add up the sizes of the files below a folder; those that vanish meanwhile count as nothing."""
+    """Add up the sizes of the files below a folder; files that vanish meanwhile count as nothing."""
     size = 0
     for inner, _, names in os.walk(folder):
         for name in names:

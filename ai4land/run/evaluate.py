@@ -1,4 +1,4 @@
-"""Scores and figures of a run, and its plan before it begins."""
+"""Scores and figures of a run."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def evaluate(run: RunConfig, *, tell: Callable[[str], None] = _log.info) -> dict
     Returns
     -------
     dict
-        By split (``validation``, ``test``): what :func:`~ai4land.evaluate.evaluate.evaluate_years` gives for ``model``, ``most_likely`` and
-        the rivals, and ``totals``.
+        By split (``validation``, ``test``): the result of :func:`~ai4land.evaluate.evaluate.evaluate_years` for ``model``,
+        ``most_likely`` and the rivals, and ``totals``.
 
     Raises
     ------
     DataError
         If a cube does not exist or is not finished.
     MismatchError
-        If the store was made, or the model trained, with another configuration.
+        If the store or the model was made with another configuration, or a cube from other inputs than the store holds.
     """
     for path, *_ in cubes_of(run).values():
         cube.open_cube(path)
@@ -77,7 +77,7 @@ def _evaluate(run: RunConfig, tell: Callable[[str], None]) -> dict[str, Any]:
 
 
 class _Cube:
-    """The arrays of a finished cube by year and window; its classes as indices."""
+    """Reads the arrays of a finished cube by year and window, classes as indices."""
 
     def __init__(self, place: Place, legend: Legend) -> None:
         self.data = cube.open_cube(place)
@@ -94,7 +94,7 @@ class _Cube:
         return lambda year, w: self._legend.encode(self._read(variable, year, w), source=f"{variable} of {year}")
 
     def probabilities(self, variable: str) -> Probabilities:
-        """Read numbers from 0 to 1, NaN where not mapped."""
+        """Read probabilities, NaN where not mapped."""
         return lambda year, w: self._read(variable, year, w)
 
     def fraction(self, year: int, k: int, w: Window) -> NDArray[np.floating]:
@@ -141,12 +141,12 @@ def _score(run: RunConfig, source: Source, split: Split, name: str, scored: Scor
 
 
 def _land(source: Source) -> list[Window]:
-    """Shards with cells to map."""
+    """List the shards with cells to map."""
     return [w for w in source.grid.shards() if np.asarray(source.mask[w.slices]).any()]
 
 
 def _check_contents(run: RunConfig, path: Place, made: _Cube, reference: int | None, years: list[int]) -> None:
-    """Refuse a cube that was made from other inputs than the store holds now."""
+    """Refuse a cube made from other inputs than the store holds now."""
     contents = made.data.attrs.get("ai4land_identity", {}).get("contents")
     if contents is not None and contents != held_of(run.folder / "store.zarr", reference=reference, years=years):
         raise MismatchError(
@@ -191,7 +191,7 @@ Thin = NDArray[np.uint8]
 
 
 def thin_maps(run: RunConfig) -> tuple[tuple[int, Thin], tuple[Thin, Thin, Thin] | None, plot.Extent]:
-    """Read the maps to draw, thinned and cut to the mapped cells, shard by shard, so that memory does not grow with the map.
+    """Read the maps to draw, thinned and cut to the mapped cells; reading by shard bounds the memory.
 
     Returns
     -------
@@ -225,5 +225,5 @@ def thin_maps(run: RunConfig) -> tuple[tuple[int, Thin], tuple[Thin, Thin, Thin]
 
 
 def _span(used: NDArray[np.intp], size: int) -> slice:
-    """From the first to the last index; all of ``size`` if there is none."""
+    """Slice from the first to the last index, or all of ``size`` without any."""
     return slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, size)

@@ -1,7 +1,4 @@
-"""Reading a run file: YAML, with ``key=value`` overrides, checked as a whole.
-
-``${NAME:-default}`` in ``data`` is replaced from the environment.
-"""
+"""Reading and validating a run file: YAML with ``key=value`` overrides; ``${NAME:-default}`` in ``data`` is expanded."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from ai4land.yamlfile import parse_yaml, read_yaml
 
 
 def pipelines() -> Path:
-    """Folder of the run files that come with the package."""
+    """Return the folder of the run files that come with the package."""
     return shipped("pipelines")
 
 
@@ -37,7 +34,7 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises
     ------
     ConfigError
-        If the file does not exist or is not YAML, or a key or value is not what a run takes.
+        If the file does not exist or is not YAML, or a key or value is invalid.
     """
     file = Path(path)
     if not file.is_file():

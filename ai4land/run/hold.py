@@ -1,7 +1,7 @@
-"""One process at a time in the folder of a run: every verb that writes there holds it, and a second one is refused.
+"""A lock on the folder of a run: only one process at a time may write there, a second one is refused.
 
-The lock is the file system's (``flock``), which a process gives up however it ends. Where the file system has no locks, a file with
-the host and the process stands for it: that of a dead process on this host is taken over, that of another host is not.
+The lock is ``flock``, which the system releases however a process ends. On a file system without locks, a file naming the host and
+the process replaces it: one left by a dead process on this host is taken over, one from another host is not.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ai4land.places import Unlockable, lock
 
 _FILE = "claim"
 _HELD: set[Path] = set()
-"""Folders that this process holds: a verb may call another one."""
+"""Folders that this process holds; one verb may call another."""
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run for this process while the block runs; of processes that torchrun started, the first one holds it.
+    """Lock the folder of a run while the block runs; of the processes of torchrun, only the first takes the lock.
 
     Raises
     ------

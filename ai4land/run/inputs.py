@@ -1,4 +1,4 @@
-"""What a run file says of its inputs: grid, legend, crosswalk, split, years, cubes, and what its store is made from."""
+"""The inputs of a run, resolved: grid, legend, crosswalk, split, years, cubes, and the identity of the store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a run, as values: each is made when it is first asked for, and then kept."""
+    """The inputs of a run as values, each made on first use and cached."""
 
     run: RunConfig
 
@@ -59,7 +59,7 @@ class Inputs:
         Raises
         ------
         ConfigError
-            If no year and no cell is left to decide when training stops.
+            If no year and no cell remains for early stopping.
         """
         s, (rows, cols) = self.run.split, self.grid.coarse.shape
         scored = [None if e is None else Scored(e.reference, tuple(e.years)) for e in (s.validation, s.test)]
@@ -98,7 +98,7 @@ class Inputs:
 def cubes_of(run: RunConfig) -> dict[str, tuple[Place, int | None, list[int]]]:
     """Name the cubes of a run, with the year of their reference map (None: without one) and their years.
 
-    The published one, and one more for each scored experiment whose reference map is another.
+    The published cube, and one for each scored experiment with a different reference map.
     """
     r = run.reconstruct
     place: Place = run.folder / "cube.zarr"
@@ -116,7 +116,7 @@ def cubes_of(run: RunConfig) -> dict[str, tuple[Place, int | None, list[int]]]:
 
 
 def map_source(run: RunConfig) -> str | dict[int, Path]:
-    """Where the land-cover maps of a run are."""
+    """Return the path pattern or the paths by year of the land-cover maps."""
     source = run.landcover.source
     if source is None:
         raise ConfigError("landcover has no source, expected one; its maps are those of a STAC collection")

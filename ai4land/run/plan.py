@@ -1,4 +1,4 @@
-"""What a run will do, what is done, and what it takes."""
+"""The plan of a run: what it will do, what is done, and what the rest costs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ai4land.run.inputs import Inputs, cubes_of
 def plan(
     run: RunConfig, *, rates: Rates | None = None, workers: int | None = None, land: float = 1.0, cuda: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """Say what a run will do, what is done already and what the rest takes, as pairs of a label and a text.
+    """Yield what a run will do, what is done and what the rest costs, as pairs of a label and a text.
 
-    Reads no more than the run file, the store's mask and the ledgers.
+    Reads only the run file, the store's mask and the ledgers.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def plan(
     workers
         Default: those of the run file.
     land
-        Share of the shards that have cells to map, used while there is no store.
+        Share of the shards with cells to map, used until the store exists.
     cuda
         Whether the network runs on a CUDA device.
     """
@@ -39,7 +39,7 @@ def plan(
 
 
 def _plan_inputs(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Grid, legend and store."""
+    """Describe the grid, the legend and the store."""
     grid, legend = Inputs.of(run).grid, Inputs.of(run).legend
     (rows, cols), (crows, ccols) = grid.shape, grid.coarse.shape
     yield (
@@ -52,7 +52,7 @@ def _plan_inputs(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _plan_results(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Training, cubes and scores, each with what is done of it."""
+    """Describe training, cubes and scores, and how much of each is done."""
     grid, legend, t = Inputs.of(run).grid, Inputs.of(run).legend, run.train
     split, net = Inputs.of(run).split, network_of(run)
     yield "totals", STATEMENTS[run.constrain.method]
@@ -81,7 +81,7 @@ def _plan_results(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _plan_work(run: RunConfig, rates: Rates | None, workers: int, land: float, cuda: bool) -> Iterator[tuple[str, str]]:
-    """Work, memory, and with rates the time."""
+    """Describe the work and the memory and, given rates, the time."""
     work = count(run, land=land, cuda=cuda)
     size = work.cubes if rates is None or rates.cell is None else work.mapped * rates.cell
     yield (
@@ -116,7 +116,7 @@ def _origin(reference: int | None) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """Write a time span.
+    """Format a time span.
 
     >>> _clock(3723), _clock(59.6)
     ('1:02:03', '0:01:00')

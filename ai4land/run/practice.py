@@ -1,6 +1,6 @@
-"""A store and a model to practise on: smooth random maps and an untrained network in the shapes of a run.
+"""A synthetic store and model: smooth random maps and an untrained network in the shapes of a run.
 
-Calibration and the benchmarks time the functions of the package on them, where the real ones are not there yet.
+Calibration and the benchmarks time the package on them while the real ones do not exist yet.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ai4land.store.write import write_store
 CODES = 5
 """Codes of a categorical map."""
 _CHANGE = 0.04
-"""Drift of the fields that the classes follow, a year: about 1 % of the cells change."""
+"""Yearly drift of the fields behind the classes; about 1 % of the cells change a year."""
 
 
 def practice_grid(*, factor: int, shard: int, shards: tuple[int, int]) -> Grid:
-    """Make a grid of some rows and columns of shards with its north edge at 48 degrees, of coarse cells of a quarter degree or less."""
+    """Make a grid of rows and columns of shards, north edge at 48 degrees, coarse cells at most a quarter degree."""
     cell = 2.0 ** min(-2, math.floor(math.log2(40 * factor / (shard * max(shards)))))
     side = cell * shard / factor
     box = 0.0, 48 - shards[0] * side, shards[1] * side, 48.0
@@ -40,18 +40,14 @@ def practice_grid(*, factor: int, shard: int, shards: tuple[int, int]) -> Grid:
 def write_practice_store(
     path: Path, *, grid: Grid, legend: Legend, years: tuple[int, ...], numbers: int, zones: int, land: float = 1.0
 ) -> None:
-    """Write a store of smooth random maps; the states of its scenario are the shares of the classes.
+    """Write a store of smooth random maps; the states of its scenario are the class shares.
 
     Parameters
     ----------
-    path
-        Of the store.
-    grid, legend, years
-        What the maps are of.
     numbers, zones
-        Static maps that are numbers, and that are classes.
+        Number of continuous and of categorical static maps.
     land
-        Share of the cells that are mapped, about.
+        Approximate share of mapped cells.
     """
     rng = np.random.default_rng(0)
 
@@ -59,7 +55,7 @@ def write_practice_store(
         field = ndimage.gaussian_filter(rng.standard_normal(grid.shape), scale)
         return ((field - field.mean()) / field.std()).astype(np.float32)
 
-    # Some classes lie in a coarse cell, in patches of some cells, as in maps.
+    # As in real maps, a coarse cell has several classes, in patches of a few cells.
     fields = np.stack([noise(grid.factor) + 0.3 * noise(2) for _ in range(legend.n)])
     trend = np.linspace(-_CHANGE, _CHANGE, legend.n, dtype=np.float32)[:, None, None]
     height = noise(grid.shard / 16)
@@ -94,7 +90,7 @@ def write_practice_store(
 
 
 def practice_network(spec: FeatureSpec, grid: Grid, *, seed: int = 0, **settings: int) -> UNet:
-    """Make a network about as sure of a class as a trained one, every part of which matters: what begins at 0 is drawn at random."""
+    """Make a network about as confident as a trained one; weights that start at 0 are random, so every part matters."""
     torch.manual_seed(seed)
     sizes = {"static_channels": len(spec.static_names), "coarse_channels": len(spec.coarse_names), "classes": len(spec.codes)}
     model = UNet(**sizes, factor=grid.factor, **settings)
@@ -106,7 +102,7 @@ def practice_network(spec: FeatureSpec, grid: Grid, *, seed: int = 0, **settings
 
 
 def save_practice_model(folder: Path, models: list[UNet], *, grid: Grid, legend: Legend, spec: FeatureSpec) -> str:
-    """Save networks as a model; returns the checksum of the weights."""
+    """Save networks as a model and return the checksum of the weights."""
     size = grid.fine.affine.a, -grid.fine.affine.e
     blank = {"weights": "", "split": "", "store": "", "training": {}}
     card = Card(legend=legend, spec=spec, network=models[0].settings, cell=size, **blank)

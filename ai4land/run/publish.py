@@ -1,4 +1,4 @@
-"""The run half of publishing: from a run file to its catalogue."""
+"""Publishing of a run: from its configuration to its catalogue."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def publish_run(
     Parameters
     ----------
     run
-        The run; its cube must be there.
+        The run; its cube must exist.
     to
         Folder of the catalogue; default: ``stac`` in the folder of the run.
     base_url, tell
@@ -37,7 +37,7 @@ def publish_run(
     Raises
     ------
     DataError, ConfigError
-        As in :func:`publish`; and if the years to export cannot be read.
+        As in :func:`publish`, or if the years to export are invalid.
     """
     try:
         years = expand_years(list(cog))
@@ -61,7 +61,7 @@ def publish_run(
 
 
 def collections_of(run: RunConfig) -> set[tuple[str, str]]:
-    """Catalogue and id of the STAC collections that a run reads maps from."""
+    """Return catalogue and id of the STAC collections that a run reads."""
     static = {(s.catalog, s.collection) for s in run.static if isinstance(s, StaticLayer) and s.catalog}
     maps = {(run.landcover.catalog, collection) for collection in run.landcover.collections}
     return {(run.path(str(catalog)), str(collection)) for catalog, collection in static | maps}

@@ -1,7 +1,6 @@
-"""The stage that maps: from a run's configuration to blocks on a cluster (training is in :mod:`ai4land.run.train`).
+"""The reconstruction stage: from a run's configuration to blocks on a cluster.
 
-It looks whether its result is there and is that of this configuration, and does only what is missing. This is
-the last place that knows configuration objects: what it calls takes plain values.
+Reuses a result that exists and matches the configuration, and computes only what is missing. It passes plain values down.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[int, int], None] | None = None) -> Place:
-    """Make the cubes of a run; blocks that the ledger has are not done again.
+    """Make the cubes of a run, skipping blocks that the ledger records as done.
 
     Returns
     -------
@@ -50,7 +49,7 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
     Raises
     ------
     MismatchError
-        If a cube is there that is not of this run, that another run is making, or another process is at work in the folder.
+        If a cube belongs to another run or is being made by one, or another process is using the folder.
     """
     load_model(run.folder)
     with hold(run.folder), ExitStack() as claims:
@@ -60,7 +59,7 @@ def reconstruct(run: RunConfig, *, tell: Tell = _log.info, progress: Callable[[i
 def _reconstruct(
     run: RunConfig, claims: ExitStack, tokens: dict[Place, str], tell: Tell, progress: Callable[[int, int], None] | None
 ) -> Place:
-    """Make the cubes; ``tokens`` are those of the claims that the caller holds on some of them."""
+    """Make the cubes; ``tokens`` belong to the claims that the caller already holds."""
     from ai4land.run.cost import network_of, worker_memory
     from ai4land.workers.cluster import connect
     from ai4land.workers.slurm import cores_of_worker
@@ -145,14 +144,14 @@ def _reconstruct(
 
 
 def _remove_partial(place: Place) -> None:
-    """Remove what dead workers left half written; a late task may move its own into place meanwhile."""
+    """Remove unfinished files of dead workers; a late task may still move its own into place."""
     folder = folder_of(place)
     for file in () if folder is None else folder.rglob("*.partial"):
         file.unlink(missing_ok=True)
 
 
 def credit_attrs(run: RunConfig) -> dict[str, str]:
-    """Say in attributes of a cube what it is made from: its licence, and whom it is owed to."""
+    """Return the cube attributes that state its licence and credit its sources."""
     found = known.credits_of(run.sources)
     if not found:
         return {}
@@ -168,19 +167,19 @@ def run_of(place: Place, file: Path | None = None) -> RunConfig:
     place
         Of the cube or of a part of one.
     file
-        Run file; None: the ``config.yaml`` that lies beside the cube.
+        Run file; None: ``config.yaml`` in the folder of the cube.
 
     Raises
     ------
     ConfigError
-        If there is none, or it is not of this cube.
+        If there is no run file, or it did not make this cube.
     """
     above = ledger.part_of(place)
     folder = folder_of(place if above is None else above[0])
     found = file or (None if folder is None else folder.parent / "config.yaml")
     if found is None or not found.is_file():
         raise ConfigError(f"run of cube {place} is not known, expected its run file; give it with --run RUN.yaml")
-    # What is saved beside a cube may have been made from another working folder.
+    # The saved file may hold a path relative to another working folder.
     run = load_run(found, [f"runs={found.parent.parent}"] if file is None else [])
     if not any(_same(place, one) for one, *_ in cubes_of(run).values()):
         raise ConfigError(f"cube {place} is none of those of {found}; give the run file that made it with --run RUN.yaml")
@@ -200,7 +199,7 @@ def mend(
     tell: Tell = _log.info,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Make anew what :func:`ai4land.cube.verify.verify` found missing or damaged, and look again.
+    """Redo what :func:`ai4land.cube.verify.verify` found missing or damaged, and verify again.
 
     Raises
     ------
@@ -219,7 +218,7 @@ def mend(
 
 
 def method_of(run: RunConfig, reference: int | None) -> Method:
-    """How the totals are imposed: without a reference map there is no level to put a change on."""
+    """Choose how to impose the totals: without a reference map, ``change`` becomes ``level``."""
     return "level" if reference is None and run.constrain.method == "change" else run.constrain.method
 
 
@@ -233,7 +232,7 @@ def job_of(
     threads: int = 1,
     precision: Precision = "float32",
 ) -> BlockSettings:
-    """Put together what the tasks of a reconstruction share."""
+    """Collect the settings that all tasks of a reconstruction share."""
     c = run.constrain
     return BlockSettings(
         store=str(run.folder / "store.zarr"),

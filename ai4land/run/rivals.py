@@ -1,4 +1,4 @@
-"""The maps that a run's model is scored against, and what the scenario wants of every coarse cell."""
+"""The baseline maps that a run's model is scored against, and the scenario's class totals per coarse cell."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ai4land.train.splits import TRAIN, Scored, Split
 RIVALS = ("persistence", "proportional", "gradient_boosting", "nearest")
 """Names of the rivals in ``evaluation.json``."""
 _LEAST = 1e-9
-"""Least probability whose logarithm is taken."""
+"""Smallest probability before taking the logarithm."""
 
 
 class Wanted:
@@ -39,7 +39,7 @@ class Wanted:
     Attributes
     ----------
     of
-        Gives the totals of a window; those of the last window are kept.
+        Returns the totals of a window; the last window is cached.
     """
 
     def __init__(self, run: RunConfig, source: Source, reference: int | None) -> None:
@@ -62,7 +62,7 @@ class Wanted:
         years: list[int],
         windows: Iterable[Window],
     ) -> dict[str, float]:
-        """Measure how far both products of a finished cube are from the totals.
+        """Measure the deviation of both products of a finished cube from the totals.
 
         Parameters
         ----------
@@ -70,8 +70,6 @@ class Wanted:
             Reads the class indices of the cube.
         fraction
             Reads the fraction of a class for a year, a class index and a window, NaN where not mapped.
-        years, windows
-            To check.
 
         Returns
         -------
@@ -119,7 +117,7 @@ def mean_bias(bias: xr.Dataset, names: Iterable[str]) -> dict[str, float]:
 
 
 def rival_maps(run: RunConfig, source: Source, scored: Scored, wanted: Wanted, split: Split) -> dict[str, Classes]:
-    """Make readers of the maps that the model is scored against; each map is made when it is read.
+    """Make readers of the baseline maps; each map is computed when it is read.
 
     With a reference map: its persistence, the scenario's change at random places, and gradient boosting with the same
     whole-cell totals as the model. Without one: the largest class of each coarse cell, and gradient boosting.
@@ -154,7 +152,7 @@ def rival_maps(run: RunConfig, source: Source, scored: Scored, wanted: Wanted, s
 
 
 def _boosted(fitted: Suitability, source: Source, wanted: Wanted, base: int | None, *, impose: bool) -> Classes:
-    """Read maps of the suitability, with the totals imposed as on the model's map."""
+    """Read suitability maps with the totals imposed as on the model's map."""
 
     def read(year: int, w: Window) -> NDArray[np.uint8]:
         mapped = np.asarray(source.mask[w.slices], dtype=bool)

@@ -1,7 +1,7 @@
-"""Rates of this machine: the functions of a run itself, timed for about a minute.
+"""Rates of this machine: the functions of a run, timed for about a minute.
 
-Where the analysis-ready store and the model are there they work on them, else on a practice store in the run's shapes, all land, and
-with untrained networks that are about as sure as trained ones. What they write goes into a folder that is thrown away.
+They use the store and the model of the run if these exist, else an all-land practice store in the run's shapes and untrained
+networks about as confident as trained ones. Output goes to a temporary folder.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from ai4land.train.normalise import fit_spec
 from ai4land.train.splits import TRAIN
 
 _SIDE = 720
-"""Fine cells along the side of a practice store at most."""
+"""Maximum side of a practice store in fine cells."""
 _YEARS = tuple(range(2000, 2006))
 _STEPS = 6
 _BLOCKS = 6
-"""Blocks that are timed at most, of little land and of much."""
+"""Maximum number of timed blocks, from little land to much."""
 _LONG, _ENOUGH = 6.0, 40.0
 """Seconds that the years of a block are timed for, about (far from the reference map more is in question), and after which no further block
 is begun but the second."""
@@ -59,7 +59,7 @@ _CROWD = 1.08
 
 @dataclass(frozen=True)
 class _Ground:
-    """What is practised on: a store, cells and pairs to train on, and a block of some years."""
+    """The data to time on: a store, cells and pairs to train on, and a block of some years."""
 
     store: Path
     grid: Grid

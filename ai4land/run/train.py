@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 Progress = Callable[[int, dict[str, float]], None]
 
 _SEEDS_APART = 1000
-"""Between the seeds of two members."""
+"""Difference between the seeds of consecutive members."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Lesson:
 
 
 def train(run: RunConfig, *, tell: Tell = _log.info, progress: Progress | None = None) -> Path:
-    """Train the model of a run, if it is not there; go on where a training stopped.
+    """Train the model of a run unless it exists, resuming a training that stopped.
 
     Raises
     ------
     MismatchError
-        If the folder holds a training of another configuration, or another process is at work in it.
+        If the folder holds a training of another configuration, or another process is using it.
     Unfinished
-        If the time of the SLURM job that this process is in is nearly over: called again, it goes on.
+        If the SLURM job of this process is about to end; call again to resume.
     """
     with hold(run.folder):
         _train(run, tell, progress)
@@ -97,14 +97,14 @@ def _train(run: RunConfig, tell: Tell, progress: Progress | None) -> None:
         lesson = _lesson(inputs, tell)
         if run.cluster == "local" and run.train.workers == 1:
             learn(run, lesson, progress=progress)
-            device.release()  # for a worker of the reconstruction
+            device.release()  # leave the device to the workers of the reconstruction
         else:
             _on_workers(run, lesson, tell=tell, progress=progress)
         tell(f"trained; sharpness {load_card(run.folder).sharpness:.3f} on validation")
 
 
 def _prepare(inputs: Inputs, tell: Tell) -> bool:
-    """Make what training needs and check that it may begin; whether the model is there."""
+    """Prepare the inputs of training and return whether the model exists already."""
     run, split = inputs.run, inputs.split
     align(run, tell=tell)
     if _trained(run, fingerprint_of(inputs, split.hash)):
@@ -115,7 +115,7 @@ def _prepare(inputs: Inputs, tell: Tell) -> bool:
 
 
 def _lesson(inputs: Inputs, tell: Tell) -> Lesson:
-    """Look through the training data."""
+    """Derive normalisation and class weights from the training data."""
     run, grid, split = inputs.run, inputs.grid, inputs.split
     store = open_store(run.folder / "store.zarr")
     legend = Legend(**store.attrs["legend"])
@@ -176,19 +176,19 @@ def _on_workers(run: RunConfig, lesson: Lesson, *, tell: Tell, progress: Progres
 
 
 def _take_part(member: Member, *, run: RunConfig, lesson: Lesson) -> None:
-    """Train as one of a generation; the task of a worker."""
+    """Train as one member of a generation; the task of a worker."""
     with member.joined() as group:
         learn(run, lesson, group=group, beside=member.beside)
 
 
 def _states(folder: Path) -> list[tuple[str, int]]:
-    """Tell the saved states of a training apart."""
+    """List the saved states of a training with their modification times."""
     files = [folder / "resume.pt", *sorted(folder.glob("member_*/resume.pt"))]
     return [(str(f), f.stat().st_mtime_ns) for f in files if f.is_file()]
 
 
 def _steps(run: RunConfig) -> tuple[int, dict[str, float]] | None:
-    """Read how many steps all members have taken, and the row of the last one."""
+    """Read the steps taken by all members and the latest row of metrics."""
     taken, row = 0, None
     for number in range(run.train.members):
         path = _member_folder(run, number) / "metrics.jsonl"
@@ -196,7 +196,7 @@ def _steps(run: RunConfig) -> tuple[int, dict[str, float]] | None:
         for line in reversed(lines):
             try:
                 found = json.loads(line)
-            except json.JSONDecodeError:  # it is being written
+            except json.JSONDecodeError:  # still being written
                 continue
             taken += found["step"]
             row = found if "loss" in found else row
@@ -209,7 +209,7 @@ def _member_folder(run: RunConfig, number: int) -> Path:
 
 
 def learn(run: RunConfig, lesson: Lesson, *, group: Group = ALONE, beside: int = 1, progress: Progress | None = None) -> None:
-    """Train all members of the model, as one of the processes of a group, ``beside`` of which are on this machine; the first saves it."""
+    """Train all members as one process of a group, ``beside`` of which run on this machine; the first saves the model."""
     t, grid, legend, spec, split = run.train, lesson.grid, lesson.legend, lesson.spec, lesson.split
     if group.world > t.batch:
         raise ConfigError(
@@ -284,19 +284,19 @@ def learn(run: RunConfig, lesson: Lesson, *, group: Group = ALONE, beside: int =
 
 
 def _onward(progress: Callable[[int, dict[str, float]], None], done: int, step: int, row: dict[str, float]) -> None:
-    """Report a step of a later member as one after those of the members before."""
+    """Report a step, counted on from those of the earlier members."""
     progress(done + step, row)
 
 
 def fingerprint_of(inputs: Inputs, split: str) -> str:
-    """Hash all that shapes the weights, what the aligned inputs hold included; how many workers trained them, and what these wait for, does not."""
+    """Hash all that shapes the weights, including the aligned data but not the settings in ``HOW_TRAINED``."""
     run = inputs.run
     fit = run.model_dump(mode="json", include={"model", "train", "seed"}, exclude={"train": HOW_TRAINED})
     return digest({**inputs.identity, "contents": _seen(run), "split": split, "fit": digest(fit)})
 
 
 def _seen(run: RunConfig) -> str:
-    """Digest of what of the store the training and its validation see."""
+    """Hash the parts of the store that training and validation read."""
     years = set(run.split.train)
     if run.split.validation is not None:
         reference = run.split.validation.reference
@@ -305,7 +305,7 @@ def _seen(run: RunConfig) -> str:
 
 
 def _trained(run: RunConfig, fingerprint: str) -> bool:
-    """Tell whether the model of a run is there; refuse to replace a model or a training of another configuration."""
+    """Return whether the model exists; refuse to replace a model or a training of another configuration."""
     folder = run.folder
     states = [folder / "resume.pt", *sorted(folder.glob("member_*/resume.pt"))]
     found = str(load_card(folder).training.get("fingerprint")) if (folder / "model.json").is_file() else None
@@ -321,7 +321,7 @@ def _trained(run: RunConfig, fingerprint: str) -> bool:
 
 
 def _differences(run: RunConfig) -> str:
-    """List the settings that are not those that the folder's training was begun with."""
+    """List the settings that differ from those the training began with."""
     try:
         before = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
         now = run.model_dump(mode="json")
@@ -340,7 +340,7 @@ def _differences(run: RunConfig) -> str:
 
 
 def _validation_batches(load: Any, split: Split, count: int, seen: dict[str, Any]) -> list[Any]:
-    """Batches that decide when to stop: the validation years, or held-out cells of the training years with holes."""
+    """Load the batches for early stopping: validation years, else held-out cells of training years with masking."""
     cells = split.cells(VALIDATION)
     if split.validation is not None:
         base = split.validation.reference

@@ -1,8 +1,8 @@
 """Yearly changes of class areas in coarse cells, added to a map, as a scenario.
 
-A file gives km2 gained and lost by each class in its cells. The land that a cell speaks for is its *zone*: the land inside
-it, and land of cells without data that its producer counted with it (slivers along a coast). A zone may lie in several
-coarse cells of the grid. Its change is spread over its parts so that a part loses what it holds and gains what it loses.
+A file gives km2 gained and lost by each class in its cells. The land that a cell represents is its *zone*: the land inside it,
+and land of cells without data that the producer counted with it (coastal slivers). A zone may span several coarse cells. Its
+change is spread over its parts so that no part loses more than it holds, and each gains what it loses.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ai4land.years import whole_year
 _log = logging.getLogger(__name__)
 
 LAND = "cell_area"
-"""Band that holds the km2 of land that a cell speaks for."""
+"""Band with the km2 of land that a cell represents."""
 
 
 @dataclass(frozen=True, eq=False)
 class _File:
-    """One year's change: ``km2`` (class, rows, cols), ``data`` whether a cell has any, ``land`` km2 that it speaks for."""
+    """One year's change: ``km2`` (class, rows, cols), ``data`` whether a cell has any, ``land`` km2 that it represents."""
 
     path: Path
     transform: Affine
@@ -44,7 +44,7 @@ class _File:
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What the zones follow from: files of one layout have the same zones."""
+        """Key of the zones: files of one layout have the same zones."""
         land = None if self.land is None else self.land[self.data].tobytes()
         return tuple(self.transform), self.data.shape, self.data.tobytes(), land
 
@@ -157,7 +157,7 @@ def _read(path: Path, legend: Legend) -> _File:
 
 
 def _split(base: Callable[[Window], NDArray[np.uint8]], files: list[_File], *, legend: Legend, grid: Grid, merge: bool) -> _Parts:
-    """Cut the land of a map into parts: one for each coarse cell and zone, for all layouts at once."""
+    """Cut the land of a map into parts, one per coarse cell and zone, for all layouts at once."""
     coords = grid.coords()
     lat, lon = (np.asarray(coords[d]) for d in FINE_DIMS)
     areas, n, f = grid.cell_areas() / 1e6, legend.n, grid.factor
@@ -221,7 +221,7 @@ def _choose(file: _File, zone: NDArray[np.int64], km2: NDArray[np.float64]) -> N
 
 
 def _spread(change: NDArray[np.float64], zone: NDArray[np.int64], held: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """Spread the change of zones ``(zone, class)`` over parts that hold km2 ``(part, class)``; also the loss dropped."""
+    """Spread the change of zones ``(zone, class)`` over parts with km2 ``(part, class)``; also return the dropped loss."""
     at = zone >= 0
     z, have = zone[at], held[at]
 
@@ -244,12 +244,12 @@ def _spread(change: NDArray[np.float64], zone: NDArray[np.int64], held: NDArray[
 
 
 def _ratio(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Quotient, 0 where the divisor is 0."""
+    """Divide, giving 0 where the divisor is 0."""
     return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape)), where=b > 0)
 
 
 def _shares(km2: NDArray[np.float64], cell: NDArray[np.int64], shape: tuple[int, int, int]) -> NDArray[np.float64]:
-    """Class shares ``(class, rows, cols)`` of the coarse cells, NaN without land."""
+    """Compute class shares ``(class, rows, cols)`` of the coarse cells, NaN without land."""
     size = shape[1] * shape[2]
     by_class = np.stack([np.bincount(cell, weights=v, minlength=size) for v in km2.T])
     land = by_class.sum(axis=0)

@@ -27,9 +27,9 @@ _log = logging.getLogger(__name__)
 EARTH_RADIUS_KM = 6371.0
 """Radius of the sphere on which areas in km2 become shares."""
 HUGE = 1e19
-"""Values from here on are missing (LUH2 marks them 1e20)."""
+"""Values at or above this are missing (LUH2 marks them 1e20)."""
 LOW, HIGH = -1e-4, 1 + 1e-3
-"""Shares of one state, and their sum from above, may leave 0..1 so far by rounding."""
+"""Rounding tolerance: how far a share may leave 0..1, and the sum of shares exceed 1."""
 SUM_TOLERANCE = 2e-3
 
 
@@ -47,9 +47,9 @@ def open_source(path: str | Path) -> xr.Dataset:
 
 
 def held_years(paths: Iterable[str | Path], *, dim: str, units: str | None = None) -> set[int]:
-    """Years that files hold along ``dim``, with ``units`` in place of theirs; plain numbers are calendar years.
+    """List the years of files along ``dim``; ``units`` override theirs, plain numbers are calendar years.
 
-    A file without this coordinate adds none: whoever reads it says what is wrong with it.
+    A file without this coordinate adds none; the reader reports the error.
     """
     held: set[int] = set()
     for path in paths:

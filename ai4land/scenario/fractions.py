@@ -1,8 +1,7 @@
 """Fractions of some land uses, one variable each, as a scenario.
 
-Products such as the land-use totals of ISIMIP give cropland and pasture of a cell and nothing of the rest, in files of
-different years and dimensions. :func:`open_fractions` puts them on the coarse cells of a grid, adds a state for the rest,
-and, where it is asked to, makes the years between those of the files.
+Products such as the land-use totals of ISIMIP give only the cropland and pasture of a cell, in files with different years and
+dimensions. :func:`open_fractions` regrids them to the coarse cells, adds a state for the remainder and can interpolate years.
 """
 
 from __future__ import annotations
@@ -134,7 +133,7 @@ def open_fractions(
 
 
 def _years(dataset: xr.Dataset, file: FractionFile) -> list[int]:
-    """Years of a file, in its order."""
+    """Return the years of a file in file order."""
     if file.year is not None:
         return [file.year]
     if file.year_dim not in dataset.coords:
@@ -153,7 +152,7 @@ def _read(
     known: NDArray[np.bool_],
     found: dict[int, NDArray[np.float64]],
 ) -> None:
-    """Read the years to ``keep`` of one file into ``found`` (state, rows, cols), and mark the cells that it knows."""
+    """Read the years to ``keep`` of one file into ``found`` (state, rows, cols), and mark the cells with data."""
     with open_source(file.path) as dataset:
         lacking = sorted(set(states.values()) - set(map(str, dataset.data_vars)))
         if lacking:

@@ -2,8 +2,8 @@
 
 A scenario is one float32 DataArray ``coarse`` (year, state, coarse_latitude, coarse_longitude) of shares of the cell, NaN
 where the source has no data. :func:`open_states` reads LUH2 v2h (850-2015), v2f (2015-2100), LUH3 and files cut from them
-by what they hold, not by their names: any order of latitudes, any branch of longitudes, several time encodings and units.
-Only the years and the cells that are asked for are read.
+by content, not by name: any latitude order, any longitude branch, several time encodings and units. It reads only the requested
+years and cells.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STATES = ("primf", "primn", "secdf", "secdn", "pastr", "range", "urban", "c3ann"
 LUH3_STATES = (*STATES, "pltns")
 """The states of LUH3: those of LUH2 and planted forest."""
 REDUCED_STATES = ("primf", "primn", "secdf", "secdn", "crops", "pastr", "urban")
-"""States of files that sum the five crop types into ``crops``; ``range`` may be there too."""
+"""States of files that sum the five crop types into ``crops``; ``range`` is optional."""
 
 _BLOCK_BYTES = 128e6
 
@@ -94,7 +94,7 @@ def _schema(dataset: xr.Dataset, path: Path) -> tuple[str, ...]:
 
 
 def _ice_and_water(static: str | Path) -> xr.DataArray:
-    """Share of ice and water of every cell of the static file, over ``lat`` and ``lon``; NaN where it has none."""
+    """Read the ice and water share of each cell of the static file ``(lat, lon)``, NaN where missing."""
     with open_source(static) as dataset:
         if "icwtr" not in dataset:
             raise DataError(
@@ -107,7 +107,7 @@ def _ice_and_water(static: str | Path) -> xr.DataArray:
 
 
 def _land(water: xr.DataArray, cut: Footprint, static: str | Path) -> NDArray[np.float64]:
-    """Share of land in the cells of a cut, NaN where it is unknown."""
+    """Compute the land share of the cells of a cut, NaN where unknown."""
     far_lat = np.abs(water["lat"].values[:, None] - cut.lat)
     far_lon = np.abs((water["lon"].values[:, None] - cut.lon + 180) % 360 - 180)
     if max(far_lat.min(axis=0).max(), far_lon.min(axis=0).max()) > 1e-3:
@@ -200,7 +200,7 @@ def open_states(
 
 
 def _read(years: list[int], *, files: list[_StatesFile], shape: tuple[int, int]) -> NDArray[np.float32]:
-    """Read years ``(year, state, rows, cols)`` of files in order of time; of a year in two files the later one wins."""
+    """Read years ``(year, state, rows, cols)`` in order of time; if two files hold a year, the later file wins."""
     values = np.full((len(years), len(files[0].names), *shape), np.nan, dtype=np.float32)
     last = -(2**62)
     owner: dict[int, Path] = {}

@@ -27,7 +27,7 @@ from ai4land.grid import centres
 MIN_SHARE = 1e-6
 """A target cell whose valid share is smaller than this is NaN."""
 NEST_TOLERANCE = 1e-3
-"""Cells count as the same where centre and step differ by less than this part of a cell."""
+"""Cells are equal if centre and step differ by less than this fraction of a cell."""
 _ROUNDING = 1e-12
 _LATITUDES = ("lat", "latitude", "coarse_latitude", "y")
 _LONGITUDES = ("lon", "longitude", "coarse_longitude", "x")
@@ -82,7 +82,7 @@ def cell_edges(centre: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _match(source: NDArray[np.float64], target: NDArray[np.float64], *, period: float | None) -> NDArray[np.int64] | None:
-    """Index of the source cell of every target cell, -1 beyond the source; None where the cells are not the same."""
+    """Find the source index of each target cell, -1 beyond the source; None if the cells differ."""
     step = (source[-1] - source[0]) / (source.size - 1)
     want = (target[-1] - target[0]) / (target.size - 1) if target.size > 1 else step
     if abs(abs(step) - abs(want)) > NEST_TOLERANCE * abs(want):
@@ -133,7 +133,7 @@ def nested_index(lat: NDArray[Any], lon: NDArray[Any], box: GeoBox) -> tuple[NDA
 
 
 def _overlap(source: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Length of the overlap of every target with every source interval, as a part of the target interval."""
+    """Compute the overlap of each target with each source interval, as a fraction of the target."""
     low, high = np.minimum(source[:-1], source[1:]), np.maximum(source[:-1], source[1:])
     left, right = np.minimum(target[:-1], target[1:])[:, None], np.maximum(target[:-1], target[1:])[:, None]
     share: NDArray[np.float64] = (np.minimum(right, high) - np.maximum(left, low)) / (right - left)
@@ -219,7 +219,7 @@ class Footprint:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
     def to_box(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Bring values ``(..., lat, lon)`` of this part to the GeoBox ``(..., rows, cols)``; NaN where there are none."""
+        """Bring values ``(..., lat, lon)`` of this part to the GeoBox ``(..., rows, cols)``; NaN where missing."""
         if not self.nested:
             return _average(values, self._to_rows, self._to_cols)
         out = values[..., self._to_rows, :][..., self._to_cols]

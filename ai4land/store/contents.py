@@ -1,7 +1,7 @@
-"""What input files and an analysis-ready store hold, in digests: whether they are what a result was made from.
+"""Checksums of input files and of an analysis-ready store, to check what a result was made from.
 
-A file is known by its size and samples of it, so that terabytes of inputs are no matter of hours. A store is known by every value in
-it, part by part, so that what was made from some of its years stays good when it is made anew with more.
+A file is identified by its size and samples, so that terabytes do not take hours. A store is identified by all its values, part by
+part, so that a result from some of its years stays valid when the store is remade with more.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ _SAMPLE, _SAMPLES = 2**16, 64
 
 
 def contents_of(path: Path, *, maps: Iterable[int], states: Iterable[int]) -> str:
-    """Digest of what a store holds: the mask, the static layers, and the land-cover maps and coarse states of some years.
+    """Compute the checksum of parts of a store: the mask, the static layers, and the land-cover maps and coarse states of some years.
 
     Parameters
     ----------
-    path
-        Of the analysis-ready store.
     maps, states
-        Years; those that it lacks count as lacking.
+        Years of the maps and the states; a missing year changes the checksum.
     """
     attrs: Any = zarr.open_group(path, mode="r").attrs
     held: dict[str, Any] = attrs.get("contents", {})
@@ -38,7 +36,7 @@ def contents_of(path: Path, *, maps: Iterable[int], states: Iterable[int]) -> st
 
 
 def sample_of(path: Path) -> str:
-    """Digest of a file's size and of 64 samples spread evenly over it, 4 MB in all; of a smaller file all of it."""
+    """Compute the checksum of a file's size and 64 evenly spread samples, 4 MB in all; a smaller file is read whole."""
     size = path.stat().st_size
     made = hashlib.blake2b(str(size).encode(), digest_size=DIGEST_BYTES)
     with path.open("rb") as file:
@@ -52,7 +50,7 @@ def sample_of(path: Path) -> str:
 
 
 def held_of(path: Path, *, reference: int | None, years: Iterable[int]) -> str:
-    """Digest of what of a store a cube is made from: on the way from the reference map, the states of the years between as well."""
+    """Compute the checksum of the store parts that a cube depends on, including the states since the reference map."""
     every = [*years]
     if reference is None:
         return contents_of(path, maps=[], states=every)
@@ -60,15 +58,15 @@ def held_of(path: Path, *, reference: int | None, years: Iterable[int]) -> str:
 
 
 def note_files(paths: Mapping[str, bool], *, beside: str) -> dict[str, tuple[int, int, str]]:
-    """Note size, time of the last change and digest of files of this machine.
+    """Record size, modification time and checksum of local files.
 
     Parameters
     ----------
     paths
-        Each with whether its contents are looked at; if not, its size is all that is known. What is no file, such as a URL, is
-        left out; of a Zarr group its metadata stand for it.
+        Each with whether to sample its contents; otherwise only the size counts. URLs and missing files are skipped; a Zarr
+        group is represented by its metadata.
     beside
-        Folder that names are kept relative to, so that files that move with it, and links, are followed.
+        Base folder of the stored names, so that files may move with it.
     """
     found = {}
     for name, whole in sorted(paths.items()):
@@ -80,7 +78,7 @@ def note_files(paths: Mapping[str, bool], *, beside: str) -> dict[str, tuple[int
 
 
 def changed_files(noted: Mapping[str, Iterable[Any]], *, beside: str) -> list[str]:
-    """List the files that hold something else than was noted; those that are gone, or were only touched, do not count."""
+    """List the files whose contents changed; missing or merely touched files do not count."""
     found = []
     for name, (size, at, sample) in noted.items():
         path = Path(beside) / name
@@ -93,7 +91,7 @@ def changed_files(noted: Mapping[str, Iterable[Any]], *, beside: str) -> list[st
 
 
 def _file(name: str) -> Path | None:
-    """File that stands for a path; None if there is none on this machine."""
+    """Return the file that represents a path; None if it is not on this machine."""
     if "://" in name:
         return None
     path = Path(name)

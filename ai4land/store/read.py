@@ -19,11 +19,6 @@ from ai4land.legend import Legend
 class Source:
     """An analysis-ready store opened for prediction, without Dask.
 
-    Parameters
-    ----------
-    path
-        Path of the store.
-
     Attributes
     ----------
     grid, legend
@@ -55,7 +50,7 @@ class Source:
         return self.legend.encode(codes, source=f"map of {year}")
 
     def states_of(self, year: int, cells: Window) -> NDArray[np.float32]:
-        """Read the coarse states ``(state, rows, columns)``; beyond the grid its edge is repeated."""
+        """Read the coarse states ``(state, rows, columns)``, repeating the edge beyond the grid."""
         return read_coarse(_Plane(self.coarse, self.years.index(year)), cells, wrap=self.grid.wraps)
 
 
@@ -80,7 +75,7 @@ class _Plane:
 
 @dataclass(frozen=True, eq=False)
 class WindowData:
-    """What all years of a window have in common, read once.
+    """Data that all years of a window share.
 
     Attributes
     ----------
@@ -108,12 +103,10 @@ class WindowData:
 
 
 def read_window_data(source: Source, window: Window, *, reference: int | None, stride: int = 1, halo: int = 0) -> WindowData:
-    """Read what all years of a window have in common.
+    """Read the data that all years of a window share.
 
     Parameters
     ----------
-    source
-        The store.
     window
         Fine cells: whole coarse cells inside the grid.
     reference
@@ -159,7 +152,7 @@ def open_store(path: Path | str) -> xr.Dataset:
 
 
 def check_identity(path: Path, identity: dict[str, Any]) -> bool:
-    """Tell whether the store exists; refuse one that was made from something else.
+    """Return whether the store exists; refuse one with another identity.
 
     Raises
     ------

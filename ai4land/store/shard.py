@@ -1,7 +1,7 @@
-"""What is done of one shard of the analysis-ready store, by this process or by a worker.
+"""The tasks that write one shard of the analysis-ready store, in this process or on a worker.
 
-Mask and land-cover maps first; then the static layers, read with a margin from which gaps near by are filled; at last, where there are any,
-the gaps that lie farther from a value. A shard is written by one task at a time, whole, so that a task may be done twice.
+First the mask and the land-cover maps, then the static layers, read with a margin to fill gaps near a value, finally the gaps
+farther from a value. One task at a time writes a whole shard, so a task may be repeated.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ai4land.places import writing
 from ai4land.rasters.gaps import fill_far, fill_near, stand_ins
 
 _CACHE = 256
-"""MB that GDAL keeps of the files that a worker reads; its own measure is a share of the memory of the machine."""
+"""GDAL cache of a worker in MB; GDAL's default is a share of the machine's memory."""
 
 
 @dataclass(frozen=True)
 class Layer:
     """A static map: ``read(window)`` gives its cells on the fine grid, NaN where it has no value.
 
-    Workers read it too, so that ``read`` must be picklable where there are any.
+    ``read`` must be picklable if there are workers.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ShardTask:
 
 
 def of_array(values: NDArray[Any]) -> Callable[[Window], NDArray[Any]]:
-    """Make what reads windows of an array that is in memory."""
+    """Make a function that reads windows of an array in memory."""
     return lambda window: values[window.slices]
 
 
@@ -84,12 +84,12 @@ def write_cover(
 def write_static(
     job: ShardTask, *, store: str, grid: Grid, layers: Sequence[Layer]
 ) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], str]:
-    """Write the layers, their gaps filled from near by.
+    """Write the layers, filling gaps near a value.
 
     Returns
     -------
     tuple
-        The mapped cells; layer by layer the gaps, those that are left and the stand-ins; the digest of what is written.
+        The mapped cells; by layer the gaps, the remaining gaps and the stand-ins; the checksum of the written data.
     """
     group: Any = zarr.open_group(store, mode="r+")
     w = job.window
@@ -114,7 +114,7 @@ def write_static(
 
 
 def fill_rest(job: ShardTask, *, store: str, factor: int) -> str:
-    """Fill what is left of the gaps of a shard by the job's stand-ins (layer, coarse rows, columns); returns the digest of all its layers."""
+    """Fill the remaining gaps of a shard with the job's stand-ins (layer, coarse rows, columns); return the layers' checksum."""
     w, stand_in = job.window, np.asarray(job.coarse)
     group: Any = zarr.open_group(store, mode="r+")
     inside = np.asarray(group["mask"][w.slices], dtype=bool)
@@ -126,14 +126,14 @@ def fill_rest(job: ShardTask, *, store: str, factor: int) -> str:
 
 
 def _put(group: Any, name: str, key: tuple[Any, ...], values: NDArray[Any]) -> None:
-    """Write a whole shard; a disk that is full or may not be written is an error of ours."""
+    """Write a whole shard; turn a failed write into an error of this package."""
     with writing(group.store.root):
         group[name][key] = values
 
 
 @dataclass(frozen=True)
 class _Plane:
-    """A layer as an array that is cut by slices."""
+    """A layer as an array to slice."""
 
     layer: Layer
     shape: tuple[int, int]

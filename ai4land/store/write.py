@@ -1,9 +1,8 @@
 """One analysis-ready store: maps, static layers and coarse states on one grid, with exact coordinates.
 
-Zarr v3, sharded. Fine arrays have the shards of the grid and are made shard by shard, on Dask where there are workers: no
-layer is ever in memory whole. The coarse states stay coarse. The store is written beside its place and moved there when it
-is whole, so a store that exists is complete. It says in its attributes what it was made from (``identity``), and a store made
-from anything else is refused; and what it holds, in digests (:mod:`ai4land.store.contents`).
+Sharded Zarr v3. Fine arrays are written shard by shard, on Dask if there are workers: no layer is ever whole in memory. Coarse
+states stay coarse. A store is moved into place once finished, so one that exists is complete. Its attributes hold its
+``identity``, by which a mismatch is refused, and the checksums of its contents (:mod:`ai4land.store.contents`).
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from ai4land.workers.tasks import each
 
 _log = logging.getLogger(__name__)
 SCENARIO_YEARS = 16
-"""Years of the scenario that are in memory at once, where it comes lazily."""
+"""Years of a lazy scenario in memory at once."""
 _OVERHEAD = 1.5e9
-"""Bytes of a worker beside the layers of its block: libraries, GDAL's cache, a strip of a source."""
+"""Bytes of a worker besides the layers of its block: libraries, GDAL's cache, a strip of a source."""
 
 
 def write_store(
@@ -59,13 +58,11 @@ def write_store(
     Parameters
     ----------
     path
-        Of the store to make; workers must see it under the same name.
-    grid, legend
-        Of the run.
+        Path of the store; workers must see it under the same name.
     mask
-        From a window to its cells that are mapped.
+        Returns the mapped cells of a window.
     maps
-        From the observed years, ascending, to what reads a window of the year's map as class codes.
+        By observed year, ascending: a function that reads a window as class codes.
     coarse
         Scenario, ``(year, state, coarse_latitude, coarse_longitude)`` on ``grid.coarse``; may be lazy, and is read some years at a time.
     layers
@@ -78,7 +75,7 @@ def write_store(
     files
         Input files, as noted by :func:`ai4land.store.contents.note_files`.
     client
-        Of the workers that do the shards; this process does one after the other if None.
+        Client of the workers; None: this process writes the shards in turn.
     progress
         Called with a line about each step.
 
@@ -130,12 +127,12 @@ def _move(part: Path, path: Path, identity: dict[str, Any], contents: dict[str, 
 
 
 def _covers(held: Any, wanted: Any) -> bool:
-    """Tell whether digests are equal; of digests by year, whether all that are wanted are held."""
+    """Return whether checksums agree; by year, whether all wanted ones are held."""
     return held == wanted or (isinstance(held, dict) and isinstance(wanted, dict) and wanted.items() <= held.items())
 
 
 def block_memory(grid: Grid, layers: int) -> float:
-    """Estimate the bytes that a worker needs which does one shard at a time: its layers as read, as stored and as packed."""
+    """Estimate a worker's bytes for one shard at a time: layers as read, stored and packed."""
     return _OVERHEAD + 3.0 * 4 * layers * (grid.shard + 2 * grid.factor) ** 2
 
 
@@ -179,7 +176,7 @@ def _create(part: Path, grid: Grid, legend: Legend, observed: list[int], coarse:
 
 
 def _write_states(part: Path, coarse: xr.DataArray) -> dict[str, str]:
-    """Write the scenario, some years at a time; returns the digest of each."""
+    """Write the scenario, some years at a time; return the checksum of each year."""
     group: Any = zarr.open_group(part, mode="r+")
     digests: dict[str, str] = {}
     for start in range(0, coarse.sizes["year"], SCENARIO_YEARS):
@@ -254,7 +251,7 @@ def _write_static(part: Path, grid: Grid, layers: Sequence[Layer], client: Clien
 def _shards(
     what: str, task: Callable[[ShardTask], Any], items: Sequence[ShardTask], client: Client | None, tell: Callable[[str], None]
 ) -> Iterator[tuple[ShardTask, Any]]:
-    """Do a task for every shard, and tell of each tenth of them where there are many."""
+    """Run a task for every shard, reporting each tenth of many."""
     step = max(len(items) // 10, 10)
     for count, outcome in enumerate(each(task, items, what=f"{what} of", client=client), start=1):
         if count % step == 0 and count < len(items):
